@@ -1,0 +1,89 @@
+"""ScienceWorld, elementary-school experiments in the real simulator.
+
+    python -m epo_jax.main --config=configs/scienceworld.py:laptop --workdir=runs/scienceworld
+
+Presets
+    paper   (default) Qwen2.5-7B-Instruct and the paper's table on all 30 tasks
+    laptop  a one-million-parameter model from scratch on a handful of short tasks, cloned from gold action sequences
+    smoke   the same path end to end with everything tiny, for tests
+"""
+
+from ml_collections import ConfigDict
+
+from epo_jax.config import base_config
+from epo_jax.errors import UserError
+
+
+def get_config(preset: str = "paper") -> ConfigDict:
+    config = base_config("scienceworld")
+    config.model.update(
+        path="Qwen/Qwen2.5-7B-Instruct",
+        d_model=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        d_ff=18944,
+        vocab_size=152064,
+        tie_embeddings=False,
+    )
+    if preset == "laptop":
+        _laptop(config)
+    elif preset == "smoke":
+        _laptop(config)
+        _smoke(config)
+    elif preset != "paper":
+        raise UserError(f"configs/scienceworld.py has no preset {preset!r}; choose one of 'paper', 'laptop', 'smoke'.")
+    return config
+
+
+def _laptop(config: ConfigDict) -> None:
+    config.env.update(
+        workers=2,
+        max_turns=12,
+        tasks=("find-living-thing", "find-non-living-thing", "find-plant", "lifespan-longest-lived", "lifespan-shortest-lived"),
+        train_variations=60,
+        valid_seen_variations=10,
+        valid_unseen_variations=24,
+    )
+    config.agent.update(style="bare", response_tokens=20, max_tokens=768)
+    config.model.update(
+        path="",
+        d_model=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        d_ff=352,
+        vocab_size=1024,
+        rope_theta=10_000.0,
+        tie_embeddings=True,
+        dtype="float32",
+        remat=False,
+    )
+    config.warm_start.update(episodes=300, steps=250, batch_tokens=3840, lr=3e-3, prompt_weight=0.3)
+    config.rollout.update(groups=8, group_size=8, slots=32)
+    config.algo.update(mini_batches=4, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
+    config.optim.update(lr=3e-4, b2=0.98)
+    config.train.update(steps=30, rows_tokens=768, rows_policy_tokens=256)
+    config.eval.update(every=10)
+    config.checkpoint.update(every=10)
+
+
+def _smoke(config: ConfigDict) -> None:
+    config.env.update(
+        workers=1,
+        max_turns=3,
+        tasks=("lifespan-longest-lived",),
+        train_variations=4,
+        valid_seen_variations=2,
+        valid_unseen_variations=2,
+    )
+    config.agent.update(response_tokens=12, max_tokens=384)
+    config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=64, vocab_size=512)
+    config.warm_start.update(episodes=2, steps=4, batch_tokens=1024)
+    config.rollout.update(groups=2, group_size=2, slots=4)
+    config.algo.update(mini_batches=1, micro_batch_rows=2)
+    config.train.update(steps=2, rows_tokens=384, rows_policy_tokens=192)
+    config.eval.update(every=0)
+    config.checkpoint.update(every=1)

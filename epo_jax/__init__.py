@@ -1,0 +1,1 @@
+"""EPO: entropy-regularized policy optimization for multi-turn language-model agents (arXiv 2509.22576)."""

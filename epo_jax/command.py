@@ -1,0 +1,220 @@
+"""The command line that train, evaluate and sweep share, and the config file of a run folder.
+
+    --config=FILE.py[:preset]   what to run; `--config.section.key=value` overrides one key
+    --workdir=FOLDER            the run folder
+    --resume                    continue the run in it; --config may then be left out
+
+A program is written as
+
+    def main(argv: list[str]) -> None:
+        command = parse(argv)      # refuses everything that can be refused before anything is loaded or written
+        ...
+        open_workdir(command)      # makes the folder and writes config.json
+        ...
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+"""
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from epo_jax.config import base_config, flatten, validate
+from epo_jax.errors import UserError
+from epo_jax.files import write_atomically
+
+# Keys that a resumed run may change: they alter where and how often things happen, never what is learned.
+RESUME_MAY_CHANGE = ("env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep")
+
+
+class Command(NamedTuple):
+    """A parsed command line; `flags` holds what the program itself defined."""
+
+    config: ConfigDict
+    workdir: Path
+    resume: bool
+    flags: flags.FlagValues
+
+
+def run(main: Callable[[list[str]], None]) -> int:
+    """Calls `main(sys.argv)`; the exit code: 0, or 2 after bad input, told in one sentence on stderr."""
+    try:
+        main(sys.argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None = None) -> Command:
+    """Reads and checks a command line (with the program's name first).
+
+    Args:
+      argv: as sys.argv.
+      define: adds the program's own flags to the FlagValues it is given.
+
+    Raises:
+      UserError: an unknown flag, preset or key, a value of the wrong type or out of range, an unusable folder.
+    """
+    argv = list(argv)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file and preset, as configs/alfworld.py:laptop.", flag_values=values, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "The run folder.", flag_values=values)
+    flags.DEFINE_bool("resume", False, "Continue the run in --workdir.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
+    if define is not None:
+        define(values)
+
+    source = _config_argument(argv)
+    if source is not None:
+        _check_source(source)
+    try:
+        rest = values(argv)[1:]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise _unknown_key(error, argv, source) from None
+    except flags.Error as error:
+        raise UserError(_sentence(str(error))) from None
+    if values.help:
+        print(values.module_help("epo_jax.command") or values.get_help())
+        raise SystemExit(0)
+    if rest:
+        raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
+    if not values.workdir:
+        raise UserError("--workdir is missing; name the run folder, for example --workdir=runs/first.")
+    workdir = Path(values.workdir)
+    check_workdir(workdir, values.resume)
+    config = values.config
+    if config is None:
+        if not values.resume:
+            raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
+        config = read_config(workdir)
+    validate(config)
+    if values.resume:
+        _check_same_run(config, read_config(workdir))
+    return Command(config, workdir, values.resume, values)
+
+
+def check_workdir(workdir: Path, resume: bool) -> None:
+    """Raises UserError unless a run can be started (or resumed) in `workdir`; writes nothing."""
+    if (workdir / "config.json").exists() != resume:
+        if resume:
+            raise UserError(f"--resume: {workdir} holds no run (no config.json); leave --resume out to begin one.")
+        raise UserError(f"{workdir} already holds a run; add --resume to continue it or choose another --workdir.")
+    existing = workdir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be a folder, as {existing} is a file; choose another.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: no permission in {existing}; choose another.")
+
+
+def open_workdir(command: Command) -> None:
+    """Makes the run folder and writes its config.json, unless it is resumed.
+
+    Raises:
+      UserError: the file system refuses.
+    """
+    try:
+        command.workdir.mkdir(parents=True, exist_ok=True)
+        if not command.resume:
+            write_config(command.config, command.workdir)
+    except OSError as error:
+        raise UserError(f"--workdir={command.workdir} cannot be written ({error.strerror}); choose another.") from None
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `workdir`/config.json: every key, with overrides applied."""
+    write_atomically(Path(workdir) / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`, locked and validated.
+
+    Raises:
+      UserError: the file is missing, is not JSON, or has keys or types that this version does not know.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        saved = flatten(json.loads(path.read_text(encoding="utf-8")))
+        config = base_config(saved["env.name"]).lock()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise UserError(f"{path} cannot be read as the config of a run; restore it or begin a new run.") from None
+    known = flatten(config)
+    for key in known.keys() ^ saved.keys():
+        raise UserError(f"{path} was written by another version: config.{key} differs; begin a new run.")
+    for key, value in saved.items():
+        section, _, leaf = key.rpartition(".")
+        try:
+            (config[section] if section else config)[leaf] = tuple(value) if isinstance(value, list) else value
+        except TypeError:
+            raise UserError(f"{path}: {key}={value!r} has the wrong type; restore it or begin a new run.") from None
+    validate(config)
+    return config
+
+
+def _check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
+    now, then = flatten(config), flatten(saved)
+    for key in sorted(now.keys() | then.keys()):
+        if key not in RESUME_MAY_CHANGE and now.get(key) != then.get(key):
+            raise UserError(
+                f"--resume: config.{key}={now.get(key)!r} differs from the run's {then.get(key)!r}; "
+                "a resumed run keeps its config (leave --config out)."
+            )
+
+
+def _config_argument(argv: Sequence[str]) -> str | None:
+    """The value of --config, if it is there."""
+    for position, argument in enumerate(argv):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            return match[1] if match[1] is not None else next(iter(argv[position + 1 :]), None)
+    return None
+
+
+def _check_source(source: str) -> None:
+    """ml_collections reports a missing file only at the first use of the config, and then at length."""
+    path = Path(source.split(":", 1)[0])
+    if not path.is_file():
+        found = ", ".join(sorted(str(near) for near in path.parent.glob("*.py") if near.name != "__init__.py"))
+        raise UserError(f"--config={source}: there is no file {path}" + (f"; there is {found}." if found else "."))
+
+
+def _unknown_key(error: Exception, argv: Sequence[str], source: str | None) -> UserError:
+    """A sentence for an override of a key that the config does not have."""
+    if source is None:
+        return UserError("--config must be given when its keys are overridden.")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[])
+    values(["", f"--config={source}"])
+    known = flatten(values.config)
+    for argument in argv:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            if match[1] not in known:
+                return UserError(f"config.{match[1]} is not a key of {source}{_suggestion(match[1], known)}")
+    return UserError(_sentence(str(error)))
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    """The end of a sentence: the nearest key by spelling, else one of the same name in another section."""
+    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return f"; did you mean config.{near[0]}?" if near else "."
+
+
+def _sentence(text: str) -> str:
+    """A library's message on one line."""
+    text = " ".join(text.split()).replace(" ?", "?").rstrip(".")
+    return text if text.endswith("?") else text + "."

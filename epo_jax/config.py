@@ -1,0 +1,287 @@
+"""Every setting of a run: what it means, its unit and the paper's value.
+
+`base_config` is the list to read. `configs/*.py` change values of it, the command line overrides single keys
+(`--config.epo.lam=0.002`), and `validate` refuses impossible values before anything loads. The paper is
+arXiv 2509.22576 (v2); a value that the paper leaves open is the released code's or, failing that, ours.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from epo_jax.errors import UserError
+
+AGGREGATIONS = ("trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+# Allowed values of the keys that name a variant.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "env.name": ("alfworld", "scienceworld"),
+    "agent.style": ("bare", "tagged"),
+    "model.dtype": ("float32", "bfloat16"),
+    "algo.kl_kind": ("k1", "abs", "k2", "k3"),
+    "algo.aggregation": AGGREGATIONS,
+    "epo.penalty": ("hinge", "indicator"),
+    "epo.scope": ("token", "turn", "trajectory", "batch"),
+    "epo.history": ("cumulative", "sliding", "ema", "initial"),
+    "epo.history_index": ("global", "turn"),
+    "epo.phase": ("exponential", "constant", "released"),
+    "epo.aggregation": AGGREGATIONS,
+}
+
+# Advantages measured against the other episodes of the same task, which need a group of two or more.
+GROUP_ALGORITHMS = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gigpo", "dapo", "gspo")
+
+SPLITS = ("train", "valid_seen", "valid_unseen")
+
+
+def base_config(env: str = "alfworld") -> ConfigDict:
+    """All keys with the paper's values, for environment `env` ("alfworld" or "scienceworld")."""
+    config = ConfigDict()
+    config.seed = 0  # of everything random: games of an episode, initial weights, sampling
+
+    config.env = {"alfworld": _alfworld, "scienceworld": _scienceworld}[env]()
+
+    config.agent = agent = ConfigDict()
+    agent.style = "tagged"  # "tagged": the paper's instructions, <think> and <action>; "bare": the turn is the action
+    agent.response_tokens = 512  # tokens that the policy may emit in one turn
+    agent.max_tokens = 16384  # tokens of a whole episode; an episode that would pass it ends, unsolved
+
+    config.model = model = ConfigDict()
+    model.path = "Qwen/Qwen2.5-3B-Instruct"  # folder or hub name, Qwen2 family; "" = from scratch, of the sizes below
+    model.d_model = 2048  # width
+    model.num_layers = 36
+    model.num_heads = 16
+    model.num_kv_heads = 2
+    model.head_dim = 128
+    model.d_ff = 11008  # width of the gated feed-forward layer
+    model.vocab_size = 151936  # from scratch: size of the byte-level BPE vocabulary trained on expert transcripts
+    model.rope_theta = 1_000_000.0
+    model.norm_eps = 1e-6
+    model.tie_embeddings = True
+    model.qkv_bias = True
+    model.dtype = "bfloat16"  # of the arithmetic; weights and reductions stay float32
+    model.remat = True  # recompute each layer in the backward pass: less memory, about a quarter more arithmetic
+
+    config.warm_start = warm_start = ConfigDict()
+    warm_start.episodes = 0  # expert episodes cloned before RL; 0 = none
+    warm_start.steps = 0  # updates
+    warm_start.batch_tokens = 16384  # tokens of one update
+    warm_start.lr = 1e-5
+    warm_start.copies = 0  # renamed versions of each expert episode that are added to it
+    warm_start.prompt_weight = 0.0  # of also predicting the game's tokens, from which a blank model learns its words
+
+    config.rollout = rollout = ConfigDict()
+    rollout.groups = 16  # task instances per RL step
+    rollout.group_size = 8  # episodes of each instance
+    rollout.slots = 128  # episodes alive at once
+    rollout.temperature = 1.0
+
+    config.algo = algo = ConfigDict()
+    # Base algorithm and overlays, as objectives/registry.py names them: "ppo+epo" learns a critic, "grpo" is plain GRPO,
+    # "grpo+epo_wo_dw", "grpo+ea", "dapo+epo" ... What an arm is defined by, it sets; everything else is taken from here.
+    algo.name = "grpo+epo"
+    algo.epochs = 1  # passes over the episodes of one RL step
+    algo.mini_batches = 8  # optimiser updates per pass
+    algo.micro_batch_rows = 1  # packed rows per forward and backward pass; changes memory, not the result
+    algo.kl_coef = 0.01  # weight of the divergence from the frozen reference policy in the loss
+    algo.kl_kind = "k3"
+    algo.clip_low = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    algo.clip_high = 0.2
+    algo.dual_clip = 3.0  # bound on the ratio where the advantage is negative
+    algo.gamma = 1.0  # discount per policy token
+    algo.gae_lambda = 1.0
+    algo.value_clip = 0.5
+    algo.value_coef = 1.0
+    algo.critic_lr = 1e-5
+    algo.format_penalty = 0.1  # taken from the advantage of a turn that holds no action, after normalisation
+    algo.aggregation = "token-mean"  # how the policy loss is averaged
+
+    config.epo = epo = ConfigDict()
+    epo.lam = 0.001  # weight of the whole term; 0 = the base algorithm alone
+    epo.alpha = 0.1 if env == "alfworld" else 0.05  # weight of the corridor penalty inside it
+    epo.kappa_l = 0.0  # corridor: [kappa_l, kappa_r] times the mean entropy of earlier steps
+    epo.kappa_r = 2.0
+    epo.gamma = 3.0  # decay of the phase weight beta_k = 1 + exp(-gamma k / k_mid)
+    epo.penalty = "hinge"  # "indicator" is the released code's, without gradient
+    epo.scope = "token"  # what entropy is averaged over before it is compared with the corridor
+    epo.history = "cumulative"  # which earlier steps make the corridor's centre
+    epo.window = 10  # steps, for history "sliding"
+    epo.ema_decay = 0.9  # per step, for history "ema"
+    epo.history_index = "global"  # "turn": one history per turn number
+    epo.phase = "exponential"
+    epo.turn_gate = False  # True: penalty only from the middle turn on
+    epo.aggregation = "trajectory"  # mean over episodes of mean over turns of mean over tokens (Eq. 2)
+    epo.turn_decay = 0.0  # turn t weighs exp(-turn_decay t / max_turns) inside that mean; 0 = all alike
+
+    config.optim = optim = ConfigDict()
+    optim.lr = 5e-6
+    optim.warmup_ratio = 0.1  # share of all updates over which the rate rises from 0
+    optim.floor_ratio = 0.2  # where the cosine ends, as a share of lr
+    optim.weight_decay = 0.01
+    optim.clip_norm = 1.0  # global norm of the gradient
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+
+    config.train = train = ConfigDict()
+    train.steps = 150 if env == "alfworld" else 125  # RL steps K
+    train.rows_tokens = 16384  # length of a packed row; at least agent.max_tokens
+    train.rows_policy_tokens = 8192  # policy tokens a packed row has room for; also the most in one episode
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every = 5  # RL steps between evaluations; 0 = only at the end
+    evaluation.temperature = 0.4
+    evaluation.splits = ("valid_seen", "valid_unseen")
+    evaluation.before = True  # also before the first RL step
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 10  # RL steps
+    checkpoint.keep = 2  # newest ones kept on disk
+    return config
+
+
+def _alfworld() -> ConfigDict:
+    env = ConfigDict()
+    env.name = "alfworld"
+    env.data_dir = ""  # cache of generated games; "" = $EPO_JAX_DATA, else ~/.cache/epo_jax
+    env.workers = 2  # processes that hold the live games
+    env.max_turns = 50
+    env.train_games = 3553  # generated games per split, the dataset's own counts; unused when ALFWORLD_DATA is set
+    env.valid_seen_games = 140
+    env.valid_unseen_games = 134
+    # None = the whole room; a number = that many of its receptacles, drawn by seed, with all that the task needs.
+    env.max_receptacles = config_dict.placeholder(int)
+    env.hesitation = 0.0  # how often the expert of the warm start wastes a turn: 0 = never; leaves room for RL
+    env.seed = 0  # of the generator
+    return env
+
+
+def _scienceworld() -> ConfigDict:
+    env = ConfigDict()
+    env.name = "scienceworld"
+    env.data_dir = ""  # cache of gold paths; "" = $EPO_JAX_DATA, else ~/.cache/epo_jax
+    env.workers = 8  # processes, each with one Java simulator (at most 0.4 GB) for up to 16 live episodes
+    env.max_turns = 30
+    env.tasks = ()  # task names; () = all 30
+    env.simplification = "easy"  # or "" (none), or names of the simulator's simplifications, comma-separated
+    env.train_variations = -1  # variations per task of each split; -1 = all
+    env.valid_seen_variations = -1
+    env.valid_unseen_variations = -1
+    return env
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError, in one sentence naming key and mend, for a value that no run could use."""
+    values = flatten(config)
+    for key, allowed in CHOICES.items():
+        if key in values and values[key] not in allowed:
+            listed = ", ".join(repr(choice) for choice in allowed)
+            raise UserError(f"config.{key}={values[key]!r} is not known; choose one of {listed}.")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{key}={value} is not a finite number.")
+    for keys, holds, rule in _RANGES:
+        for key in keys.split():
+            if values.get(key) is not None and not holds(values[key]):
+                raise UserError(f"config.{key}={values[key]} must be {rule}.")
+    _validate_pairs(config)
+
+
+def _validate_pairs(config: ConfigDict) -> None:
+    """The rules that hold between keys."""
+    epo, model, algo, rollout, agent = config.epo, config.model, config.algo, config.rollout, config.agent
+    if epo.kappa_l > epo.kappa_r:
+        raise UserError(f"config.epo.kappa_l={epo.kappa_l} must not exceed config.epo.kappa_r={epo.kappa_r}.")
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"config.model.num_heads={model.num_heads} must be a multiple of "
+            f"config.model.num_kv_heads={model.num_kv_heads}."
+        )
+    if model.head_dim % 2:
+        raise UserError(f"config.model.head_dim={model.head_dim} must be even, as rotary positions turn pairs.")
+    if algo.name.split("+")[0] in GROUP_ALGORITHMS and rollout.group_size < 2:
+        raise UserError(
+            f"config.rollout.group_size={rollout.group_size} must be at least 2 for config.algo.name={algo.name!r}, "
+            "which compares episodes of one task."
+        )
+    episodes = rollout.groups * rollout.group_size
+    if rollout.slots > episodes:
+        raise UserError(
+            f"config.rollout.slots={rollout.slots} must not exceed the {episodes} episodes of a step "
+            "(config.rollout.groups x config.rollout.group_size)."
+        )
+    if agent.response_tokens >= agent.max_tokens:
+        raise UserError(
+            f"config.agent.response_tokens={agent.response_tokens} must be below "
+            f"config.agent.max_tokens={agent.max_tokens}."
+        )
+    if config.train.rows_tokens < agent.max_tokens:
+        raise UserError(
+            f"config.train.rows_tokens={config.train.rows_tokens} must be at least "
+            f"config.agent.max_tokens={agent.max_tokens}, so that an episode fits in a row."
+        )
+    if config.train.rows_policy_tokens < agent.response_tokens:
+        raise UserError(
+            f"config.train.rows_policy_tokens={config.train.rows_policy_tokens} must be at least "
+            f"config.agent.response_tokens={agent.response_tokens}, so that a turn fits in a row."
+        )
+    if algo.mini_batches > episodes:
+        raise UserError(
+            f"config.algo.mini_batches={algo.mini_batches} must not exceed the {episodes} episodes of a step."
+        )
+    if config.warm_start.episodes and not config.warm_start.steps:
+        raise UserError("config.warm_start.steps must be positive when config.warm_start.episodes is.")
+    for split in config.eval.splits:
+        if split not in SPLITS:
+            raise UserError(f"config.eval.splits names {split!r}; choose from {', '.join(map(repr, SPLITS))}.")
+
+
+# (keys, what must hold, the rule in words). None values are skipped: they mean "no limit".
+_RANGES = (
+    (
+        "env.workers env.max_turns env.max_receptacles env.train_games env.valid_seen_games env.valid_unseen_games "
+        "agent.response_tokens agent.max_tokens model.d_model model.num_layers model.num_heads model.num_kv_heads "
+        "model.head_dim model.d_ff warm_start.batch_tokens rollout.groups rollout.group_size rollout.slots "
+        "algo.epochs algo.mini_batches algo.micro_batch_rows epo.window train.steps train.rows_tokens "
+        "train.rows_policy_tokens checkpoint.every checkpoint.keep",
+        lambda value: value >= 1,
+        "a whole number of at least 1",
+    ),
+    (
+        "seed env.seed warm_start.episodes warm_start.steps eval.every algo.kl_coef algo.value_clip algo.value_coef "
+        "algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma epo.turn_decay "
+        "warm_start.copies warm_start.prompt_weight optim.weight_decay",
+        lambda value: value >= 0,
+        "zero or positive",
+    ),
+    (
+        "model.rope_theta model.norm_eps warm_start.lr rollout.temperature algo.critic_lr optim.lr optim.clip_norm "
+        "algo.clip_low algo.clip_high",
+        lambda value: value > 0,
+        "positive",
+    ),
+    ("eval.temperature", lambda value: value >= 0, "zero (always the likeliest token) or positive"),
+    ("algo.gamma algo.gae_lambda optim.warmup_ratio optim.floor_ratio", lambda value: 0 <= value <= 1, "in [0, 1]"),
+    ("optim.b1 optim.b2 epo.ema_decay env.hesitation", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("algo.clip_low", lambda value: value < 1, "below 1"),
+    ("algo.dual_clip", lambda value: value > 1, "above 1"),
+    ("model.vocab_size", lambda value: value >= 300, "at least 300, as 256 bytes and the special tokens come first"),
+    (
+        "env.train_variations env.valid_seen_variations env.valid_unseen_variations",
+        lambda value: value == -1 or value >= 1,
+        "-1 (all) or at least 1",
+    ),
+)
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"epo.lam": 0.001, ...}: every leaf under its dotted name."""
+    leaves = {}
+    for key in config.keys():
+        value = config[key]
+        if isinstance(value, (ConfigDict, Mapping)):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves

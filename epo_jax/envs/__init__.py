@@ -1,0 +1,1 @@
+"""Text environments in host-side worker processes. Nothing here may import JAX."""

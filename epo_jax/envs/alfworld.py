@@ -1,0 +1,246 @@
+"""ALFWorld as a `TextEnv`: household tasks in text, on the real dataset or on generated games.
+
+Where ALFWORLD_DATA names a folder, its games are played (all of them, whatever the game counts in the options say);
+else games are generated once into the cache folder. Options read here:
+
+    data_dir                 cache folder; "" stands for $EPO_JAX_DATA, else ~/.cache/epo_jax
+    train_games, valid_seen_games, valid_unseen_games, max_receptacles, seed      what to generate (`alfworld_games`)
+    workers                  processes that generate and demonstrate
+    max_turns                longest demonstration
+    hesitation               probability that the demonstrating expert wastes a turn before each move (default 0)
+    admissible               True fills `Observation.admissible` (default False: empty)
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworld_rooms
+from epo_jax.envs.alfworld_rename import rename
+from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task
+from epo_jax.errors import UserError
+
+__all__ = ["prepare", "list_tasks", "make_env", "demonstrations", "rename"]
+
+WIN_REWARD = 10.0
+INDEX_VERSION = 1
+DEMONSTRATION_VERSION = 2
+_INDEX = "index.json"  # written last: a folder that has it is complete
+
+Index = dict[str, list[Task]]
+
+
+def prepare(options: dict[str, Any]) -> None:
+    """Make sure that the games and their index are on disk. Does nothing when they are.
+
+    Raises:
+        UserError: the packages are not installed, ALFWORLD_DATA holds no games, or the cache cannot be written.
+    """
+    for package in ("alfworld", "textworld", "fast_downward"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the Python package of {package} is missing; install alfworld (pip install alfworld).")
+    if _index_path(options).exists():
+        return
+    if _real_data() is not None:
+        index = _index_real_data(_real_data())
+        alfworld_engine.write_atomically(_index_path(options), json.dumps(index).encode())
+    else:
+        _generate(options)
+
+
+def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
+    """The games of a split: {"id", "type", "file"}, in an order that never changes."""
+    if split not in SPLITS:
+        raise UserError(f"{split!r} is not a split; choose one of {', '.join(SPLITS)}.")
+    prepare(options)
+    path = _index_path(options)
+    root = _real_data() or path.parent / "json_2.1.1"
+    try:
+        index = json.loads(path.read_text())
+        return [{**task, "file": str(root / task["file"])} for task in index[split]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"the index {path} is damaged; delete its folder and it is made again.") from None
+
+
+def make_env(options: dict[str, Any]) -> "AlfworldEnv":
+    return AlfworldEnv(str(_cache(options) / "compiled"), bool(options.get("admissible", False)))
+
+
+def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
+    """One expert episode for each task, kept on disk. A task that even its walkthrough does not win has `won` False.
+
+    With hesitation, episodes have so many more turns that the expert has as many of its own as before.
+    """
+    if not tasks:
+        return []
+    hesitation = options.get("hesitation", 0.0)
+    max_turns = math.ceil(options["max_turns"] / (1 - hesitation))
+    key = [DEMONSTRATION_VERSION, max_turns, hesitation, [task["file"] for task in tasks]]
+    path = _cache(options) / "demonstrations" / f"{_digest(key)}.jsonl"
+    if path.exists():
+        episodes = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        share = -(-len(tasks) // max(1, options["workers"]))
+        common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled")}
+        common |= {"max_turns": max_turns, "hesitation": hesitation}
+        jobs = [{**common, "tasks": tasks[start : start + share]} for start in range(0, len(tasks), share)]
+        episodes = alfworld_jobs.run_jobs(jobs, _progress("expert episodes played", len(tasks)))
+        alfworld_engine.write_atomically(path, "".join(json.dumps(e) + "\n" for e in episodes).encode())
+    return [
+        Demonstration(task, e["goal"], tuple(e["observations"]), tuple(e["actions"]), e["won"])
+        for task, e in zip(tasks, episodes, strict=True)
+    ]
+
+
+class AlfworldEnv:
+    """One episode at a time; the loaded games are shared by all environments of a process."""
+
+    def __init__(self, compiled: str, admissible: bool):
+        self._compiled = compiled
+        self._admissible = admissible
+        self._game: alfworld_engine.Game | None = None
+        self._state: alfworld_engine.State | None = None
+        self._goal = ""
+
+    def reset(self, task: Task) -> Observation:
+        """Start the task's game. Raises UserError naming the game file when it cannot be played."""
+        self._game = alfworld_engine.load_game(task["file"], self._compiled)
+        self._state = self._game.start
+        text, self._goal = alfworld_jobs.split_intro(self._game.intro)
+        return self._observe(text, reward=0.0)
+
+    def step(self, action: str) -> Observation:
+        """Play one command; case and surrounding blanks do not matter. The reward comes once, with the winning step."""
+        won_before = self._state.won
+        self._state, text = self._game.step(self._state, action.strip().lower())
+        return self._observe(text, reward=WIN_REWARD if self._state.won and not won_before else 0.0)
+
+    def close(self) -> None:
+        self._game = self._state = None
+
+    def _observe(self, text: str, reward: float) -> Observation:
+        won = self._state.won
+        admissible = tuple(self._game.admissible(self._state)) if self._admissible else ()
+        return Observation(text, self._goal, reward, won, won, 100.0 * won, admissible)
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _cache(options: dict[str, Any]) -> Path:
+    folder = options.get("data_dir") or os.environ.get("EPO_JAX_DATA") or "~/.cache/epo_jax"
+    return Path(folder).expanduser().absolute() / "alfworld"
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def _index_path(options: dict[str, Any]) -> Path:
+    data = _real_data()
+    if data is not None:
+        changed = [(data / split).stat().st_mtime_ns for split in SPLITS if (data / split).is_dir()]
+        return _cache(options) / f"real-{_digest([INDEX_VERSION, str(data), changed])}" / _INDEX
+    package = importlib.metadata.version("alfworld")
+    wanted = [options[f"{split}_games"] for split in SPLITS]
+    key = [alfworld_games.GENERATOR_VERSION, package, wanted, options["max_receptacles"], options["seed"]]
+    return _cache(options) / f"generated-{_digest(key)}" / _INDEX
+
+
+def _progress(what: str, total: int) -> Callable[[int], None]:
+    """Prints how many of `total` are done, every five seconds and at the end."""
+    printed = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal printed
+        if done == total or time.monotonic() > printed + 5:
+            printed = time.monotonic()
+            print(f"alfworld: {done}/{total} {what}", flush=True)
+
+    return report
+
+
+# ---------------------------------------------------------------------------------------------- real data
+
+
+def _real_data() -> Path | None:
+    """The folder of the splits in $ALFWORLD_DATA, or None when that is not set."""
+    name = os.environ.get("ALFWORLD_DATA")
+    if not name:
+        return None
+    folder = Path(name).expanduser().absolute()
+    if (folder / "json_2.1.1").is_dir():
+        folder = folder / "json_2.1.1"
+    if not any((folder / split).is_dir() for split in SPLITS):
+        raise UserError(
+            f"ALFWORLD_DATA={name} has no json_2.1.1 folder with {', '.join(SPLITS)}; download the data or unset it."
+        )
+    return folder
+
+
+def _index_real_data(data: Path) -> Index:
+    """Finds the games that the package's own loader plays: solvable, no sliced objects, no movable receptacles."""
+    print(f"alfworld: indexing the games in {data} (once)", flush=True)
+    index: Index = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for path in sorted((data / split).rglob("game.tw-pddl")):
+            name = str(path.parent.relative_to(data))
+            task_type = next((t for t in alfworld_rooms.TASK_TYPES if path.parts[-3].startswith(f"{t}-")), None)
+            if task_type and "movable" not in name and "Sliced" not in name and _solvable(path):
+                index[split].append({"id": name, "type": task_type, "file": f"{name}/{path.name}"})
+    if not any(index.values()):
+        raise UserError(f"{data} holds no playable game.tw-pddl file; run alfworld-download, or unset ALFWORLD_DATA.")
+    return index
+
+
+def _solvable(path: Path) -> bool:
+    """Whether the file says so; it is read, not parsed, as there are thousands."""
+    try:
+        return re.search(rb'"solvable"\s*:\s*true', path.read_bytes()) is not None
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- generated data
+
+
+def _generate(options: dict[str, Any]) -> None:
+    target = _index_path(options).parent
+    games = [{"split": split, "index": i} for split in SPLITS for i in range(options[f"{split}_games"])]
+    workers = max(1, options["workers"])
+    print(f"alfworld: generating {len(games)} games (once)", flush=True)
+    partial = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        common = {
+            "job": "games",
+            "root": str(partial / "json_2.1.1"),
+            "compiled": str(_cache(options) / "compiled"),
+            "seed": options["seed"],
+            "max_receptacles": options["max_receptacles"],
+        }
+        jobs = [{**common, "games": games[k::workers]} for k in range(workers)]
+        made = alfworld_jobs.run_jobs(jobs, _progress("games made and played to their end", len(games)))
+        index: Index = {split: [] for split in SPLITS}
+        for game in sorted(made, key=lambda g: g["index"]):
+            file = f"{game['folder']}/game.tw-pddl"
+            index[game["split"]].append({"id": game["folder"], "type": game["type"], "file": file})
+        (partial / _INDEX).write_text(json.dumps(index))
+        if not target.exists():  # another process may have been faster
+            os.rename(partial, target)
+    except OSError as error:
+        raise UserError(f"cannot write games to {target}: {error.strerror}; free it or set env.data_dir.") from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)

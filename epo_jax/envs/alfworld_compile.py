@@ -1,0 +1,112 @@
+"""From a game file's texts to all that playing needs, worked out once by the packages' own slow parts.
+
+fast-downward's translator grounds the PDDL, TextWorld's parser reads the grammar, ALFWorld's `Demangler` names things.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from epo_jax.envs import alfworld_library, alfworld_text
+
+COMPILER_VERSION = 1  # part of a compiled game's file name; raise it when `compile_game` gives something else
+
+
+def compile_game(data: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that playing needs, as JSON-able data. Takes 0.1 to 1 s, and 1 s of imports the first time.
+
+    Args:
+        data: a parsed game file: `pddl_domain`, `pddl_problem` and `grammar`, all text.
+
+    Returns:
+        sas: the grounded task, as fast-downward's library reads it.
+        facts: predicate -> the argument lists of which it is true at first, sorted.
+        entities: object id -> the fields that a grammar may use.
+        rules, intro: the grammar and its start symbol (`alfworld_text`).
+        actions: PDDL action -> its parameters [[name, type], ...], command template and feedback.
+        changing: the predicates that some action changes.
+    """
+    task, sas = _translate(data["pddl_domain"], data["pddl_problem"])
+    propositions = _initial_state(sas)
+    for atom in task.init:  # an `Assign` (a cost) has no predicate; `=` only says that things differ
+        if getattr(atom, "predicate", "=") != "=":
+            propositions.add((atom.predicate, tuple(atom.args)))
+    facts: dict[str, list[list[str]]] = {}
+    for name, arguments in sorted(propositions):
+        facts.setdefault(name, []).append(list(arguments))
+    templates, rules = alfworld_text.parse_document(data["grammar"])
+    actions = {
+        action.name: {
+            "parameters": [[p.name.strip("?"), p.type_name] for p in action.parameters],
+            "template": alfworld_text.parse_symbols(templates[action.name][0]),
+            "feedback": alfworld_text.parse_symbols(templates[action.name][1]),
+        }
+        for action in task.actions
+    }
+    types = {thing.name: thing.type_name for thing in task.objects}
+    mentioned = sorted({argument for _, arguments in propositions for argument in arguments})
+    return {
+        "sas": sas,
+        "facts": facts,
+        "entities": _entities({name: types[name] for name in mentioned}),
+        "rules": rules,
+        "intro": alfworld_text.parse_symbols("#intro#"),
+        "actions": actions,
+        "changing": sorted({effect.literal.predicate for action in task.actions for effect in action.effects}),
+    }
+
+
+def _translate(domain: str, problem: str):
+    """fast-downward's task and SAS text of a PDDL problem; its translator reads sys.argv and leaves it changed."""
+    from fast_downward.interface import pddl2sas
+
+    argv = sys.argv
+    try:
+        return pddl2sas(domain, problem)
+    finally:
+        sys.argv = argv
+
+
+def _initial_state(sas: str) -> set[alfworld_library.Proposition]:
+    library = alfworld_library.borrow()
+    library.load_sas(sas.encode())
+    atoms = (alfworld_library.Atom * library.get_state_size())()
+    library.get_state(atoms)
+    alfworld_library.give_back(library)
+    propositions = {atom.proposition for atom in atoms}
+    return {proposition for proposition in propositions if not proposition[0].startswith("not_")}
+
+
+@contextlib.contextmanager
+def package_import():
+    """Importing `alfworld` makes ~/.cache/alfworld and points ALFWORLD_DATA there; neither is wanted."""
+    before = os.environ.get("ALFWORLD_DATA")
+    os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        del os.environ["ALFWORLD_DATA"]
+        if before is not None:
+            os.environ["ALFWORLD_DATA"] = before
+
+
+def _entities(types: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Object id -> its fields, for things of these types."""
+    with package_import():
+        from alfworld.agents.utils.misc import Demangler
+        from textworld.generator.game import EntityInfo
+
+    demangler = Demangler(game_infos={key: EntityInfo(key, type_) for key, type_ in types.items()}, shuffle=False)
+    return {
+        key: {
+            "id": key,
+            "name": demangler.demangle_alfred_name(key),
+            "type": type_,
+            "definite": "the",
+            "indefinite": "a",
+        }
+        for key, type_ in types.items()
+    }

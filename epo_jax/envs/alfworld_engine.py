@@ -1,0 +1,254 @@
+"""The ALFWorld text engine, a few hundred times faster: same parts, same output, nothing done twice.
+
+Stock TextWorld translates a game's PDDL twice at each reset, and at each step parses and deep-copies the grammar and
+words every admissible command. Here a game is compiled once - by fast-downward's translator, TextWorld's grammar parser
+and ALFWorld's own naming of objects - into a JSON that is kept on disk. Playing imports none of them: the successor
+function is fast-downward's compiled library, reached by ctypes, and the text is derived by `alfworld_text`.
+
+One loaded game serves any number of episodes. The library numbers the states it has seen and can return to any of
+them, so an episode is only a `State`, and a transition that some episode has taken before is a dictionary look-up. That
+pays because the members of a group play the same game.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+import weakref
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from epo_jax.envs import alfworld_compile, alfworld_library, alfworld_text
+from epo_jax.envs.alfworld_library import Proposition
+from epo_jax.errors import UserError
+
+MAX_REMEMBERED_STATES = 2000  # per game, a few kB each; the states beyond are as right, but not shared
+LOADED_GAMES = 32  # per process, about 3 MB each
+NOTHING_HAPPENS = "Nothing happens."
+
+
+class State:
+    """A point of a game. Immutable for its users, and shared between episodes.
+
+    Attributes:
+        changes: the facts (TextWorld's negated ones too) that actions have made true since the start.
+        won: the goal holds here.
+    """
+
+    __slots__ = ("changes", "number", "transitions", "won")
+
+    def __init__(self, number: int, changes: frozenset[Proposition], won: bool):
+        self.number = number
+        self.changes = changes
+        self.won = won
+        self.transitions: dict[str, tuple[State, str]] = {}
+
+
+def _negation(name: str) -> str:
+    return name[4:] if name.startswith("not_") else "not_" + name
+
+
+class _Command(NamedTuple):
+    """An applicable operator, as the player words it."""
+
+    number: int
+    action: str
+    mapping: alfworld_text.Mapping
+    num_effects: int
+
+
+class Game:
+    """A compiled game, loaded into a library of its own.
+
+    Attributes:
+        start: the state of every new episode.
+        intro: what TextWorld prints first (banner, room and task).
+    """
+
+    def __init__(self, compiled: Mapping[str, Any]):
+        self._actions = compiled["actions"]
+        self._mentioned = {
+            name: _mentions(action["template"], {p for p, _ in action["parameters"]}, set(compiled["changing"]))
+            for name, action in self._actions.items()
+        }
+        self._facts = {name: [tuple(row) for row in rows] for name, rows in compiled["facts"].items()}
+        self._grammar = alfworld_text.Grammar(compiled["rules"], compiled["entities"])
+        self._library = alfworld_library.borrow()
+        weakref.finalize(self, alfworld_library.give_back, self._library)
+        self._library.load_sas(compiled["sas"].encode())
+        self._states: dict[tuple[int, frozenset[Proposition]], State] = {}
+        self._wording: dict[str, tuple[str, str, alfworld_text.Mapping]] = {}
+        self._wording_by_use: dict[tuple, str] = {}
+        self._commands_of: tuple[State | None, dict[str, _Command]] = (None, {})
+        self.start = self._state(frozenset())
+        self.intro = self._grammar.derive(compiled["intro"], {}, self._facts_at(self.start))
+
+    def step(self, state: State, command: str) -> tuple[State, str]:
+        """The state after `command` and the feedback; an inadmissible command leaves the state as it is."""
+        known = state.transitions.get(command)
+        if known is None:
+            operator = self._commands(state).get(command)
+            if operator is None:
+                return state, NOTHING_HAPPENS
+            known = self._apply(state, operator)
+            if len(self._states) < MAX_REMEMBERED_STATES:
+                state.transitions[command] = known
+        return known
+
+    def admissible(self, state: State) -> list[str]:
+        """The commands that do something in `state`, sorted."""
+        return sorted(self._commands(state))
+
+    def _state(self, changes: frozenset[Proposition]) -> State:
+        """The library's present state."""
+        number = self._library.get_state_id()
+        state = self._states.get((number, changes))
+        if state is None:
+            state = State(number, changes, self._library.check_goal())
+            if len(self._states) < MAX_REMEMBERED_STATES:
+                self._states[number, changes] = state
+        return state
+
+    def _facts_at(self, state: State) -> alfworld_text.Facts:
+        """The facts of a state by predicate, each worked out when it is asked for."""
+
+        @functools.cache
+        def facts(predicate: str) -> list[tuple[str, ...]]:
+            base, negation = self._facts.get(predicate, []), _negation(predicate)
+            added = {arguments for name, arguments in state.changes if name == predicate}
+            removed = {arguments for name, arguments in state.changes if name == negation}
+            return sorted((set(base) - removed) | added) if added or removed else base
+
+        return facts
+
+    def _apply(self, state: State, command: _Command) -> tuple[State, str]:
+        self._library.set_state_id(state.number)
+        effects = (alfworld_library.Atom * command.num_effects)()
+        self._library.apply_operator(command.number, effects)
+        changes = set(state.changes)
+        for effect in effects:
+            name, arguments = effect.proposition
+            changes.discard((_negation(name), arguments))
+            changes.add((name, arguments))
+        after = self._state(frozenset(changes))
+        feedback = self._actions[command.action]["feedback"]
+        return after, self._grammar.derive(feedback, command.mapping, self._facts_at(after))
+
+    def _commands(self, state: State) -> dict[str, _Command]:
+        """The applicable commands; where two operators read the same, the first stands, as in TextWorld."""
+        if self._commands_of[0] is state:
+            return self._commands_of[1]
+        self._library.set_state_id(state.number)
+        operators = (alfworld_library.Operator * self._library.get_applicable_operators_count())()
+        self._library.get_applicable_operators(operators)
+        commands: dict[str, _Command] = {}
+        for operator in operators:
+            text, action, mapping = self._word(operator.name, state)
+            if text not in commands:
+                commands[text] = _Command(operator.id, action, mapping, operator.nb_effect_atoms)
+        self._commands_of = (state, commands)
+        return commands
+
+    def _word(self, operator: str, state: State) -> tuple[str, str, alfworld_text.Mapping]:
+        """The command text, action and mapping of an operator such as `openobject agent1 loc_1 fridge_1`."""
+        known = self._wording.get(operator)
+        if known is not None:
+            return known
+        name, *arguments = operator.split()
+        action = self._actions[name]
+        mapping = {(p, t): argument for (p, t), argument in zip(action["parameters"], arguments, strict=False)}
+        mentioned = self._mentioned[name]
+        if mentioned is None:
+            return self._grammar.derive(action["template"], mapping, self._facts_at(state)), name, mapping
+        # Operators that differ only in what the command does not mention (where the agent comes from) read the same.
+        use = (name, tuple(value for (p, _), value in mapping.items() if p in mentioned))
+        if use not in self._wording_by_use:
+            self._wording_by_use[use] = self._grammar.derive(action["template"], mapping, self._facts_at(state))
+        self._wording[operator] = (self._wording_by_use[use], name, mapping)
+        return self._wording[operator]
+
+
+def _mentions(template: alfworld_text.Symbols, parameters: set[str], changing: set[str]) -> set[str] | None:
+    """The parameters that a command's wording depends on, or None when it may also depend on the state."""
+    mentioned: set[str] = set()
+    for kind, content, *rest in template:
+        if kind == "rule":
+            return None
+        if kind == "value":
+            mentioned |= parameters & set(re.findall(r"\w+", content))
+        for predicate, placeholders in (rest[0] if rest else None) or ():
+            names = {name for name, _ in placeholders}
+            if predicate in changing or not names <= parameters:
+                return None
+            mentioned |= names
+        if kind in ("each", "list"):
+            inside = _mentions([content], parameters, changing)
+            if inside is None:
+                return None
+            mentioned |= inside
+    return mentioned
+
+
+@functools.lru_cache(maxsize=LOADED_GAMES)
+def load_game(path: str, cache: str) -> Game:
+    """The game in file `path`, compiled into folder `cache` unless it is there; the last few games stay loaded.
+
+    Raises:
+        UserError: the file is missing, is not a game file, or its problem cannot be translated.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the game file {path}: {error.strerror}; restore the data.") from None
+    try:
+        return Game(compiled(content, cache))
+    except UserError as error:
+        raise UserError(f"the game file {path} cannot be played: {error}") from None
+
+
+def compiled(content: bytes, cache: str) -> dict[str, Any]:
+    """The compiled form of a game file's content, from folder `cache` or put there."""
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    target = Path(cache) / digest[:2] / f"{digest}-{alfworld_compile.COMPILER_VERSION}.json.z"
+    known = _read_compiled(target)
+    if known is not None:
+        return known
+    try:
+        made = alfworld_compile.compile_game(_fields(content))
+    except (UserError, KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # the translator exits the process on some malformed problems
+        raise UserError(f"{type(error).__name__}: {error}; restore or delete it.") from None
+    write_atomically(target, zlib.compress(json.dumps(made).encode()))
+    return made
+
+
+def _fields(content: bytes) -> dict[str, str]:
+    data = json.loads(content)
+    wanted = ("pddl_domain", "pddl_problem", "grammar")
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in wanted):
+        raise UserError(f"it lacks one of the texts {', '.join(wanted)}.")
+    return data
+
+
+def _read_compiled(path: Path) -> dict[str, Any] | None:
+    """A compiled game, or None when it is absent or damaged."""
+    try:
+        return json.loads(zlib.decompress(path.read_bytes()))
+    except (OSError, zlib.error, ValueError):
+        return None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or nothing. Raises UserError when the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free it or set env.data_dir.") from None

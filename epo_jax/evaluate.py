@@ -1,0 +1,38 @@
+"""Evaluation: every episode of a fixed split, once."""
+
+import jax
+
+from epo_jax.envs.base import Task
+from epo_jax.envs.pool import EnvPool
+from epo_jax.metrics import Row, evaluation_row
+from epo_jax.models.decoder import DecoderConfig, Params
+from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.rollout import Episode, RolloutConfig, collect
+from epo_jax.trajectory import Trajectory
+
+
+def evaluate(
+    split: str,
+    tasks: list[Task],
+    step: int,
+    pool: EnvPool,
+    tokenizer: ChatTokenizer,
+    model: DecoderConfig,
+    params: Params,
+    config: RolloutConfig,
+    temperature: float,
+    seed: int,
+) -> tuple[Row, list[Trajectory]]:
+    """Plays each of `tasks` once; the row of eval.jsonl and the trajectories in the order of `tasks`.
+
+    The sampling key depends on `seed` alone, so two evaluations of the same parameters agree.
+    """
+    episodes = [Episode(id=i, task=task, group=i) for i, task in enumerate(tasks)]
+    trajectories, stats = collect(
+        episodes, pool, tokenizer, model, params, jax.random.key(seed), config, temperature
+    )
+    row = evaluation_row(step, split, [(t.task["type"], t.won) for t in trajectories])
+    row["score"] = sum(t.score for t in trajectories) / len(trajectories)
+    row["turns"] = sum(len(t.actions) for t in trajectories) / len(trajectories)
+    row["seconds"] = stats.seconds
+    return row, trajectories

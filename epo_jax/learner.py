@@ -1,0 +1,285 @@
+"""One RL step as one compiled program: TrainState in, TrainState out.
+
+    make_train_step(config) -> (state, batch, hyper) -> (state, metrics)
+
+Inside: advantages, then for each epoch and mini-batch a loop over micro-batches that sums gradients, then one optimiser
+update. The loop stops at the last live row, so shapes never change and padding costs nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.value import init_critic, values
+from epo_jax.objectives import entropy
+from epo_jax.objectives.head import fused_log_prob_entropy
+from epo_jax.objectives.loss import (
+    EntropyHistory,
+    Episodes,
+    Estimate,
+    Hyper,
+    LossRows,
+    ObjectiveConfig,
+    epo_loss,
+    estimate,
+    loss_rows,
+    record,
+    smoothing_terms,
+)
+from epo_jax.objectives.value import value_loss
+from epo_jax.trajectory import TokenBatch
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW under a linear warm-up and a cosine that ends at `floor_ratio * lr`; `updates` in the whole run."""
+
+    lr: float
+    updates: int
+    warmup_ratio: float = 0.1
+    floor_ratio: float = 0.2
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """Everything static about a train step.
+
+    Attributes:
+        model: the policy's shape; the critic's too.
+        objective: the loss's variants.
+        optim, critic_optim: optimisers; a critic exists when `critic_optim` is given.
+        reference: keep the initial policy for a KL term.
+        epochs: passes over a batch.
+        micro_rows: rows per forward and backward pass.
+        total_steps: RL steps of the run (K of the phase schedule).
+        temperature: of the sampling distribution.
+    """
+
+    model: DecoderConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    critic_optim: OptimConfig | None
+    reference: bool
+    epochs: int
+    micro_rows: int
+    total_steps: int
+    temperature: float
+
+
+class TrainState(NamedTuple):
+    """Everything a resumed run needs on the device. `critic` and `reference` are empty dicts where they are not used."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    critic: Params
+    critic_opt_state: optax.OptState
+    reference: Params
+    history: EntropyHistory
+
+
+class Inputs(NamedTuple):
+    """What the models read of some rows; the fields are those of `TokenBatch`."""
+
+    tokens: Int[Array, "R T"]
+    positions: Int[Array, "R T"]
+    segment_ids: Int[Array, "R T"]
+    index: Int[Array, "R P"]
+    label: Int[Array, "R P"]
+
+
+class Rows(NamedTuple):
+    """One mini-batch, all leaves [R, ...]; a micro-batch is a slice along R."""
+
+    inputs: Inputs
+    loss: LossRows
+    old_value: Float[Array, "R P"]
+    returns: Float[Array, "R P"]
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    warmup = int(config.warmup_ratio * config.updates)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=config.lr / (warmup + 1),
+        peak_value=config.lr,
+        warmup_steps=warmup,
+        decay_steps=max(config.updates, warmup + 1),
+        end_value=config.floor_ratio * config.lr,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+
+
+def init_state(config: LearnerConfig, params: Params) -> TrainState:
+    """The state before the first RL step, of a policy with `params`."""
+    objective = config.objective
+    per_turn = objective.max_turns if objective.history_index == "turn" else None
+    critic = init_critic(params) if config.critic_optim else {}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config.optim).init(params),
+        critic=critic,
+        critic_opt_state=make_optimizer(config.critic_optim).init(critic) if config.critic_optim else (),
+        reference=jax.tree.map(jnp.copy, params) if config.reference else {},
+        history=entropy.init_history(config.total_steps, per_turn),
+    )
+
+
+def policy_statistics(
+    model: DecoderConfig, params: Params, rows: Inputs, temperature: float
+) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
+    """Log-probability of every policy token and entropy of its distribution, nats."""
+    module = bind(model, params)
+    hidden = module(rows.tokens, rows.positions, rows.segment_ids)
+    chosen = jnp.take_along_axis(hidden, rows.index[..., None], axis=1)
+    head = module.output_embedding().astype(chosen.dtype)
+    flat = fused_log_prob_entropy(chosen.reshape(-1, chosen.shape[-1]), head, rows.label.ravel(), temperature)
+    return tuple(x.reshape(rows.label.shape) for x in flat)
+
+
+def over_micro_batches(fn: Callable, rows, live: Int[Array, ""], micro_rows: int, start):
+    """Folds `carry = fn(carry, micro_batch, first_row)` over the live rows, `micro_rows` at a time."""
+
+    def body(i, carry):
+        first = i * micro_rows
+        micro = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, micro_rows), rows)
+        return fn(carry, micro, first)
+
+    return jax.lax.fori_loop(0, (live + micro_rows - 1) // micro_rows, body, start)
+
+
+def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int):
+    """(gradient, metric sums) of `loss(params, micro_batch) -> (loss, sums)` added up over a mini-batch."""
+    gradient = jax.grad(loss, has_aux=True)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[:micro_rows], rows))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(carry, micro, _):
+        return jax.tree.map(jnp.add, carry, gradient(params, micro))
+
+    return over_micro_batches(body, rows, live, micro_rows, zeros)
+
+
+def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]:
+    """The jitted RL step. The state is donated: the one passed in must not be used again."""
+    objective, micro_rows = config.objective, config.micro_rows
+    optimizer = make_optimizer(config.optim)
+    critic_optimizer = make_optimizer(config.critic_optim) if config.critic_optim else None
+
+    def per_policy_token(fn: Callable, batch: TokenBatch) -> Float[Array, "M R P"]:
+        """`fn(micro_batch) -> [rows, P]` over every live row, without gradient."""
+
+        def one_mini(_, m):
+            inputs = (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)
+            mini = Inputs(*jax.tree.map(lambda x: x[m], inputs))
+
+            def body(out, micro, first):
+                return jax.lax.dynamic_update_slice_in_dim(out, fn(micro), first, 0)
+
+            zeros = jnp.zeros(batch.policy_mask.shape[1:], jnp.float32)
+            return None, over_micro_batches(body, mini, batch.rows[m], micro_rows, zeros)
+
+        _, out = jax.lax.scan(one_mini, None, jnp.arange(batch.rows.shape[0]))
+        return out * batch.policy_mask
+
+    def reference_log_prob(state: TrainState, batch: TokenBatch) -> Float[Array, "M R P"]:
+        if not config.reference:
+            return jnp.zeros_like(batch.policy_mask)
+        return per_policy_token(
+            lambda micro: policy_statistics(config.model, state.reference, micro, config.temperature)[0], batch
+        )
+
+    def critic_values(state: TrainState, batch: TokenBatch) -> Float[Array, "M R P"]:
+        if not critic_optimizer:
+            return jnp.zeros_like(batch.policy_mask)
+        return per_policy_token(lambda micro: values(config.model, state.critic, *micro[:4]), batch)
+
+    def advantages(batch: TokenBatch, data: dict, hyper: Hyper) -> Estimate:
+        shape = batch.policy_mask.shape
+        by_token = (
+            batch.policy_mask, batch.trajectory, batch.turn, batch.reward, batch.valid,
+            data["value"], batch.behaviour_log_prob, data["ref_log_prob"], batch.behaviour_entropy,
+        )  # fmt: skip
+        flat = (x.reshape(-1, shape[-1]) for x in by_token)
+        episodes = Episodes(*flat, returns=batch.returns, group=batch.group, anchor=batch.anchor)
+        return jax.tree.map(lambda x: x.reshape(shape), estimate(episodes, hyper, objective))
+
+    @jax.named_scope("train_step")
+    def train_step(state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        data = {"ref_log_prob": reference_log_prob(state, batch), "value": critic_values(state, batch)}
+        estimated = advantages(batch, data, hyper)
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+
+        def update(carry, step_and_mini):
+            params, opt_state, critic, critic_opt_state = carry
+            i, m = step_and_mini
+            by_row = batch._replace(rows=None, returns=None, group=None, anchor=None)
+            b, known, estimates = jax.tree.map(lambda x: x[m], (by_row, data, estimated))
+            weighted = loss_rows(
+                estimates.policy_mask, b.trajectory, b.turn, b.behaviour_log_prob, known["ref_log_prob"],
+                estimates.advantage, hyper, objective, behaviour_log_prob=b.behaviour_log_prob,
+                behaviour_entropy=b.behaviour_entropy, key=jax.random.fold_in(key, i),
+            )  # fmt: skip
+            terms = smoothing_terms(
+                state.history, state.step, config.total_steps, b.behaviour_entropy, weighted, hyper, objective
+            )
+            inputs = Inputs(b.tokens, b.positions, b.segment_ids, b.index, b.label)
+            rows = Rows(inputs, weighted, known["value"], estimates.returns)
+
+            def policy_objective(params, micro: Rows):
+                log_prob, token_entropy = policy_statistics(config.model, params, micro.inputs, config.temperature)
+                return epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective)
+
+            gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
+            metrics["grad_norm"] = optax.global_norm(gradient)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if critic_optimizer:
+
+                def critic_objective(critic, micro: Rows):
+                    value = values(config.model, critic, *micro.inputs[:4])
+                    loss, clipped = value_loss(value, micro.old_value, micro.returns, hyper.value_clip)
+                    total = hyper.value_coef * (micro.loss.mean_weight * loss).sum()
+                    return total, {"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}
+
+                gradient, critic_metrics = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
+                updates, critic_opt_state = critic_optimizer.update(gradient, critic_opt_state, critic)
+                critic = optax.apply_updates(critic, updates)
+                metrics |= critic_metrics
+            metrics |= {"beta": terms.beta, "lam": terms.lam}
+            return (params, opt_state, critic, critic_opt_state), metrics
+
+        mini_batches = jnp.tile(jnp.arange(batch.rows.shape[0]), config.epochs)
+        carry = (state.params, state.opt_state, state.critic, state.critic_opt_state)
+        carry, metrics = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
+        metrics = jax.tree.map(jnp.mean, metrics)
+
+        # The corridor that this step saw, before its own entropy joins the history.
+        center = entropy.center(state.history, objective.history, hyper.window, hyper.ema_decay)
+        sampled = (batch.behaviour_entropy, batch.policy_mask, batch.turn)
+        flat = (x.reshape(-1, x.shape[-1]) for x in sampled)
+        history = record(state.history, *flat, hyper, objective)
+        policy_tokens = batch.policy_mask.sum()
+        metrics |= {
+            "behaviour_entropy": (batch.behaviour_entropy * batch.policy_mask).sum() / policy_tokens,
+            "corridor_center": center.value.mean(),
+            "advantage_rms": jnp.sqrt(jnp.square(estimated.advantage).sum() / policy_tokens),
+        }
+        return TrainState(state.step + 1, *carry, state.reference, history), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

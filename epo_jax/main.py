@@ -1,0 +1,270 @@
+"""Trains an agent with EPO.
+
+    python -m epo_jax.main --config=configs/alfworld.py:laptop --workdir=runs/alfworld
+
+Read `main` from top to bottom: it is the whole run.
+"""
+
+import random
+import sys
+import time
+
+import jax
+import numpy as np
+
+from epo_jax import checkpoint, figures, rollout, sft
+from epo_jax.command import open_workdir, parse, run
+from epo_jax.envs.base import Task, environment
+from epo_jax.envs.pool import EnvPool
+from epo_jax.errors import UserError
+from epo_jax.evaluate import evaluate
+from epo_jax.learner import LearnerConfig, OptimConfig, init_state, make_train_step
+from epo_jax.metrics import MetricWriter, evaluation_table, progress_line, seconds_left
+from epo_jax.models import weights
+from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params
+from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
+from epo_jax.objectives import registry
+from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.trajectory import pack
+
+
+def main(argv: list[str]) -> None:
+    # ---------------------------------------------------------------- the run: refuse bad input before anything is written
+    command = parse(argv)
+    config, workdir = command.config, command.workdir
+    objective, hyper = objective_and_hyper(config)
+    if config.model.path:
+        tokenizer, model, params = load_pretrained(config)
+    env_options = config.env.to_dict()
+    env = environment(config.env.name)
+    env.prepare(env_options)
+    train_tasks = env.list_tasks("train", env_options)
+    eval_tasks = {split: env.list_tasks(split, env_options) for split in config.eval.splits}
+    open_workdir(command)
+    print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
+
+    # ---------------------------------------------------------------- experts, tokenizer, model
+    demonstrations = []
+    if config.warm_start.episodes and not command.resume:
+        chosen = random.Random(config.seed).sample(train_tasks, min(config.warm_start.episodes, len(train_tasks)))
+        demonstrations = env.demonstrations(chosen, env_options)
+    if command.resume:
+        tokenizer = load_tokenizer(workdir / "tokenizer")
+    else:
+        if config.warm_start.copies:
+            demonstrations = env.rename(demonstrations, config.warm_start.copies, config.seed)
+        if not config.model.path:
+            texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style) for text in pair]
+            tokenizer = train_tokenizer(texts, config.model.vocab_size)
+        tokenizer.save(workdir / "tokenizer")
+    if not config.model.path:
+        model = decoder_config(config.model, tokenizer.vocab_size)
+        params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(config.seed))
+        params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
+    print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
+
+    # ---------------------------------------------------------------- warm start
+    if demonstrations:
+        params = clone_experts(config, model, tokenizer, params, demonstrations)
+
+    # ---------------------------------------------------------------- learner
+    learner = learner_config(config, model, objective)
+    state = init_state(learner, params)
+    train_step = make_train_step(learner)
+    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
+    if command.resume:
+        state = checkpoint.restore(manager, state)
+    first_step = int(state.step)
+
+    # ---------------------------------------------------------------- rollout
+    settings = rollout.RolloutConfig(
+        slots=config.rollout.slots,
+        max_turns=config.env.max_turns,
+        max_tokens=config.agent.max_tokens,
+        max_policy_tokens=config.train.rows_policy_tokens,
+        response_tokens=config.agent.response_tokens,
+        style=config.agent.style,
+    )
+    num_episodes = config.rollout.groups * config.rollout.group_size
+
+    with EnvPool(config.env.name, env_options, config.env.workers) as pool, MetricWriter(workdir, first_step) as writer:
+
+        def evaluate_all(step: int) -> None:
+            for split, tasks in eval_tasks.items():
+                row, _ = evaluate(
+                    split, tasks, step, pool, tokenizer, model, state.params, settings, config.eval.temperature, config.seed
+                )
+                print(evaluation_table(writer.evaluation(row)), flush=True)
+
+        # ------------------------------------------------------------ the loop
+        if config.eval.before and first_step == 0:
+            evaluate_all(0)
+        if first_step == 0:
+            checkpoint.save(manager, state)
+        durations = []
+        for step in range(first_step, config.train.steps):
+            started = time.perf_counter()
+            episodes = [
+                rollout.Episode(id=step * num_episodes + i, task=task, group=i // config.rollout.group_size)
+                for i, task in enumerate(
+                    task
+                    for task in step_tasks(train_tasks, config.seed, step, config.rollout.groups)
+                    for _ in range(config.rollout.group_size)
+                )
+            ]
+            trajectories, stats = rollout.collect(
+                episodes,
+                pool,
+                tokenizer,
+                model,
+                state.params,
+                jax.random.key(config.seed + 1),
+                settings,
+                config.rollout.temperature,
+            )
+            rolled_out = time.perf_counter()
+            order = np.random.default_rng([config.seed, step]).permutation(num_episodes)
+            batch = pack(
+                trajectories,
+                config.train.rows_tokens,
+                config.train.rows_policy_tokens,
+                config.env.max_turns,
+                config.algo.mini_batches,
+                config.algo.micro_batch_rows,
+                order,
+            )
+            state, metrics = train_step(state, batch, hyper)
+            metrics = {name: float(value) for name, value in metrics.items()}
+            updated = time.perf_counter()
+
+            center = metrics["corridor_center"]
+            row = writer.train(
+                {
+                    "step": step,
+                    "success": np.mean([t.won for t in trajectories]),
+                    "reward": batch.returns.mean(),
+                    "score": np.mean([t.score for t in trajectories]),
+                    "turns": np.mean([len(t.actions) for t in trajectories]),
+                    "invalid_actions": 1.0 - np.mean([v for t in trajectories for v in t.valid]),
+                    "tokens": np.mean([len(t.tokens) for t in trajectories]),
+                    "truncated": np.mean([t.truncated for t in trajectories]),
+                    "corridor_low": config.epo.kappa_l * center if step else None,
+                    "corridor_high": config.epo.kappa_r * center if step else None,
+                    "tokens_per_second": stats.policy_tokens / stats.seconds,
+                    "rollout_seconds": rolled_out - started,
+                    "update_seconds": updated - rolled_out,
+                    "prefill_seconds": stats.prefill_seconds,
+                    "decode_seconds": stats.decode_seconds,
+                    "env_wait_seconds": stats.env_wait_seconds,
+                    "env_steps": stats.env_steps,
+                    "env_restarts": pool.restarts,
+                    "rows": int(batch.rows.sum()),
+                    **metrics,
+                    "entropy": metrics["behaviour_entropy"],
+                }
+            )
+            done = step + 1
+            durations.append(updated - started)
+            print(progress_line(row, config.train.steps, seconds_left(durations, config.train.steps - done)), flush=True)
+            last = done == config.train.steps
+            if last or (config.eval.every and done % config.eval.every == 0):
+                evaluate_all(done)
+            if last or done % config.checkpoint.every == 0:
+                checkpoint.save(manager, state)
+
+    # ---------------------------------------------------------------- results
+    manager.close()
+    for path in figures.draw(workdir):
+        print(f"wrote {path}")
+
+
+def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Task]:
+    """The tasks of RL step `step`: the training split in an order shuffled anew for each pass over it."""
+    chosen = []
+    for position in range(step * groups, (step + 1) * groups):
+        epoch, place = divmod(position, len(tasks))
+        chosen.append(tasks[np.random.default_rng([seed, epoch]).permutation(len(tasks))[place]])
+    return chosen
+
+
+def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
+    """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names."""
+    folder = weights.resolve(config.model.path)
+    model = weights.read_config(folder, config.model.dtype, config.model.remat)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but config.json a vocab_size of {model.vocab_size}; "
+            "take both from the same model."
+        )
+    return tokenizer, model, jax.device_put(weights.load_params(folder, model))
+
+
+def clone_experts(config, model, tokenizer, params, demonstrations):
+    """The warm start, with a line now and then; returns the cloned parameters."""
+    settings = config.warm_start
+    trajectories = [sft.to_trajectory(d, tokenizer, config.agent.style) for d in demonstrations]
+    fitting = [t for t in trajectories if len(t.tokens) <= config.train.rows_tokens]
+    tokens = [len(t.tokens) for t in fitting]
+    print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)
+    optim = OptimConfig(settings.lr, settings.steps, weight_decay=config.optim.weight_decay, floor_ratio=0.1, b2=0.98)
+    rows = max(1, settings.batch_tokens // config.train.rows_tokens)
+    cloning = sft.warm_start(
+        params, fitting, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed
+    )
+    started = time.perf_counter()
+    for step, (cloned, cross_entropy) in enumerate(cloning, start=1):
+        params = cloned
+        if step % max(1, settings.steps // 10) == 0:
+            seconds = time.perf_counter() - started
+            told = f"warm start {step}/{settings.steps}  cross-entropy {cross_entropy:.3f} nats/token  {seconds:.0f} s"
+            print(told, flush=True)
+    return params
+
+
+def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
+    """The objective of the arm that `algo.name` names, with the config's choices and coefficients."""
+    algo, epo = config.algo, config.epo
+    objective = ObjectiveConfig(
+        aggregation=algo.aggregation,
+        kl=algo.kl_kind if algo.kl_coef else "none",
+        penalty=epo.penalty,
+        penalty_scope=epo.scope,
+        history=epo.history,
+        history_index=epo.history_index,
+        phase=epo.phase,
+        turn_gate=epo.turn_gate,
+        entropy_aggregation=epo.aggregation,
+        num_trajectories=config.rollout.groups * config.rollout.group_size,
+        max_turns=config.env.max_turns,
+        max_tokens=config.agent.max_tokens,
+    )
+    coefficients = {**epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
+    hyper = Hyper(**{name: value for name, value in coefficients.items() if name in Hyper._fields})
+    objective, hyper = registry.arm(algo.name, objective, hyper)
+    return objective, jax.tree.map(np.float32, hyper)
+
+
+def learner_config(config, model, objective: ObjectiveConfig) -> LearnerConfig:
+    """What is static about the run's train step."""
+    algo = config.algo
+    updates = config.train.steps * algo.epochs * algo.mini_batches
+
+    def optim(lr: float) -> OptimConfig:
+        return OptimConfig(updates=updates, **{**config.optim.to_dict(), "lr": lr})
+
+    return LearnerConfig(
+        model=model,
+        objective=objective,
+        optim=optim(config.optim.lr),
+        critic_optim=optim(algo.critic_lr) if objective.estimator == "gae" else None,
+        reference=objective.kl != "none",
+        epochs=algo.epochs,
+        micro_rows=algo.micro_batch_rows,
+        total_steps=config.train.steps,
+        temperature=config.rollout.temperature,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,1 @@
+"""Decoder language models: parameters, caches, tokens. Knows nothing of objectives or environments."""

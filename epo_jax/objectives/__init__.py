@@ -1,0 +1,1 @@
+"""Losses and advantages as pure functions of arrays. Knows nothing of models or environments."""

@@ -1,0 +1,161 @@
+"""Entropy terms, and the entropy controls that people use beside or instead of EPO.
+
+Four places where a control can act, each with one signature, so that `registry` can list them by name:
+
+    shaper(advantage, episodes, hyper, objective) -> advantage                           once, before training
+    token control(rows, key, hyper) -> rows                                              once per mini-batch
+    entropy term(entropy, rows, smoothing, hyper, objective) -> (loss, penalty)          in the loss
+    coefficient(history, hyper) -> lam                                                   once per RL step
+
+Anything that a whole mini-batch decides (a mean inside a square, a quantile) is decided from the entropies as they were
+sampled, so the loss stays a sum over tokens and no split into micro-batches changes it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from epo_jax.objectives import policy
+from epo_jax.objectives.advantages import turn_sums
+from epo_jax.objectives.entropy import corridor_penalty
+from epo_jax.objectives.spec import EntropyHistory, Episodes, Hyper, LossRows, ObjectiveConfig, Smoothing
+
+TermAndPenalty = tuple[Float[Array, ""], Float[Array, "B T"]]
+
+
+# Entropy terms
+
+
+def smoothness_penalty(
+    entropy: Float[Array, "B T"], rows: LossRows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
+) -> Float[Array, "B T"]:
+    """The corridor penalty P per token (alpha not included), 0 before there is a history or while the gate is shut."""
+    index = rows.turn if objective.history_index == "turn" else jnp.zeros_like(rows.turn)
+    center, active = smoothing.center[index], smoothing.known[index]
+    if objective.turn_gate:
+        active *= (rows.turn >= objective.max_turns // 2).astype(jnp.float32)
+    if objective.penalty_scope == "batch":
+        # The side of the corridor comes from the mean as sampled; on that side P is linear in every token's entropy.
+        measured = entropy + jax.lax.stop_gradient(smoothing.batch_entropy - entropy)
+    else:
+        measured = policy.scope_mean(
+            entropy, rows.entropy_weight, rows.trajectory, rows.turn,
+            objective.num_trajectories, objective.max_turns, objective.penalty_scope,
+        )  # fmt: skip
+    return active * corridor_penalty(measured, center, hyper.kappa_l, hyper.kappa_r, objective.penalty)
+
+
+def epo_term(
+    entropy: Float[Array, "B T"], rows: LossRows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
+) -> TermAndPenalty:
+    """EPO: -lam * (L_H - beta * L_smooth), L_H and L_smooth the weighted means of H and of alpha * P (eq. 2-5)."""
+    penalty = smoothness_penalty(entropy, rows, smoothing, hyper, objective)
+    inner = entropy - smoothing.beta * hyper.alpha * penalty
+    return -smoothing.lam * (rows.entropy_weight * inner).sum(), penalty
+
+
+def siren_term(
+    entropy: Float[Array, "B T"], rows: LossRows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
+) -> TermAndPenalty:
+    """SIREN (arXiv 2509.25133): lam * (mean entropy - anchor)^2 over the tokens of peak entropy, whose anchor is the
+    first step's mean (history `initial`). The square is linearised at the mean as sampled."""
+    gap = (smoothing.batch_entropy - smoothing.center[0]) * smoothing.known[0]
+    square = jnp.square(gap) + 2.0 * gap * (entropy - smoothing.batch_entropy)
+    return smoothing.lam * (rows.entropy_weight * square).sum(), jnp.zeros_like(entropy)
+
+
+def peak_mask(
+    entropy: Float[Array, "B T"], policy_mask: Float[Array, "B T"], quantile: Float[Array, ""] | float
+) -> Float[Array, "B T"]:
+    """1 on the policy tokens at or above the given quantile of entropy."""
+    return largest(entropy, policy_mask, 1.0 - quantile)
+
+
+def largest(x: Float[Array, "B T"], mask: Float[Array, "B T"], fraction: Float[Array, ""] | float):
+    """1 on the given fraction of masked entries with the largest x, at least one (with ties, all of them)."""
+    ordered = jnp.sort(jnp.where(mask > 0, x, -jnp.inf).ravel())[::-1]
+    count = jnp.maximum(jnp.floor(fraction * mask.sum() + 1e-4).astype(jnp.int32), 1)
+    return jnp.where((x >= ordered[count - 1]) & (mask > 0), 1.0, 0.0)
+
+
+# Coefficients
+
+
+def fixed_coefficient(history: EntropyHistory, hyper: Hyper) -> Float[Array, ""]:
+    """lam, the same at every step."""
+    return jnp.asarray(hyper.lam, jnp.float32)
+
+
+def target_coefficient(history: EntropyHistory, hyper: Hyper) -> Float[Array, ""]:
+    """Adaptive coefficient (Skywork-OR1, arXiv 2505.22312): from `lam`, up by `target_delta` after a step whose entropy
+    was below `target_entropy`, down after one above, never negative, and off while the last entropy is above.
+
+    A function of the history alone: a resumed run continues with the same coefficient and there is no other state.
+    """
+
+    def move(coefficient, entry):
+        mean, observed = entry
+        moved = jnp.maximum(coefficient + hyper.target_delta * jnp.sign(hyper.target_entropy - mean), 0.0)
+        return jnp.where(observed > 0, moved, coefficient), None
+
+    means = (history.values * history.observed).sum(1) / jnp.maximum(history.observed.sum(1), 1.0)
+    coefficient, _ = jax.lax.scan(move, jnp.asarray(hyper.lam, jnp.float32), (means, history.observed.max(1)))
+    above = means[jnp.maximum(history.count - 1, 0)] > hyper.target_entropy
+    return jnp.where((history.count > 0) & above, 0.0, coefficient)
+
+
+# Shapers
+
+
+def entropy_shaped(
+    advantage: Float[Array, "B T"], episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig
+) -> Float[Array, "B T"]:
+    """EA (arXiv 2506.14758): A + min(shaping_scale * H, |A| / shaping_kappa), H as sampled and without gradient."""
+    bonus = jax.lax.stop_gradient(hyper.shaping_scale * episodes.entropy)
+    return advantage + jnp.minimum(bonus, jnp.abs(advantage) / hyper.shaping_kappa)
+
+
+def empg(
+    advantage: Float[Array, "B T"], episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig
+) -> Float[Array, "B T"]:
+    """EMPG (arXiv 2509.09265): confident turns weigh more, and turns that lead to a confident one get a bonus.
+
+    With h the turn's mean entropy scaled to [0, 1] over the batch: A g(h_t) + empg_bonus f(h_{t+1}), f(h) =
+    exp(-empg_sharpness h), g = f over its mean, then centred over policy tokens. The last turn has no bonus.
+    """
+    shape, index = (objective.num_trajectories, objective.max_turns), (episodes.trajectory, episodes.turn)
+    tokens = turn_sums(episodes.policy_mask, *index, shape)
+    present = tokens > 0
+    entropy = turn_sums(episodes.entropy * episodes.policy_mask, *index, shape) / jnp.maximum(tokens, 1.0)
+    low = jnp.where(present, entropy, jnp.inf).min()
+    high = jnp.where(present, entropy, -jnp.inf).max()
+    clarity = jnp.where(present, jnp.exp(-hyper.empg_sharpness * (entropy - low) / (high - low + 1e-8)), 0.0)
+    scale = clarity * present.sum().astype(jnp.float32) / (clarity.sum() + 1e-8)
+    bonus = jnp.pad(clarity[:, 1:], ((0, 0), (0, 1)))
+    shaped = advantage * scale[index] + hyper.empg_bonus * bonus[index]
+    mean = (shaped * episodes.policy_mask).sum() / jnp.maximum(episodes.policy_mask.sum(), 1.0)
+    return shaped - mean
+
+
+# Token controls
+
+
+def covariance(rows: LossRows) -> Float[Array, "B T"]:
+    """Each token's share of the covariance of log-probability and advantage (arXiv 2505.22617), as sampled."""
+    log_prob = rows.old_log_prob - (rows.old_log_prob * rows.mean_weight).sum()
+    return log_prob * (rows.advantage - (rows.advantage * rows.mean_weight).sum())
+
+
+def clip_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
+    """Clip-Cov: a random `cov_fraction` of the tokens, drawn from those with covariance in (cov_low, cov_high), gives
+    no policy gradient."""
+    share = covariance(rows)
+    band = jnp.where((share > hyper.cov_low) & (share < hyper.cov_high), rows.policy_mask, 0.0)
+    drawn = largest(jax.random.uniform(key, band.shape) * band, rows.policy_mask, hyper.cov_fraction) * band
+    return rows._replace(surrogate_weight=rows.surrogate_weight * (1.0 - drawn))
+
+
+def kl_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
+    """KL-Cov: the `cov_fraction` of tokens with the largest covariance pays `cov_coef` * |log pi - log pi_old|."""
+    chosen = largest(covariance(rows), rows.policy_mask, hyper.cov_fraction)
+    return rows._replace(divergence_weight=rows.weight * chosen * hyper.cov_coef)

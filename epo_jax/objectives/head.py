@@ -1,0 +1,139 @@
+"""The fused head: log-probability and entropy of policy tokens without ever holding [tokens, V] logits.
+
+The forward pass keeps a few numbers a token; the backward pass recomputes each chunk's logits and uses the closed form
+
+    d logits = ( g_logp * (onehot(label) - p) - g_H * p * (log p + H) ) / temperature
+
+so that peak memory is one chunk's [V, chunk] and not the batch's. Logits are laid out [V, chunk], as
+embedding @ hidden.T: on a CPU that orientation is the faster one, and elsewhere it makes no difference.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from epo_jax.objectives.spec import Scalar
+
+
+def log_prob_entropy_from_logits(
+    logits: Float[Array, "*N V"], labels: Int[Array, "*N"], temperature: Scalar = 1.0, top_p: float | None = None
+) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
+    """Log-probability of `labels` and entropy (nats), float32, of softmax(logits / temperature).
+
+    Words masked with -inf have probability zero and add nothing to the entropy. With `top_p`, the entropy is that of
+    the nucleus (see `fused_log_prob_entropy`); the log-probability stays that of the whole distribution.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    log_q = log_p if top_p is None else jax.nn.log_softmax(_nucleus(log_p, top_p, axis=-1), axis=-1)
+    entropy = -(jnp.exp(log_q) * jnp.where(jnp.isneginf(log_q), 0.0, log_q)).sum(-1)
+    return jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0], entropy
+
+
+def fused_log_prob_entropy(
+    hidden: Float[Array, "N D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, " N"],
+    temperature: Scalar = 1.0,
+    chunk: int = 512,
+    top_p: float | None = None,
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Log-probability of `labels` and entropy (nats), float32, of softmax(embedding @ hidden / temperature).
+
+    Tokens are handled `chunk` at a time. Gradients flow to `hidden` and `embedding`; the temperature belongs to the
+    sampler and gets none. With `top_p`, the entropy is that of the nucleus: the likeliest words that together hold at
+    least `top_p`, renormalised, the set itself being a constant of the gradient (SIREN's first mask).
+    """
+    num_tokens = labels.shape[0]
+    chunk = max(min(chunk, num_tokens), 1)
+    padding = -num_tokens % chunk
+    chunks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+    chunk_labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)
+    log_prob, entropy = _head(top_p, chunks, embedding, chunk_labels, jnp.asarray(temperature, jnp.float32))
+    return log_prob.ravel()[:num_tokens], entropy.ravel()[:num_tokens]
+
+
+def fused_full_kl(
+    hidden: Float[Array, "N D"],
+    embedding: Float[Array, "V D"],
+    ref_hidden: Float[Array, "N D"],
+    ref_embedding: Float[Array, "V D"],
+    temperature: Scalar = 1.0,
+    chunk: int = 512,
+) -> Float[Array, " N"]:
+    """KL(pi || pi_ref) over the whole vocabulary, nats per token, in chunks recomputed by the backward pass."""
+    num_tokens, width = hidden.shape
+    chunk = max(min(chunk, num_tokens), 1)
+
+    @jax.checkpoint
+    def divergence(pair):
+        log_p = jax.nn.log_softmax(_logits(embedding, pair[0], temperature), axis=0)
+        log_q = jax.nn.log_softmax(_logits(ref_embedding, pair[1], temperature), axis=0)
+        return (jnp.exp(log_p) * (log_p - log_q)).sum(0)
+
+    def split(x):
+        return jnp.pad(x, ((0, -num_tokens % chunk), (0, 0))).reshape(-1, chunk, width)
+
+    return jax.lax.map(divergence, (split(hidden), split(ref_hidden))).ravel()[:num_tokens]
+
+
+def _nucleus(log_p, top_p, axis):
+    """log_p with -inf outside the smallest set of likeliest words that holds at least top_p."""
+    ordered = jnp.flip(jnp.sort(jax.lax.stop_gradient(log_p), axis=axis), axis=axis)
+    before = jnp.cumsum(jnp.exp(ordered), axis=axis) - jnp.exp(ordered)
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=axis, keepdims=True)
+    return jnp.where(log_p >= least, log_p, -jnp.inf)
+
+
+def _logits(embedding, hidden, temperature):
+    return jnp.matmul(embedding, hidden.T, preferred_element_type=jnp.float32) / temperature
+
+
+def _log_nucleus(log_p, top_p):
+    """Log-probabilities [V, chunk] of the distribution whose entropy is taken, -inf where it has none."""
+    return log_p if top_p is None else jax.nn.log_softmax(_nucleus(log_p, top_p, axis=0), axis=0)
+
+
+def _statistics(top_p, embedding, hidden, labels, temperature):
+    """(log-probability, entropy, log-normaliser), each [chunk]."""
+    logits = _logits(embedding, hidden, temperature)
+    log_z = jax.nn.logsumexp(logits, axis=0)
+    chosen = jnp.take_along_axis(logits, labels[None], axis=0)[0]
+    log_q = _log_nucleus(logits - log_z[None], top_p)
+    entropy = -(jnp.exp(log_q) * jnp.where(jnp.isneginf(log_q), 0.0, log_q)).sum(0)
+    return chosen - log_z, entropy, log_z
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head(top_p, chunks, embedding, labels, temperature):
+    return _head_forward(top_p, chunks, embedding, labels, temperature)[0]
+
+
+def _head_forward(top_p, chunks, embedding, labels, temperature):
+    log_prob, entropy, log_z = jax.lax.map(
+        lambda chunk: _statistics(top_p, embedding, *chunk, temperature), (chunks, labels)
+    )
+    return (log_prob, entropy), (chunks, embedding, labels, temperature, log_z, entropy)
+
+
+def _head_backward(top_p, residuals, cotangents):
+    chunks, embedding, labels, temperature, log_z, entropy = residuals
+
+    def step(embedding_gradient, chunk):
+        hidden, label, log_z, entropy, g_log_prob, g_entropy = chunk
+        log_p = _logits(embedding, hidden, temperature) - log_z[None]
+        log_q = _log_nucleus(log_p, top_p)
+        surprise = jnp.where(jnp.isneginf(log_q), 0.0, log_q) + entropy[None]
+        gradient = -g_log_prob[None] * jnp.exp(log_p) - g_entropy[None] * jnp.exp(log_q) * surprise
+        gradient = gradient.at[label, jnp.arange(label.size)].add(g_log_prob)
+        gradient = (gradient / temperature).astype(embedding.dtype)
+        embedding_gradient += jnp.matmul(gradient, hidden, preferred_element_type=jnp.float32)
+        return embedding_gradient, jnp.matmul(gradient.T, embedding).astype(hidden.dtype)
+
+    start = jnp.zeros(embedding.shape, jnp.float32)
+    embedding_gradient, hidden_gradient = jax.lax.scan(step, start, (chunks, labels, log_z, entropy, *cotangents))
+    return hidden_gradient, embedding_gradient.astype(embedding.dtype), None, jnp.zeros_like(temperature)
+
+
+_head.defvjp(_head_forward, _head_backward)

@@ -1,0 +1,172 @@
+"""From sampled episodes to L_EPO, in the order a train step calls it.
+
+estimate(episodes, ...)          once per RL step: advantages
+loss_rows(...)                   once per mini-batch: every average becomes a weight per token
+smoothing_terms(history, ...)    once per mini-batch: where the corridor lies and how much it weighs
+epo_loss(log_prob, entropy, ...) per micro-batch: losses and metric sums that add up to the mini-batch's
+record(history, ...)             once per RL step, after the update: the step's entropy joins the history
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from epo_jax.objectives import advantages, controls, entropy, policy, registry
+from epo_jax.objectives.advantages import Estimate
+from epo_jax.objectives.spec import EntropyHistory, Episodes, Hyper, LossRows, ObjectiveConfig, Smoothing, Step
+
+__all__ = [
+    "EntropyHistory", "Episodes", "Estimate", "Hyper", "LossRows", "ObjectiveConfig", "Smoothing",
+    "epo_loss", "estimate", "loss_rows", "record", "smoothing_terms",
+]  # fmt: skip
+
+
+def estimate(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig) -> Estimate:
+    """Advantages of a whole RL step's episodes, with the KL in the reward, the format penalty and the shaping that the
+    objective asks for. Train on the `policy_mask` returned: it leaves out what DAPO drops."""
+    shape = objective.num_trajectories, objective.max_turns
+    mask, index = episodes.policy_mask, (episodes.trajectory, episodes.turn)
+    invalid = (1.0 - episodes.valid) * mask
+    cost = jnp.zeros_like(mask)
+    if objective.format_penalty_place == "before":
+        cost += hyper.format_penalty * invalid * advantages.turn_ends(mask, *index, shape)
+    if objective.kl_place == "reward" and objective.kl != "none":
+        cost += hyper.kl_coef * policy.kl_estimate(episodes.log_prob, episodes.ref_log_prob, objective.kl) * mask
+    costs = jax.ops.segment_sum(cost.ravel(), episodes.trajectory.ravel(), objective.num_trajectories)
+    episodes = episodes._replace(reward=episodes.reward - cost, returns=episodes.returns - costs)
+
+    advantage, returns = registry.ESTIMATORS[objective.estimator](episodes, hyper, objective)
+    advantage = registry.SHAPERS[objective.shaper](advantage, episodes, hyper, objective)
+    if objective.format_penalty_place == "after":
+        advantage -= hyper.format_penalty * invalid
+    if objective.drop_uniform_groups:
+        kept = advantages.informative(episodes.returns, episodes.group, objective.num_trajectories)
+        mask = mask * kept[episodes.trajectory]
+    return Estimate(advantage * mask, returns * mask, mask)
+
+
+def loss_rows(
+    policy_mask: Float[Array, "B T"],
+    trajectory: Int[Array, "B T"],
+    turn: Int[Array, "B T"],
+    old_log_prob: Float[Array, "B T"],
+    ref_log_prob: Float[Array, "B T"],
+    advantage: Float[Array, "B T"],
+    hyper: Hyper,
+    objective: ObjectiveConfig,
+    *,
+    behaviour_log_prob: Float[Array, "B T"] | None = None,
+    behaviour_entropy: Float[Array, "B T"] | None = None,
+    key: Array | None = None,
+) -> LossRows:
+    """A whole mini-batch with its weights.
+
+    `trajectory` and `turn` are 0 where padding; those tokens have mask 0. `old_log_prob` is the learner's own value
+    before the update (or the sampler's, when the two agree). Some choices need more: `truncated_importance` the
+    sampler's log-probability, SIREN the sampler's entropy, Clip-Cov a key.
+    """
+    shape = objective.num_trajectories, objective.max_turns
+
+    def weights(mask, mode, turn_decay=0.0):
+        return policy.token_weights(mask, trajectory, turn, *shape, mode, turn_decay, objective.max_tokens)
+
+    weight = weights(policy_mask, objective.aggregation)
+    surrogate_weight = weight
+    if objective.truncated_importance:
+        surrogate_weight *= policy.truncated_importance(old_log_prob, behaviour_log_prob, hyper.importance_cap)
+    rows = LossRows(
+        policy_mask, trajectory, turn, old_log_prob, ref_log_prob, advantage,
+        weight=weight,
+        surrogate_weight=surrogate_weight,
+        divergence_weight=jnp.zeros_like(weight),
+        entropy_weight=weights(
+            _regularised(behaviour_entropy, policy_mask, hyper, objective),
+            objective.entropy_aggregation, hyper.turn_decay,
+        ),
+        mean_weight=weights(policy_mask, "token-mean"),
+    )  # fmt: skip
+    return registry.TOKEN_CONTROLS[objective.token_control](rows, key, hyper)
+
+
+def smoothing_terms(
+    history: EntropyHistory,
+    step: Step,
+    total_steps: int,
+    behaviour_entropy: Float[Array, "B T"],
+    rows: LossRows,
+    hyper: Hyper,
+    objective: ObjectiveConfig,
+) -> Smoothing:
+    """The corridor and its weight at RL step `step` (from 0) of `total_steps`, from earlier steps' entropies alone."""
+    center, known = entropy.center(history, objective.history, hyper.window, hyper.ema_decay)
+    total = jnp.maximum(rows.entropy_weight.sum(), 1e-30)
+    return Smoothing(
+        center=center,
+        known=known,
+        beta=entropy.phase_weight(objective.phase, step, objective.phase_steps or total_steps, hyper.gamma),
+        lam=registry.COEFFICIENTS[objective.coefficient](history, hyper),
+        batch_entropy=jax.lax.stop_gradient((behaviour_entropy * rows.entropy_weight).sum() / total),
+    )
+
+
+def epo_loss(
+    log_prob: Float[Array, "B T"],
+    token_entropy: Float[Array, "B T"],
+    rows: LossRows,
+    smoothing: Smoothing,
+    hyper: Hyper,
+    objective: ObjectiveConfig,
+    full_kl: Float[Array, "B T"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """These rows' share of L = L_MT - lam * (L_H - beta * L_smooth) + kl_coef * KL (eq. 2), and of the metrics.
+
+    `log_prob` and `token_entropy` are the current policy's at the sampled tokens; off the mask anything finite.
+    `full_kl` is needed with kl = "full" (`head.fused_full_kl`).
+    """
+    shape = objective.num_trajectories, objective.max_turns
+    log_ratio = log_prob - rows.old_log_prob
+    log_ratio = policy.scope_mean(
+        log_ratio, rows.policy_mask, rows.trajectory, rows.turn, *shape, objective.ratio_scope
+    )
+    surrogate = policy.ppo_surrogate(log_ratio, rows.advantage, hyper.clip_low, hyper.clip_high, hyper.dual_clip)
+    policy_loss = (rows.surrogate_weight * surrogate.loss + rows.divergence_weight * jnp.abs(log_ratio)).sum()
+    entropy_loss, penalty = registry.ENTROPY_TERMS[objective.entropy_term](
+        token_entropy, rows, smoothing, hyper, objective
+    )
+    loss = policy_loss + entropy_loss
+    sums = {
+        "policy_loss": policy_loss,
+        "entropy_loss": entropy_loss,
+        "entropy": (rows.mean_weight * token_entropy).sum(),
+        "outside_corridor": jnp.where(penalty > 0, rows.mean_weight, 0.0).sum(),
+        "clip_fraction": (rows.mean_weight * surrogate.clipped).sum(),
+        "dual_clip_fraction": (rows.mean_weight * surrogate.dual_clipped).sum(),
+        "approx_kl": -(rows.mean_weight * surrogate.log_ratio).sum(),
+    }
+    if objective.kl != "none":
+        kl = full_kl if objective.kl == "full" else policy.kl_estimate(log_prob, rows.ref_log_prob, objective.kl)
+        sums["kl"] = (rows.weight * kl).sum()
+        if objective.kl_place == "loss":
+            loss += hyper.kl_coef * sums["kl"]
+    return loss, {"loss": loss} | sums
+
+
+def record(
+    history: EntropyHistory,
+    behaviour_entropy: Float[Array, "B T"],
+    policy_mask: Float[Array, "B T"],
+    turn: Int[Array, "B T"],
+    hyper: Hyper,
+    objective: ObjectiveConfig,
+) -> EntropyHistory:
+    """The history with this RL step's mean entropy, of the data as it was sampled. Call it after the update."""
+    mask = _regularised(behaviour_entropy, policy_mask, hyper, objective)
+    num_turns = objective.max_turns if objective.history_index == "turn" else None
+    return entropy.append(history, *entropy.step_entropy(behaviour_entropy, mask, turn, num_turns))
+
+
+def _regularised(behaviour_entropy, policy_mask, hyper, objective):
+    """Mask of the tokens whose entropy is regularised: all, or with SIREN those of peak entropy."""
+    if objective.entropy_term == "siren":
+        return controls.peak_mask(behaviour_entropy, policy_mask, hyper.peak_quantile)
+    return policy_mask

@@ -1,0 +1,107 @@
+"""Everything that has a name. A new estimator, control or arm is one function elsewhere and one line here.
+
+An arm is written `base` or `base+overlay[+overlay...]`: `grpo`, `ppo+epo`, `dapo+epo_wo_dw`, `grpo+kl_cov`.
+"""
+
+import dataclasses
+
+from epo_jax.errors import UserError
+from epo_jax.objectives import advantages, controls
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
+
+# (episodes, hyper, objective) -> (advantage, returns), both [B, T]
+ESTIMATORS = {
+    "gae": advantages.gae_estimate,
+    "grpo": advantages.by_trajectory(advantages.grpo),
+    "dr_grpo": advantages.by_trajectory(advantages.dr_grpo),
+    "rloo": advantages.by_trajectory(advantages.rloo),
+    "reinforce_pp": advantages.reinforce_pp,
+    "reinforce_pp_baseline": advantages.reinforce_pp_baseline,
+    "gigpo": advantages.gigpo,
+}
+
+# (advantage, episodes, hyper, objective) -> advantage
+SHAPERS = {
+    "none": lambda advantage, *_: advantage,
+    "ea": controls.entropy_shaped,
+    "empg": controls.empg,
+}
+
+# (rows, key, hyper) -> rows
+TOKEN_CONTROLS = {
+    "none": lambda rows, *_: rows,
+    "clip_cov": controls.clip_cov,
+    "kl_cov": controls.kl_cov,
+}
+
+# (entropy, rows, smoothing, hyper, objective) -> (loss, penalty per token)
+ENTROPY_TERMS = {
+    "epo": controls.epo_term,
+    "siren": controls.siren_term,
+}
+
+# (history, hyper) -> lam
+COEFFICIENTS = {
+    "fixed": controls.fixed_coefficient,
+    "target": controls.target_coefficient,
+}
+
+# What each base algorithm and overlay sets: fields of Hyper and ObjectiveConfig by name.
+BASES: dict[str, dict] = {
+    "ppo": {"estimator": "gae"},
+    "grpo": {"estimator": "grpo"},
+    "gigpo": {"estimator": "gigpo"},
+    "rloo": {"estimator": "rloo"},
+    "reinforce_pp": {"estimator": "reinforce_pp"},
+    "reinforce_pp_baseline": {"estimator": "reinforce_pp_baseline"},
+    "dr_grpo": {"estimator": "dr_grpo", "aggregation": "seq-mean-token-sum-norm"},
+    "dapo": {"estimator": "grpo", "aggregation": "token-mean", "clip_high": 0.28, "kl": "none",
+             "drop_uniform_groups": True},
+    "gspo": {"estimator": "grpo", "aggregation": "seq-mean-token-mean", "ratio_scope": "trajectory",
+             "clip_low": 3e-4, "clip_high": 4e-4},
+}  # fmt: skip
+
+OVERLAYS: dict[str, dict] = {
+    "epo": {},
+    "epo_base": {"alpha": 0.0},
+    "epo_wo_dw": {"phase": "constant"},
+    "epo_decay": {"alpha": 0.0, "turn_decay": 1.0},
+    "ea": {"lam": 0.0, "shaper": "ea"},
+    "empg": {"lam": 0.0, "shaper": "empg"},
+    "clip_cov": {"lam": 0.0, "token_control": "clip_cov"},
+    "kl_cov": {"lam": 0.0, "token_control": "kl_cov"},
+    "siren": {"entropy_term": "siren", "history": "initial"},
+    "target": {"alpha": 0.0, "coefficient": "target"},
+    # The release's arithmetic, where it is a choice of ours; `released` has the rest of it.
+    "released": {
+        "penalty": "indicator", "penalty_scope": "token", "history_index": "turn", "phase": "released",
+        "phase_steps": 150, "turn_gate": True, "aggregation": "token-mean", "entropy_aggregation": "token-mean",
+        "gae_scope": "turn", "format_penalty_place": "before",
+    },
+}  # fmt: skip
+
+
+def arm(
+    name: str, objective: ObjectiveConfig | None = None, hyper: Hyper | None = None
+) -> tuple[ObjectiveConfig, Hyper]:
+    """The objective and coefficients of a named arm, on top of those given (the paper's by default).
+
+    A base without overlay has no entropy term (lam = 0). Raises UserError for an unknown name.
+    """
+    base, *overlays = name.split("+")
+    for kind, table, chosen in (("base algorithm", BASES, [base]), ("overlay", OVERLAYS, overlays)):
+        for unknown in (c for c in chosen if c not in table):
+            raise UserError(f"{unknown!r} in arm {name!r} is no {kind}; choose from {', '.join(sorted(table))}.")
+    settings = BASES[base] | ({} if overlays else {"lam": 0.0})
+    for overlay in overlays:
+        settings |= OVERLAYS[overlay]
+    return override(objective or ObjectiveConfig(), hyper or Hyper(), settings)
+
+
+def override(objective: ObjectiveConfig, hyper: Hyper, settings: dict) -> tuple[ObjectiveConfig, Hyper]:
+    """Sets fields of either by name."""
+
+    choices = {k: v for k, v in settings.items() if k not in Hyper._fields}
+    return dataclasses.replace(objective, **choices), hyper._replace(
+        **{k: v for k, v in settings.items() if k in Hyper._fields}
+    )

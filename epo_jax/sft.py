@@ -1,0 +1,109 @@
+"""The warm start: behaviour cloning on expert episodes, so that a sparse reward has something to find.
+
+Expert episodes are rendered by the same functions as the agent's own, into the same token batches; the loss is the
+cross-entropy of the expert's action tokens plus, at a smaller weight, that of everything else in the transcript, from which a
+model trained from scratch learns what the game's words mean.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from epo_jax.envs import agent
+from epo_jax.envs.base import Demonstration, Observation
+from epo_jax.learner import OptimConfig, make_optimizer
+from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.objectives.head import fused_log_prob_entropy
+from epo_jax.trajectory import TokenBatch, Trajectory, pack
+
+
+def transcript(demonstration: Demonstration, style: str) -> list[tuple[str, str]]:
+    """The (message, answer) pairs of an expert episode as the agent would see and say them."""
+    pairs = []
+    for turn, (text, action) in enumerate(zip(demonstration.observations, demonstration.actions, strict=False)):
+        observation = Observation(text=text, goal=demonstration.goal)
+        render = agent.next_message if turn else agent.first_message
+        pairs.append((render(observation, style), agent.expert_answer(action, style)))
+    return pairs
+
+
+def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, style: str) -> Trajectory:
+    """An expert episode as a trajectory whose policy tokens are the expert's answers."""
+    trajectory = Trajectory(task=demonstration.task, won=demonstration.won)
+    for turn, (message, answer) in enumerate(transcript(demonstration, style)):
+        trajectory.append_prompt(tokenizer.following(message) if turn else tokenizer.first(message))
+        ids = tokenizer.answer(answer)
+        trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
+        trajectory.actions.append(demonstration.actions[turn])
+        trajectory.rewards.append(0.0)
+        trajectory.valid.append(True)
+    return trajectory
+
+
+def cloning_loss(
+    model: DecoderConfig, params: Params, batch: TokenBatch, prompt_weight: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(loss, mean cross-entropy of the action tokens), nats, over rows without the leading mini-batch axis."""
+    module = bind(model, params)
+    hidden = module(batch.tokens, batch.positions, batch.segment_ids)
+    labels = jnp.roll(batch.tokens, -1, axis=1)
+    # A position predicts the next token of its own segment, or nothing.
+    follows = (jnp.roll(batch.segment_ids, -1, axis=1) == batch.segment_ids) & (batch.segment_ids > 0)
+    follows = follows.at[:, -1].set(False).astype(jnp.float32)
+    rows = jnp.arange(labels.shape[0])[:, None]
+    action = jnp.zeros_like(follows).at[rows, batch.index].max(batch.policy_mask)
+    log_prob, _ = fused_log_prob_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), module.output_embedding().astype(hidden.dtype), labels.ravel()
+    )
+    log_prob = log_prob.reshape(labels.shape)
+    prompt = follows * (1.0 - action)
+    on_actions = -(log_prob * action).sum() / jnp.maximum(action.sum(), 1.0)
+    on_prompts = -(log_prob * prompt).sum() / jnp.maximum(prompt.sum(), 1.0)
+    return on_actions + prompt_weight * on_prompts, on_actions
+
+
+def make_cloning_step(model: DecoderConfig, optim: OptimConfig, prompt_weight: float) -> Callable:
+    """(params, opt_state, rows) -> (params, opt_state, action cross-entropy in nats), jitted, the first two donated."""
+    optimizer = make_optimizer(optim)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, rows):
+        gradient, on_actions = jax.grad(lambda p: cloning_loss(model, p, rows, prompt_weight), has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, on_actions
+
+    return step
+
+
+def warm_start(
+    params: Params,
+    trajectories: list[Trajectory],
+    model: DecoderConfig,
+    optim: OptimConfig,
+    row_tokens: int,
+    rows_per_step: int,
+    prompt_weight: float,
+    seed: int,
+) -> Iterator[tuple[Params, float]]:
+    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows; yields (params, action cross-entropy).
+
+    The yielded params are donated to the next step: keep only the last.
+    """
+    packed = pack(trajectories, row_tokens, row_tokens, max(len(t.actions) for t in trajectories))
+    pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed._replace(rows=None, returns=None, group=None, anchor=None))
+    step = make_cloning_step(model, optim, prompt_weight)
+    opt_state = make_optimizer(optim).init(params)
+    rng = np.random.default_rng(seed)
+    deck = np.zeros(0, np.int64)
+    for _ in range(optim.updates):
+        while len(deck) < rows_per_step:
+            deck = np.concatenate([deck, rng.permutation(len(pool.tokens))])
+        chosen, deck = deck[:rows_per_step], deck[rows_per_step:]
+        params, opt_state, cross_entropy = step(params, opt_state, jax.tree.map(lambda x, c=chosen: x[c], pool))
+        yield params, float(cross_entropy)

@@ -1,0 +1,194 @@
+"""From episodes to device arrays: `Trajectory` (host) and `TokenBatch` (a pytree of fixed shapes).
+
+Loss arrays hold policy tokens only (axis P): observations are never trained on, and everything after the transformer (the
+head, the losses, generalised advantage estimation) then skips them by construction.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from epo_jax.envs.base import Task
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """One episode as the policy saw it: token in, token out.
+
+    Attributes:
+        task: the environment's task.
+        group: index of the group (same task) that the episode belongs to.
+        tokens: every token of the conversation, in order.
+        turn: for each token, the turn that emitted it; -1 for tokens of prompts and observations.
+        log_prob: behaviour log-probability of each policy token (0 elsewhere), nats, float32.
+        entropy: entropy of the distribution each policy token was sampled from (0 elsewhere), nats, float32.
+        rewards: reward of each turn.
+        valid: for each turn, whether its text parsed into an action.
+        observations: the observation before each turn, and the last one (for readers and step-level grouping).
+        actions: the action text of each turn.
+        won: the task was completed.
+        score: task progress in [0, 100].
+        truncated: ended by the turn limit or the token budget rather than by the environment.
+    """
+
+    task: Task
+    group: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    turn: list[int] = dataclasses.field(default_factory=list)
+    log_prob: list[float] = dataclasses.field(default_factory=list)
+    entropy: list[float] = dataclasses.field(default_factory=list)
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    valid: list[bool] = dataclasses.field(default_factory=list)
+    observations: list[str] = dataclasses.field(default_factory=list)
+    actions: list[str] = dataclasses.field(default_factory=list)
+    won: bool = False
+    score: float = 0.0
+    truncated: bool = False
+
+    def append_prompt(self, ids: list[int]) -> None:
+        self.tokens += ids
+        self.turn += [-1] * len(ids)
+        self.log_prob += [0.0] * len(ids)
+        self.entropy += [0.0] * len(ids)
+
+    def append_answer(self, ids: list[int], log_prob: list[float], entropy: list[float]) -> None:
+        self.tokens += ids
+        self.turn += [len(self.actions)] * len(ids)
+        self.log_prob += log_prob
+        self.entropy += entropy
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return sum(t >= 0 for t in self.turn)
+
+
+class TokenBatch(NamedTuple):
+    """Packed trajectories, split into M mini-batches of at most R rows of T tokens, P policy tokens a row.
+
+    Attributes:
+        tokens, positions, segment_ids: the decoder's input; segments count from 1, 0 is padding.
+        rows: live rows of each mini-batch; the rest is padding that the learner's loop never visits.
+        index: column of the hidden state that predicts each policy token (the token before it).
+        label: the policy tokens.
+        policy_mask: 1.0 where there is a policy token.
+        trajectory: index of the token's trajectory in the [N] arrays.
+        turn: the token's turn in its trajectory.
+        reward: the turn's reward on the turn's last token, 0 elsewhere.
+        valid: 1.0 where the token's turn parsed into an action.
+        behaviour_log_prob, behaviour_entropy: recorded when the token was sampled, nats.
+        returns: undiscounted return of each trajectory.
+        group: group of each trajectory.
+        anchor: an id of the observation before each turn, equal within a group where the observations are (GiGPO).
+    """
+
+    tokens: Int[Array, "M R T"]
+    positions: Int[Array, "M R T"]
+    segment_ids: Int[Array, "M R T"]
+    rows: Int[Array, " M"]
+    index: Int[Array, "M R P"]
+    label: Int[Array, "M R P"]
+    policy_mask: Float[Array, "M R P"]
+    trajectory: Int[Array, "M R P"]
+    turn: Int[Array, "M R P"]
+    reward: Float[Array, "M R P"]
+    valid: Float[Array, "M R P"]
+    behaviour_log_prob: Float[Array, "M R P"]
+    behaviour_entropy: Float[Array, "M R P"]
+    returns: Float[Array, " N"]
+    group: Int[Array, " N"]
+    anchor: Int[Array, "N U"]
+
+
+def first_fit(sizes: list[tuple[int, int]], capacity: tuple[int, int]) -> list[list[int]]:
+    """Packs items of (tokens, policy tokens) into bins of `capacity`, largest first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    room: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
+        tokens, policy = sizes[item]
+        for content, left in zip(bins, room, strict=True):
+            if left[0] >= tokens and left[1] >= policy:
+                content.append(item)
+                left[0] -= tokens
+                left[1] -= policy
+                break
+        else:
+            bins.append([item])
+            room.append([capacity[0] - tokens, capacity[1] - policy])
+    return bins
+
+
+def pack(
+    trajectories: list[Trajectory],
+    row_tokens: int,
+    row_policy_tokens: int,
+    max_turns: int,
+    mini_batches: int = 1,
+    rows_multiple: int = 1,
+    order: np.ndarray | None = None,
+) -> TokenBatch:
+    """Packs trajectories into a `TokenBatch` whose shapes depend on the arguments alone, never on the lengths.
+
+    Args:
+        trajectories: at most `row_tokens` tokens and `row_policy_tokens` policy tokens each.
+        row_tokens: T.
+        row_policy_tokens: P.
+        max_turns: U.
+        mini_batches: M; the trajectories are dealt to them in `order`.
+        rows_multiple: R is a multiple of this (the micro-batch size).
+        order: a permutation of the trajectories; as given when None.
+    """
+    n = len(trajectories)
+    order = np.arange(n) if order is None else order
+    per_mini = -(-n // mini_batches)
+    num_rows = -(-per_mini // rows_multiple) * rows_multiple
+    wide, narrow = (mini_batches, num_rows, row_tokens), (mini_batches, num_rows, row_policy_tokens)
+    ints = {k: np.zeros(wide, np.int32) for k in ("tokens", "positions", "segment_ids")}
+    ints |= {k: np.zeros(narrow, np.int32) for k in ("index", "label", "trajectory", "turn")}
+    floats = {
+        k: np.zeros(narrow, np.float32)
+        for k in ("policy_mask", "reward", "valid", "behaviour_log_prob", "behaviour_entropy")
+    }
+    rows = np.zeros((mini_batches,), np.int32)
+    anchor, seen = np.zeros((n, max_turns), np.int32), {}
+    for i, trajectory in enumerate(trajectories):
+        for u, observation in enumerate(trajectory.observations[: len(trajectory.actions)]):
+            anchor[i, u] = seen.setdefault((trajectory.group, observation), len(seen))
+    for m in range(mini_batches):
+        members = order[m * per_mini : (m + 1) * per_mini]
+        sizes = [(len(trajectories[i].tokens), trajectories[i].num_policy_tokens) for i in members]
+        bins = first_fit(sizes, (row_tokens, row_policy_tokens))
+        rows[m] = len(bins)
+        for r, content in enumerate(bins):
+            start = policy_start = 0
+            for segment, i in enumerate((int(members[j]) for j in content), start=1):
+                t = trajectories[i]
+                length = len(t.tokens)
+                span = (m, r, slice(start, start + length))
+                ints["tokens"][span] = t.tokens
+                ints["positions"][span] = np.arange(length)
+                ints["segment_ids"][span] = segment
+                turn = np.asarray(t.turn)
+                where = np.flatnonzero(turn >= 0)
+                last_of_turn = np.append(turn[where][1:] != turn[where][:-1], True)
+                policy_span = (m, r, slice(policy_start, policy_start + len(where)))
+                ints["index"][policy_span] = start + where - 1
+                ints["label"][policy_span] = np.asarray(t.tokens)[where]
+                ints["trajectory"][policy_span] = i
+                ints["turn"][policy_span] = turn[where]
+                floats["policy_mask"][policy_span] = 1.0
+                floats["reward"][policy_span] = np.asarray(t.rewards)[turn[where]] * last_of_turn
+                floats["valid"][policy_span] = np.asarray(t.valid)[turn[where]]
+                floats["behaviour_log_prob"][policy_span] = np.asarray(t.log_prob)[where]
+                floats["behaviour_entropy"][policy_span] = np.asarray(t.entropy)[where]
+                start += length
+                policy_start += len(where)
+    return TokenBatch(
+        **ints,
+        **floats,
+        rows=rows,
+        returns=np.array([sum(t.rewards) for t in trajectories], np.float32),
+        group=np.array([t.group for t in trajectories], np.int32),
+        anchor=anchor,
+    )

@@ -1,0 +1,49 @@
+"""What all tests share: eight fake devices, strict shapes, and a guard against recompilation."""
+
+import logging
+import os
+from collections import Counter
+
+# Before the first import of jax, which reads them once. Processes that tests start inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import jax
+import jaxtyping
+import pytest
+
+# Every annotated shape of these packages is checked at each call.
+jaxtyping.install_import_hook(["epo_jax.objectives", "epo_jax.models"], "beartype.beartype")
+
+_traces: Counter[str] = Counter()
+
+
+def _count_traces(event: str, _: float, **about) -> None:
+    if event == "/jax/core/compile/jaxpr_trace_duration":
+        _traces[about.get("fun_name", "")] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_traces)
+
+
+@pytest.fixture
+def max_traces(caplog):
+    """`max_traces(function, allowed)`: the test fails if jitted `function` is traced more often from then on.
+
+    The failure names the function and, in JAX's own words, the argument that changed.
+    """
+    limits: dict[str, tuple[int, int]] = {}
+    caplog.set_level(logging.WARNING, logger="jax")
+
+    def allow(function, allowed: int) -> None:
+        limits[function.__name__] = (_traces[function.__name__], allowed)
+
+    with jax.explain_cache_misses(True):
+        yield allow
+    for name, (before, allowed) in limits.items():
+        traced = _traces[name] - before
+        if traced > allowed:
+            told = [record.getMessage() for record in caplog.get_records("call")]
+            reasons = [text for text in told if "CACHE MISS" in text and name in text]
+            pytest.fail(f"{name} was traced {traced} times, {allowed} allowed:\n" + "\n".join(reasons), pytrace=False)

@@ -1,0 +1,267 @@
+"""ALFWorld as an environment: folders, tasks, episodes, demonstrations."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from epo_jax.envs import alfworld, alfworld_jobs, alfworld_rooms, experts
+from epo_jax.envs.base import SPLITS
+from epo_jax.errors import UserError
+
+GAMES = 12
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def generated(data_dir):
+    """Options with their games made; no test writes to them."""
+    made = {
+        "name": "alfworld",
+        "data_dir": str(data_dir),
+        "max_receptacles": 10,
+        "seed": 5,
+        "workers": 2,
+        "max_turns": 25,
+    }
+    made |= {f"{split}_games": GAMES for split in SPLITS}
+    outer = os.environ.pop("ALFWORLD_DATA", None)
+    alfworld.prepare(made)
+    if outer is not None:
+        os.environ["ALFWORLD_DATA"] = outer
+    return made
+
+
+@pytest.fixture
+def options(generated, monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    return dict(generated)
+
+
+@pytest.fixture
+def real(options, tmp_path, monkeypatch):
+    """A folder like the real dataset, in ALFWORLD_DATA: two training games and four that are not to be played."""
+    tasks = alfworld.list_tasks("train", options)[:6]
+    folders = [tmp_path / "alfworld" / "json_2.1.1" / Path(task["id"]) for task in tasks]
+    for task, folder in zip(tasks, folders, strict=True):
+        shutil.copytree(Path(task["file"]).parent, folder)
+    sliced = folders[2].parent.with_name(folders[2].parent.name.replace("-None-", "Sliced-None-"))
+    folders[2].parent.rename(sliced)
+    other = "pick_and_place_with_movable_recep-Spoon-Mug-DiningTable-7"
+    folders[3].parent.rename(folders[3].parent.with_name(other))
+    unsolvable = folders[4] / "game.tw-pddl"
+    unsolvable.write_text(unsolvable.read_text().replace('"solvable": true', '"solvable": false'))
+    (folders[5] / "game.tw-pddl").unlink()
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "alfworld"))
+    options["data_dir"] = str(tmp_path / "cache")
+    return options, [task["id"] for task in tasks[:2]]
+
+
+def test_every_generated_game_is_won_by_its_walkthrough(options):
+    for split in SPLITS:
+        tasks = alfworld.list_tasks(split, options)
+        assert [task["type"] for task in tasks] == [alfworld_rooms.TASK_TYPES[i % 6] for i in range(GAMES)]
+        assert len({task["id"] for task in tasks}) == GAMES
+        env = alfworld.make_env(options)
+        for task in tasks:
+            observation = env.reset(task)
+            for command in json.loads(Path(task["file"]).read_text())["walkthrough"]:
+                assert not observation.done
+                observation = env.step(command)
+            assert observation.won and observation.done and observation.score == 100.0
+
+
+def test_preparing_again_changes_nothing(options, data_dir):
+    before = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
+    alfworld.prepare(options)
+    assert {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")} == before
+    assert not list(data_dir.rglob(".partial*"))
+
+
+def test_the_number_of_workers_does_not_change_the_games(options, tmp_path):
+    small = {**options, "train_games": 3, "valid_seen_games": 1, "valid_unseen_games": 0}
+    contents = []
+    for workers in (1, 2):
+        tasks = alfworld.list_tasks("train", {**small, "workers": workers, "data_dir": str(tmp_path / str(workers))})
+        contents.append([(task["id"], Path(task["file"]).read_bytes()) for task in tasks])
+    assert contents[0] == contents[1]
+
+
+def test_the_training_process_imports_no_engine(options):
+    program = (
+        "import json, sys; from epo_jax.envs import alfworld; options = json.loads(sys.argv[1]); "
+        "alfworld.prepare(options); alfworld.demonstrations(alfworld.list_tasks('train', options)[:1], options); "
+        "print(sorted(set(sys.modules) & {'jax', 'numpy', 'textworld', 'alfworld', 'fast_downward', 'jericho'}))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", program, json.dumps(options)], env=env, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "[]", run.stderr
+
+
+def test_the_first_observation_has_no_banner_and_no_goal(options):
+    env = alfworld.make_env(options)
+    for task in alfworld.list_tasks("valid_seen", options):
+        first = env.reset(task)
+        assert first.text.startswith("You are in the middle of a room. Looking quickly around you, you see a ")
+        assert first.text.endswith(".") and "\n" not in first.text and "task" not in first.text
+        assert first.goal and not first.goal.endswith(".") and "task" not in first.goal
+        assert (first.reward, first.done, first.won, first.score) == (0.0, False, False, 0.0)
+        assert env.step("look").goal == first.goal
+
+
+def test_the_reward_comes_once_with_the_winning_step(options):
+    task = alfworld.list_tasks("train", options)[0]
+    env = alfworld.make_env(options)
+    env.reset(task)
+    commands = json.loads(Path(task["file"]).read_text())["walkthrough"]
+    rewards = [env.step(command).reward for command in [*commands, "look", "inventory"]]
+    assert rewards == [0.0] * (len(commands) - 1) + [10.0, 0.0, 0.0]
+    assert env.reset(task).won is False
+
+
+def test_case_and_blanks_of_an_action_do_not_matter(options):
+    task = alfworld.list_tasks("train", options)[0]
+    command = json.loads(Path(task["file"]).read_text())["walkthrough"][0]
+    env = alfworld.make_env(options)
+    env.reset(task)
+    expected = env.step(command)
+    env.reset(task)
+    assert env.step(f"  {command.upper()}\n") == expected
+    assert expected.text.startswith("You arrive at")
+
+
+def test_admissible_actions_are_given_when_asked_for(options):
+    task = alfworld.list_tasks("train", options)[0]
+    assert alfworld.make_env(options).reset(task).admissible == ()
+    admissible = alfworld.make_env({**options, "admissible": True}).reset(task).admissible
+    assert "inventory" in admissible and json.loads(Path(task["file"]).read_text())["walkthrough"][0] in admissible
+
+
+def test_a_missing_game_is_named(options, tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path / "game.tw-pddl")):
+        alfworld.make_env(options).reset({"id": "x", "type": "x", "file": str(tmp_path / "game.tw-pddl")})
+
+
+def test_a_split_that_does_not_exist_is_refused(options):
+    with pytest.raises(UserError, match="'test'.*valid_unseen"):
+        alfworld.list_tasks("test", options)
+
+
+def test_a_damaged_index_is_named(options, tmp_path):
+    small = {**options, "data_dir": str(tmp_path), "train_games": 1, "valid_seen_games": 0, "valid_unseen_games": 0}
+    alfworld.prepare(small)
+    (index,) = tmp_path.rglob("index.json")
+    index.write_text("{")
+    with pytest.raises(UserError, match=str(index)):
+        alfworld.list_tasks("train", small)
+
+
+@pytest.mark.parametrize("broken", [{"max_receptacles": 1}, {"data_dir": "FILE"}])
+def test_a_failed_generation_leaves_nothing_behind(options, tmp_path, broken):
+    (tmp_path / "file").write_text("")
+    options |= {"data_dir": str(tmp_path / "cache"), "train_games": 40}
+    options |= {k: str(tmp_path / "file") if v == "FILE" else v for k, v in broken.items()}
+    with pytest.raises(UserError):
+        alfworld.prepare(options)
+    assert not list(tmp_path.rglob("generated-*")) and not list(tmp_path.rglob(".partial*"))
+
+
+# ---------------------------------------------------------------------------------------------- real data
+
+
+def test_real_data_is_indexed_as_the_packages_loader_does(real):
+    options, ids = real
+    tasks = alfworld.list_tasks("train", options)
+    assert sorted(task["id"] for task in tasks) == sorted(ids)
+    assert alfworld.list_tasks("valid_unseen", options) == []
+    for task in tasks:
+        assert task["id"].split("/")[1].startswith(task["type"])
+        assert alfworld.make_env(options).reset(task).text
+    assert {d.won for d in alfworld.demonstrations(tasks, options)} == {True}
+
+
+def test_the_index_of_real_data_is_made_once(real, monkeypatch):
+    options, _ = real
+    first = alfworld.list_tasks("train", options)
+    monkeypatch.setattr(alfworld, "_index_real_data", lambda _: pytest.fail("indexed twice"))
+    assert alfworld.list_tasks("train", options) == first
+
+
+@pytest.mark.parametrize("content", [None, [], ["json_2.1.1"], ["json_2.1.1/train", "json_2.1.1/valid_seen"]])
+def test_real_data_without_games_is_refused(options, tmp_path, monkeypatch, content):
+    folder = tmp_path / "data"
+    for name in content or []:
+        (folder / name).mkdir(parents=True)
+    if content is not None:
+        folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("ALFWORLD_DATA", str(folder))
+    options["data_dir"] = str(tmp_path / "cache")
+    with pytest.raises(UserError, match=str(folder)):
+        alfworld.list_tasks("train", options)
+
+
+# ---------------------------------------------------------------------------------------------- demonstrations
+
+
+def test_demonstrations_win_and_play_back_exactly(options):
+    env = alfworld.make_env(options)
+    for split in SPLITS:
+        tasks = alfworld.list_tasks(split, options)
+        shown = alfworld.demonstrations(tasks, options)
+        assert [d.task for d in shown] == tasks
+        for demonstration in shown:
+            first = env.reset(demonstration.task)
+            observations = [first, *(env.step(action) for action in demonstration.actions)]
+            assert tuple(o.text for o in observations) == demonstration.observations
+            assert demonstration.goal == first.goal
+            assert demonstration.won and observations[-1].won and len(demonstration.actions) <= options["max_turns"]
+
+
+def test_the_expert_makes_no_idle_move(options):
+    for split in SPLITS:
+        for demonstration in alfworld.demonstrations(alfworld.list_tasks(split, options), options):
+            assert not any("Nothing happens" in text for text in demonstration.observations)
+            assert {action.split()[0] for action in demonstration.actions} <= {
+                "go", "open", "take", "move", "use", "heat", "cool", "clean",
+            }  # fmt: skip
+            searched = []
+            for action, before in zip(demonstration.actions, (None, *demonstration.actions), strict=False):
+                assert action != before
+                if action.startswith("open"):
+                    assert action not in searched
+                    searched.append(action)
+
+
+def test_demonstrations_are_kept(options, monkeypatch):
+    tasks = alfworld.list_tasks("train", options)[:3]
+    first = alfworld.demonstrations(tasks, options)
+    monkeypatch.setattr(alfworld_jobs, "run_jobs", lambda *_: pytest.fail("played again"))
+    assert alfworld.demonstrations(tasks, options) == first
+    assert alfworld.demonstrations([], options) == []
+
+
+def test_where_the_expert_fails_the_walkthrough_is_shown(options, monkeypatch):
+    tasks = alfworld.list_tasks("train", options)[:2]
+    job = {"tasks": tasks, "compiled": str(Path(options["data_dir"]) / "alfworld" / "compiled"), "max_turns": 25}
+    monkeypatch.setattr(experts, "expert_moves", lambda goal, text: iter(()))
+    for task, episode in zip(tasks, alfworld_jobs.demonstrate(job), strict=True):
+        assert episode["won"] and episode["actions"] == json.loads(Path(task["file"]).read_text())["walkthrough"]
+    short = next(iter(alfworld_jobs.demonstrate({**job, "max_turns": 1})))
+    assert not short["won"] and len(short["observations"]) == len(short["actions"]) + 1
+
+
+def test_a_missing_description_of_the_task_is_named(real):
+    options, _ = real
+    tasks = alfworld.list_tasks("train", options)
+    description = Path(tasks[0]["file"]).with_name("traj_data.json")
+    description.unlink()
+    with pytest.raises(UserError, match=str(description)):
+        alfworld.demonstrations(tasks, options)

@@ -1,0 +1,118 @@
+"""The grammar evaluator on worked examples."""
+
+import json
+
+import pytest
+
+from epo_jax.envs import alfworld_text
+from epo_jax.errors import UserError
+
+TYPES = {"fork": "object", "spoon": "object", "desk": "receptacle", "bed": "receptacle"}
+ENTITIES = {
+    name: {"id": name, "name": f"{name} 1", "type": type_, "definite": "the", "indefinite": "a"}
+    for name, type_ in TYPES.items()
+}
+RULES = {
+    "list_empty": [[None, [["text", "nothing"]]]],
+    "list_separator": [[None, [["text", ", "]]]],
+    "list_last_separator": [[None, [["text", ", and "]]]],
+    "state": [
+        [alfworld_text.parse_query("on(o:object, r:receptacle)"), [["text", "full"]]],
+        [None, [["text", "empty"]]],
+    ],
+}
+
+
+def facts(**known):
+    return lambda predicate: sorted(known.get(predicate, []))
+
+
+def solutions(query, mapping, known):
+    found = alfworld_text.solve(alfworld_text.parse_query(query), mapping, known, TYPES)
+    return [tuple(solution.values()) for solution in found]
+
+
+def test_a_query_is_solved_in_the_order_of_its_facts():
+    known = facts(on=[("spoon", "desk"), ("fork", "desk"), ("fork", "bed")])
+    assert solutions("on(o:object, r:receptacle)", {}, known) == [("fork", "bed"), ("fork", "desk"), ("spoon", "desk")]
+    assert solutions("on(o:object, r:receptacle)", {("r", "receptacle"): "desk"}, known) == [
+        ("desk", "fork"),
+        ("desk", "spoon"),
+    ]
+
+
+def test_two_placeholders_never_stand_for_the_same_thing():
+    known = facts(near=[("desk", "desk"), ("bed", "desk")])
+    assert solutions("near(a:receptacle, b:receptacle)", {}, known) == [("bed", "desk")]
+    assert solutions("near(a:receptacle, b:receptacle)", {("z", "receptacle"): "bed"}, known) == []
+
+
+def test_a_type_keeps_others_out_and_the_root_type_none():
+    known = facts(seen=[("desk",), ("fork",)])
+    assert solutions("seen(o:receptacle)", {}, known) == [("desk",)]
+    assert solutions("seen(o:object)", {}, known) == [("desk",), ("fork",)]
+
+
+def test_conjunctions_bind_from_left_to_right():
+    known = facts(on=[("fork", "desk"), ("spoon", "bed")], open=[("bed",)])
+    assert solutions("on(o:object, r:receptacle) & open(r:receptacle)", {}, known) == [("spoon", "bed")]
+
+
+@pytest.mark.parametrize(
+    "on, text",
+    [
+        ([], "nothing"),
+        ([("fork", "desk")], "a fork 1"),
+        ([("fork", "desk"), ("spoon", "desk")], "a fork 1, and a spoon 1"),
+        ([("bed", "desk"), ("fork", "desk"), ("spoon", "desk")], "a bed 1, a fork 1, and a spoon 1"),
+    ],
+)
+def test_lists_are_joined_as_textworld_joins_them(on, text):
+    grammar = alfworld_text.Grammar(RULES, ENTITIES)
+    symbols = alfworld_text.parse_symbols("[{o.indefinite + ' ' + o.name | on(o:object, r:receptacle)}].")
+    assert grammar.derive(symbols, {("r", "receptacle"): "desk"}, facts(on=on)) == f"{text}."
+
+
+def test_the_first_rule_whose_condition_holds_is_used():
+    grammar = alfworld_text.Grammar(RULES, ENTITIES)
+    symbols = alfworld_text.parse_symbols("The {r.name} is #state#.")
+    mapping = {("r", "receptacle"): "desk"}
+    assert grammar.derive(symbols, mapping, facts(on=[("fork", "desk")])) == "The desk 1 is full."
+    assert grammar.derive(symbols, mapping, facts(on=[("fork", "bed")])) == "The desk 1 is empty."
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("o", "fork 1"),
+        ("o.name or o.id", "fork 1"),
+        ("o.empty or o.id", "fork"),
+        ("o.name and 'x'", "x"),
+        ("'a' + o.id", "afork"),
+    ],
+)
+def test_expressions_are_pythons(expression, value, monkeypatch):
+    monkeypatch.setattr(alfworld_text, "_FIELDS", ("id", "name", "empty"))
+    scope = {"o": {**ENTITIES["fork"], "empty": ""}}
+    assert alfworld_text.compile_expression.__wrapped__(expression)(scope) == value
+
+
+@pytest.mark.parametrize(
+    "expression", ["1", "o.x", "o.name.x", "print(o)", "o['name']", "o if o else o", "o -", "-o.name"]
+)
+def test_other_expressions_are_refused(expression):
+    with pytest.raises(UserError, match="not allowed"):
+        alfworld_text.compile_expression(expression)
+
+
+def test_an_unknown_symbol_is_an_error():
+    with pytest.raises(UserError, match="#nowhere#"):
+        alfworld_text.Grammar(RULES, ENTITIES).derive([["rule", "nowhere"]], {}, facts())
+
+
+@pytest.mark.parametrize("goal", ["put a mug in desk", "it's 2 pens, really", "put a mug (blue) & go!"])
+def test_the_goal_reaches_the_rules_whether_or_not_it_is_plain_words(goal):
+    rules = {"task": [{"rhs": f"Your task is to: {goal}."}], "intro": [{"rhs": "#task#"}]}
+    _, parsed = alfworld_text.parse_document(f'grammar :: """\n{json.dumps(rules)}\n""";\n')
+    text = alfworld_text.Grammar(parsed, {}).derive([["rule", "intro"]], {}, facts())
+    assert text == f"Your task is to: {goal}."

