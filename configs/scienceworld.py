@@ -79,11 +79,11 @@ def _smoke(config: ConfigDict) -> None:
         valid_seen_variations=2,
         valid_unseen_variations=2,
     )
-    config.agent.update(response_tokens=12, max_tokens=384)
+    config.agent.update(response_tokens=12, max_tokens=768)
     config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=64, vocab_size=512)
     config.warm_start.update(episodes=2, steps=4, batch_tokens=1024)
     config.rollout.update(groups=2, group_size=2, slots=4)
     config.algo.update(mini_batches=1, micro_batch_rows=2)
-    config.train.update(steps=2, rows_tokens=384, rows_policy_tokens=192)
+    config.train.update(steps=2, rows_tokens=768, rows_policy_tokens=192)
     config.eval.update(every=0)
     config.checkpoint.update(every=1)

@@ -169,12 +169,12 @@ def pack(
                 ints["tokens"][span] = t.tokens
                 ints["positions"][span] = np.arange(length)
                 ints["segment_ids"][span] = segment
-                turn = np.asarray(t.turn)
+                turn = np.asarray(t.turn, np.int64)
                 where = np.flatnonzero(turn >= 0)
                 last_of_turn = np.append(turn[where][1:] != turn[where][:-1], True)
                 policy_span = (m, r, slice(policy_start, policy_start + len(where)))
                 ints["index"][policy_span] = start + where - 1
-                ints["label"][policy_span] = np.asarray(t.tokens)[where]
+                ints["label"][policy_span] = np.asarray(t.tokens, np.int64)[where]
                 ints["trajectory"][policy_span] = i
                 ints["turn"][policy_span] = turn[where]
                 floats["policy_mask"][policy_span] = 1.0

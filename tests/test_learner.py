@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from epo_jax import rollout, sft
@@ -27,14 +28,14 @@ SETTINGS = rollout.RolloutConfig(
 @pytest.fixture(scope="module")
 def world():
     """A cloned beginner in the toy game: (tokenizer, model, params, tasks)."""
-    tasks = toy.list_tasks("train", OPTIONS)
-    demonstrations = toy.demonstrations(tasks, OPTIONS)
+    tasks = toy.list_tasks("train", OPTIONS)[:GROUPS]
+    demonstrations = toy.demonstrations(toy.list_tasks("train", OPTIONS), OPTIONS)
     texts = [text for d in demonstrations for pair in sft.transcript(d, "bare") for text in pair]
     tokenizer = train_tokenizer(texts, 400)
     model = DecoderConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64)
     params = init_params(model, jax.random.key(0))
     trajectories = [sft.to_trajectory(d, tokenizer, "bare") for d in demonstrations]
-    for cloned, _ in sft.warm_start(params, trajectories, model, OptimConfig(5e-3, 60), 128, 8, 0.1, 0):
+    for cloned, _ in sft.warm_start(params, trajectories, model, OptimConfig(5e-3, 40), 128, 8, 0.1, 0):
         params = cloned
     return tokenizer, model, jax.tree.map(np.asarray, params), tasks
 
@@ -48,7 +49,7 @@ def sampled(world):
 def play(world, params, step):
     tokenizer, model, _, tasks = world
     episodes = [
-        rollout.Episode(step * 64 + j, tasks[(step * GROUPS + j // SIZE) % len(tasks)], j // SIZE) for j in range(64)
+        rollout.Episode(step * 64 + j, tasks[j // SIZE], j // SIZE) for j in range(64)
     ]
     with EnvPool("toy", OPTIONS, 1) as pool:
         return rollout.collect(episodes, pool, tokenizer, model, params, jax.random.key(1), SETTINGS, 1.0)[0]
@@ -56,7 +57,7 @@ def play(world, params, step):
 
 def learner(world, arm="grpo+epo", micro_rows=4, **changes):
     objective, hyper = registry.arm(arm, ObjectiveConfig(num_trajectories=64, max_turns=2, kl="none"))
-    optim = OptimConfig(3e-3, 40)
+    optim = OptimConfig(3e-3, 90)
     critic = optim if objective.estimator == "gae" else None
     config = LearnerConfig(world[1], objective, optim, critic, objective.kl != "none", 1, micro_rows, 20, 1.0)
     return dataclasses.replace(config, **changes), jax.tree.map(np.float32, hyper)
@@ -83,10 +84,12 @@ def test_the_learner_agrees_with_the_sampler(world, sampled):
 
 @pytest.mark.parametrize("arm", ["grpo+epo", "ppo+epo"])
 def test_the_split_into_micro_batches_changes_nothing(world, sampled, arm):
-    whole, metrics = update(world, sampled, *learner(world, arm, micro_rows=8), rows_multiple=8)
-    split, split_metrics = update(world, sampled, *learner(world, arm, micro_rows=1), rows_multiple=8)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole.params, split.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), metrics, split_metrics)
+    whole, metrics = update(world, sampled, *learner(world, arm, micro_rows=8), 1, 8)
+    split, split_metrics = update(world, sampled, *learner(world, arm, micro_rows=1), 1, 8)
+    # After one update Adam's first moment is the gradient times a constant; the parameters would show its sign.
+    moments = (optax.tree_utils.tree_get(state.opt_state, "mu") for state in (whole, split))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), *moments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), metrics, split_metrics)
 
 
 def test_the_first_step_has_no_corridor_and_the_second_has_the_first_entropy(world, sampled):
@@ -130,10 +133,10 @@ def test_the_toy_game_is_learnt_to_its_optimum(world, arm):
     train_step = make_train_step(config)
     state = init_state(config, jax.tree.map(jnp.asarray, world[2]))
     won = []
-    for step in range(20):
+    for step in range(45):
         trajectories = play(world, state.params, step)
         won.append(np.mean([t.won for t in trajectories]))
         batch = pack(trajectories, 128, 64, 2, 2, 4, np.random.default_rng(step).permutation(64))
         state, _ = train_step(state, batch, hyper)
-    assert won[0] < 0.9, f"the beginner wins {won[0]:.0%} already: nothing is left to learn"
-    assert np.mean(won[-3:]) > 0.97, f"success by step: {won}"
+    assert won[0] < 0.7, f"the beginner wins {won[0]:.0%} already: nothing is left to learn"
+    assert np.mean(won[-3:]) > 0.93, f"success by step: {won}"

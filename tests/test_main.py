@@ -69,7 +69,7 @@ def check_run_folder(workdir, steps, splits):
 def test_alfworld_end_to_end(alfworld_run):
     workdir, said = alfworld_run
     check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
-    assert "step  1/2" in said and "valid_unseen after 2 RL steps" in said
+    assert "step 1/2" in said and "valid_unseen after 2 RL steps" in said
 
 
 def test_an_interrupted_run_resumes_to_the_same_end(alfworld_run, tmp_path):

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ class Simulator:
                 classpath=JAR_PATH,
                 javaopts=[f"-Xmx{HEAP_MB}m", *_JVM_OPTIONS],
                 java_path=java,
+                cwd=tempfile.gettempdir(),  # the simulator leaves a table of its object types where it runs
                 die_on_exit=True,
                 enable_auth=True,
                 redirect_stderr=subprocess.DEVNULL,
