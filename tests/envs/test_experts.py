@@ -104,3 +104,30 @@ def test_a_lamp_seen_on_the_way_is_used():
         "go to desk 2",
         "use desklamp 1",
     ]
+
+
+def test_a_hesitating_expert_makes_the_same_moves_with_wasted_turns_between():
+    def moves():
+        heard = []
+        for action in ("go to shelf 1", "take mug 1 from shelf 1", "use desklamp 1"):
+            heard.append((yield action))
+        assert heard == ["text of go to shelf 1", "text of take mug 1 from shelf 1", "text of use desklamp 1"]
+
+    def play(rate, seed):
+        actions, expert = [], experts.hesitating(moves(), rate, seed)
+        action = next(expert, None)
+        while action is not None:
+            actions.append(action)
+            try:
+                action = expert.send(f"text of {action}")
+            except StopIteration:
+                action = None
+        return actions
+
+    assert play(0.0, "a") == ["go to shelf 1", "take mug 1 from shelf 1", "use desklamp 1"]
+    wasted = [[a for a in play(0.5, str(seed)) if a in ("look", "inventory")] for seed in range(200)]
+    for seed in range(20):
+        assert [a for a in play(0.5, str(seed)) if a not in ("look", "inventory")] == play(0.0, "a")
+    # Before each of the three moves a geometric number of wasted turns, one on average; 200 episodes, 6 sigma.
+    assert abs(sum(map(len, wasted)) / 200 - 3) < 6 * (3 * 2 / 200) ** 0.5
+    assert play(0.5, "a") == play(0.5, "a")

@@ -1,9 +1,10 @@
 """The tokenizer: nothing lost, things in one token, a frame that survives saving."""
 
+import numpy as np
 import pytest
 
 from epo_jax.errors import UserError
-from epo_jax.models.tokenizer import load_tokenizer, train_tokenizer
+from epo_jax.models.tokenizer import compose_embedding, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "You arrive at cabinet 3. On the cabinet 3, you see a mug 1, and a apple 2.",
@@ -53,3 +54,14 @@ def test_a_saved_tokenizer_loads_as_it_was(tokenizer, tmp_path):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
+
+
+def test_a_numbered_thing_starts_as_its_noun_and_its_number():
+    tokenizer = train_tokenizer(["put some apple in cabinet", "a apple 2 in a cabinet 2 and a cabinet 3"] * 20, 400)
+    embedding = np.random.default_rng(0).normal(size=(tokenizer.vocab_size, 8)).astype(np.float32)
+    composed = compose_embedding(embedding, tokenizer, seed=0)
+    ids = {word: tokenizer.encode(f" {word}")[0] for word in ("apple", "cabinet", "apple 2", "cabinet 2", "cabinet 3")}
+    number = {word: composed[i] * 2**0.5 - embedding[ids[word.split()[0]]] for word, i in ids.items() if " " in word}
+    np.testing.assert_allclose(number["apple 2"], number["cabinet 2"], atol=1e-5)
+    assert np.abs(number["cabinet 2"] - number["cabinet 3"]).max() > 0.1
+    np.testing.assert_array_equal(composed[ids["apple"]], embedding[ids["apple"]])

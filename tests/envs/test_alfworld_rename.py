@@ -1,0 +1,63 @@
+"""Renamed expert episodes: other names, the same moves."""
+
+import re
+
+from epo_jax.envs.alfworld_rename import rename
+from epo_jax.envs.base import Demonstration
+
+EPISODE = Demonstration(
+    task={"id": "t", "type": "pick_heat_then_place_in_recep"},
+    goal="put a hot apple in shelf",
+    observations=(
+        "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, a microwave 1, and a shelf 2.",
+        "You arrive at cabinet 1. On the cabinet 1, you see a apple 2, and a mug 1.",
+        "You pick up the apple 2 from the cabinet 1.",
+        "You arrive at microwave 1. The microwave 1 is closed.",
+        "You heat the apple 2 using the microwave 1.",
+        "You arrive at shelf 2. On the shelf 2, you see a apple 1.",
+        "You move the apple 2 to the shelf 2.",
+    ),
+    actions=(
+        "go to cabinet 1",
+        "take apple 2 from cabinet 1",
+        "go to microwave 1",
+        "heat apple 2 with microwave 1",
+        "go to shelf 2",
+        "move apple 2 to shelf 2",
+    ),
+    won=True,
+)
+
+
+def pattern_of(demonstration):
+    """The episode with every name replaced by the order of its first appearance; equal for episodes alike but for names."""
+    text = "\n".join((*demonstration.observations, *demonstration.actions))
+    seen = {}
+    return re.sub(r"\b[a-z]+ \d+\b", lambda m: f"<{seen.setdefault(m[0], len(seen))}>", text)
+
+
+def test_the_originals_come_first_and_copies_follow():
+    episodes = rename([EPISODE], copies=5, seed=0)
+    assert episodes[0] is EPISODE and len(episodes) == 6
+    assert rename([EPISODE], 5, 0) == episodes != rename([EPISODE], 5, 1)
+
+
+def test_a_copy_is_the_same_episode_under_other_names():
+    for copy in rename([EPISODE], copies=20, seed=1)[1:]:
+        assert pattern_of(copy) == pattern_of(EPISODE)
+        assert copy.task == EPISODE.task and copy.won
+
+
+def test_places_stay_places_and_appliances_keep_their_names():
+    copies = rename([EPISODE], copies=30, seed=2)[1:]
+    taken = {copy.actions[1].split()[1] for copy in copies}
+    assert taken == {"apple", "mug"}
+    for copy in copies:
+        assert copy.actions[2] == "go to microwave 1" and " with microwave 1" in copy.actions[3]
+        assert copy.actions[0].split()[2] in ("cabinet", "shelf")
+
+
+def test_the_task_names_what_is_taken_and_where_it_goes():
+    for copy in rename([EPISODE], copies=20, seed=3)[1:]:
+        taken, target = copy.actions[1].split()[1], copy.actions[4].split()[2]
+        assert copy.goal == f"put a hot {taken} in {target}"
