@@ -230,6 +230,8 @@ def _validate_pairs(config: ConfigDict) -> None:
         raise UserError(
             f"config.algo.mini_batches={algo.mini_batches} must not exceed the {episodes} episodes of a step."
         )
+    if config.warm_start.copies and config.env.name != "alfworld":
+        raise UserError(f"config.warm_start.copies={config.warm_start.copies} must be 0: only ALFWorld's experts are renamed.")
     if config.warm_start.episodes and not config.warm_start.steps:
         raise UserError("config.warm_start.steps must be positive when config.warm_start.episodes is.")
     for split in config.eval.splits:

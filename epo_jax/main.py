@@ -104,14 +104,8 @@ def main(argv: list[str]) -> None:
         durations = []
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
-            episodes = [
-                rollout.Episode(id=step * num_episodes + i, task=task, group=i // config.rollout.group_size)
-                for i, task in enumerate(
-                    task
-                    for task in step_tasks(train_tasks, config.seed, step, config.rollout.groups)
-                    for _ in range(config.rollout.group_size)
-                )
-            ]
+            tasks = step_tasks(train_tasks, config.seed, step, config.rollout.groups)
+            episodes = grouped_episodes(tasks, step, config.rollout.group_size)
             trajectories, stats = rollout.collect(
                 episodes,
                 pool,
@@ -198,6 +192,12 @@ def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
             "take both from the same model."
         )
     return tokenizer, model, jax.device_put(weights.load_params(folder, model))
+
+
+def grouped_episodes(tasks: list[Task], step: int, size: int) -> list[rollout.Episode]:
+    """The episodes of RL step `step`: `size` of each task, one group a task; ids are never used twice in a run."""
+    first = step * len(tasks) * size
+    return [rollout.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]
 
 
 def clone_experts(config, model, tokenizer, params, demonstrations):

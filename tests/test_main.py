@@ -92,6 +92,21 @@ def test_scienceworld_end_to_end(tmp_path, data):
     check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
 
 
+def test_fault_3_members_of_a_group_play_the_same_task_and_a_pass_plays_each_task_once():
+    tasks = [{"id": str(i), "type": "t"} for i in range(12)]
+    played = []
+    for step in range(4):
+        chosen = program.step_tasks(tasks, 7, step, 3)
+        episodes = program.grouped_episodes(chosen, step, 5)
+        for group in range(3):
+            members = [e for e in episodes if e.group == group]
+            assert len(members) == 5 and {e.task["id"] for e in members} == {chosen[group]["id"]}
+        assert [e.id for e in episodes] == list(range(step * 15, step * 15 + 15))
+        played += [task["id"] for task in chosen]
+    assert sorted(played) == sorted(task["id"] for task in tasks)
+    assert played != [task["id"] for task in tasks]
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
@@ -100,6 +115,7 @@ def test_scienceworld_end_to_end(tmp_path, data):
         (["--config.epo.kappa_l=3.0"], "epo.kappa_r"),
         (["--config.algo.name=sarsa"], "sarsa"),
         (["--config.algo.name=grpo+epoch"], "epoch"),
+        (["--config.model.path=/no/such/folder"], "/no/such/folder"),
     ],
 )
 def test_bad_config_is_refused_before_anything_is_written(tmp_path, arguments, culprit):

@@ -80,6 +80,17 @@ def test_turn_and_token_limits_end_an_episode(params):
     assert all(t.num_policy_tokens <= 8 for t in silent) and any(t.truncated for t in silent)
 
 
+def test_fault_6_a_finished_episode_generates_nothing(params):
+    """Episodes of one and of two turns side by side: the short ones cost no tokens after their end."""
+    lengths = [len(t.tokens) for t in play(params)[0]]
+    tight = dataclasses.replace(SETTINGS, max_tokens=max(lengths) - 1)
+    trajectories, stats = play(params, settings=tight)
+    turns = [len(t.actions) for t in trajectories]
+    assert set(turns) == {1, 2}, "the token budget no longer ends some episodes early: choose another"
+    assert stats.env_steps == sum(turns)
+    assert stats.policy_tokens == sum(t.num_policy_tokens for t in trajectories)
+
+
 def test_a_second_rollout_compiles_nothing(params, max_traces):
     play(params)
     max_traces(generate.decode, 0)

@@ -1,6 +1,6 @@
 """The faults of the authors' release that losses and advantages could have: each test fails on the faulty behaviour.
 
-The numbers are those of docs/method.md; the other faults have their tests with environments, rollout and evaluation.
+docs/method.md has the list of all twelve; the others have their tests with environments, rollout and evaluation.
 """
 
 import jax
