@@ -250,7 +250,8 @@ def test_demonstrations_are_kept(options, monkeypatch):
 
 def test_where_the_expert_fails_the_walkthrough_is_shown(options, monkeypatch):
     tasks = alfworld.list_tasks("train", options)[:2]
-    job = {"tasks": tasks, "compiled": str(Path(options["data_dir"]) / "alfworld" / "compiled"), "max_turns": 25}
+    job = {"tasks": tasks, "compiled": str(Path(options["data_dir"]) / "alfworld" / "compiled")}
+    job |= {"max_turns": 25, "hesitation": 0.0}
     monkeypatch.setattr(experts, "expert_moves", lambda goal, text: iter(()))
     for task, episode in zip(tasks, alfworld_jobs.demonstrate(job), strict=True):
         assert episode["won"] and episode["actions"] == json.loads(Path(task["file"]).read_text())["walkthrough"]
