@@ -98,3 +98,12 @@ def test_truncated_importance_is_capped_and_constant():
     sampled = jnp.log(jnp.array([[0.1, 0.25]]))
     np.testing.assert_allclose(policy.truncated_importance(old, sampled, 2.0), [[2.0, 0.8]], rtol=1e-6)
     assert (jax.grad(lambda x: policy.truncated_importance(x, sampled, 2.0).sum())(old) == 0).all()
+
+
+def test_with_one_turn_the_triple_mean_is_the_mean_of_token_means():
+    mask = jnp.array([[1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
+    trajectory = jnp.array([[0, 0, 0, 1], [2, 2, 2, 2]])
+    turn = jnp.zeros((2, 4), jnp.int32)
+    triple = weigh(mask, trajectory, turn, 3, 1, "trajectory", 0.7, 1)
+    np.testing.assert_allclose(triple, [[1 / 6, 1 / 6, 0, 1 / 3], [0, 1 / 9, 1 / 9, 1 / 9]], rtol=1e-6)
+    np.testing.assert_allclose(triple, weigh(mask, trajectory, turn, 3, 1, "seq-mean-token-mean", 0.0, 1), rtol=1e-6)
