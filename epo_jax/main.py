@@ -85,7 +85,6 @@ def main(argv: list[str]) -> None:
         response_tokens=config.agent.response_tokens,
         style=config.agent.style,
     )
-    num_episodes = config.rollout.groups * config.rollout.group_size
 
     with EnvPool(config.env.name, env_options, config.env.workers) as pool, MetricWriter(workdir, first_step) as writer:
 
@@ -117,7 +116,7 @@ def main(argv: list[str]) -> None:
                 config.rollout.temperature,
             )
             rolled_out = time.perf_counter()
-            order = np.random.default_rng([config.seed, step]).permutation(num_episodes)
+            order = np.random.default_rng([config.seed, step]).permutation(len(episodes))
             batch = pack(
                 trajectories,
                 config.train.rows_tokens,
