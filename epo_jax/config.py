@@ -20,7 +20,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.name": ("alfworld", "scienceworld"),
     "agent.style": ("bare", "tagged"),
     "model.dtype": ("float32", "bfloat16"),
-    "algo.kl_kind": ("k1", "abs", "k2", "k3"),
+    "algo.kl_kind": ("k1", "abs", "k2", "k3", "full"),
+    "algo.kl_place": ("loss", "reward"),
+    "algo.kl_controller": ("fixed", "adaptive"),
+    "algo.gae_scope": ("trajectory", "turn"),
+    "algo.format_penalty_place": ("after", "before"),
     "algo.aggregation": AGGREGATIONS,
     "epo.penalty": ("hinge", "indicator"),
     "epo.scope": ("token", "turn", "trajectory", "batch"),
@@ -85,17 +89,25 @@ def base_config(env: str = "alfworld") -> ConfigDict:
     algo.epochs = 1  # passes over the episodes of one RL step
     algo.mini_batches = 8  # optimiser updates per pass
     algo.micro_batch_rows = 1  # packed rows per forward and backward pass; changes memory, not the result
-    algo.kl_coef = 0.01  # weight of the divergence from the frozen reference policy in the loss
-    algo.kl_kind = "k3"
+    algo.kl_coef = 0.01  # weight of the divergence from the frozen reference policy; 0 = no reference is kept
+    algo.kl_kind = "k3"  # k1, abs, k2 and k3 are estimates from the sampled token; "full" sums over the vocabulary
+    algo.kl_place = "loss"  # "reward": taken from each token's reward instead
+    algo.kl_controller = "fixed"  # "adaptive": kl_coef is where it starts; it follows the divergence (arXiv 1909.08593)
+    algo.kl_target = 0.1  # nats per policy token, for "adaptive"
+    algo.kl_horizon = 10_000.0  # episodes over which "adaptive" acts; smaller is quicker
     algo.clip_low = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     algo.clip_high = 0.2
     algo.dual_clip = 3.0  # bound on the ratio where the advantage is negative
     algo.gamma = 1.0  # discount per policy token
     algo.gae_lambda = 1.0
+    algo.gae_scope = "trajectory"  # "turn": the episode's return on every turn's last token, GAE inside the turn (release)
+    algo.whiten = True  # advantages of ppo, reinforce_pp and reinforce_pp_baseline over the policy tokens of the step
+    algo.importance_cap = 0.0  # truncated importance sampling: bound on pi_learner / pi_sampler; 0 = taken to agree
     algo.value_clip = 0.5
     algo.value_coef = 1.0
     algo.critic_lr = 1e-5
-    algo.format_penalty = 0.1  # taken from the advantage of a turn that holds no action, after normalisation
+    algo.format_penalty = 0.1  # for a turn that holds no action
+    algo.format_penalty_place = "after"  # taken from its advantage; "before": from its reward, before normalisation (release)
     algo.aggregation = "token-mean"  # how the policy loss is averaged
 
     config.epo = epo = ConfigDict()
@@ -205,6 +217,15 @@ def _validate_pairs(config: ConfigDict) -> None:
             f"config.rollout.group_size={rollout.group_size} must be at least 2 for config.algo.name={algo.name!r}, "
             "which compares episodes of one task."
         )
+    if algo.kl_kind == "full" and algo.kl_place == "reward":
+        raise UserError(
+            "config.algo.kl_kind='full' belongs in the loss; for config.algo.kl_place='reward' choose an estimate "
+            "from the sampled token: 'k1', 'abs', 'k2' or 'k3'."
+        )
+    if algo.kl_controller == "adaptive" and not algo.kl_coef:
+        raise UserError(
+            "config.algo.kl_coef=0 must be positive for config.algo.kl_controller='adaptive', which multiplies it."
+        )
     episodes = rollout.groups * rollout.group_size
     if rollout.slots > episodes:
         raise UserError(
@@ -252,14 +273,14 @@ _RANGES = (
     ),
     (
         "seed env.seed warm_start.episodes warm_start.steps eval.every algo.kl_coef algo.value_clip algo.value_coef "
-        "algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma epo.turn_decay "
+        "algo.importance_cap algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma epo.turn_decay "
         "warm_start.copies warm_start.prompt_weight optim.weight_decay",
         lambda value: value >= 0,
         "zero or positive",
     ),
     (
         "model.rope_theta model.norm_eps warm_start.lr rollout.temperature algo.critic_lr optim.lr optim.clip_norm "
-        "algo.clip_low algo.clip_high",
+        "algo.clip_low algo.clip_high algo.kl_target algo.kl_horizon",
         lambda value: value > 0,
         "positive",
     ),

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.value import init_critic, values
 from epo_jax.objectives import entropy
-from epo_jax.objectives.head import fused_log_prob_entropy
+from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.objectives.loss import (
     EntropyHistory,
     Episodes,
@@ -32,6 +32,7 @@ from epo_jax.objectives.loss import (
     record,
     smoothing_terms,
 )
+from epo_jax.objectives.policy import adaptive_kl_coef, kl_estimate
 from epo_jax.objectives.value import value_loss
 from epo_jax.trajectory import TokenBatch
 
@@ -79,7 +80,10 @@ class LearnerConfig:
 
 
 class TrainState(NamedTuple):
-    """Everything a resumed run needs on the device. `critic` and `reference` are empty dicts where they are not used."""
+    """Everything a resumed run needs on the device. `critic` and `reference` are empty dicts where they are not used.
+
+    `kl_scale` times `Hyper.kl_coef` is the coefficient of the KL term: 1 unless the controller is adaptive.
+    """
 
     step: Int[Array, ""]
     params: Params
@@ -88,6 +92,7 @@ class TrainState(NamedTuple):
     critic_opt_state: optax.OptState
     reference: Params
     history: EntropyHistory
+    kl_scale: Float[Array, ""]
 
 
 class Inputs(NamedTuple):
@@ -137,18 +142,25 @@ def init_state(config: LearnerConfig, params: Params) -> TrainState:
         critic_opt_state=make_optimizer(config.critic_optim).init(critic) if config.critic_optim else (),
         reference=jax.tree.map(jnp.copy, params) if config.reference else {},
         history=entropy.init_history(config.total_steps, per_turn),
+        kl_scale=jnp.ones((), jnp.float32),
     )
 
 
-def policy_statistics(
-    model: DecoderConfig, params: Params, rows: Inputs, temperature: float
-) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
-    """Log-probability of every policy token and entropy of its distribution, nats."""
+def head_inputs(
+    model: DecoderConfig, params: Params, rows: Inputs
+) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
+    """The hidden states that predict the policy tokens, rows flattened (N = R * P), and the output embedding."""
     module = bind(model, params)
     hidden = module(rows.tokens, rows.positions, rows.segment_ids)
     chosen = jnp.take_along_axis(hidden, rows.index[..., None], axis=1)
-    head = module.output_embedding().astype(chosen.dtype)
-    flat = fused_log_prob_entropy(chosen.reshape(-1, chosen.shape[-1]), head, rows.label.ravel(), temperature)
+    return chosen.reshape(-1, chosen.shape[-1]), module.output_embedding().astype(chosen.dtype)
+
+
+def policy_statistics(
+    model: DecoderConfig, params: Params, rows: Inputs, temperature: float, top_p: float | None = None
+) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
+    """Log-probability of every policy token and entropy of its distribution (of its nucleus with `top_p`), nats."""
+    flat = fused_log_prob_entropy(*head_inputs(model, params, rows), rows.label.ravel(), temperature, top_p=top_p)
     return tuple(x.reshape(rows.label.shape) for x in flat)
 
 
@@ -181,24 +193,42 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
     optimizer = make_optimizer(config.optim)
     critic_optimizer = make_optimizer(config.critic_optim) if config.critic_optim else None
 
-    def per_policy_token(fn: Callable, batch: TokenBatch) -> Float[Array, "M R P"]:
-        """`fn(micro_batch) -> [rows, P]` over every live row, without gradient."""
+    def per_policy_token(fn: Callable, batch: TokenBatch):
+        """`fn(micro_batch) -> [rows, P]`, or several of them, over every live row, without gradient: [M, R, P]."""
 
         def one_mini(_, m):
             inputs = (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)
             mini = Inputs(*jax.tree.map(lambda x: x[m], inputs))
 
             def body(out, micro, first):
-                return jax.lax.dynamic_update_slice_in_dim(out, fn(micro), first, 0)
+                return jax.tree.map(
+                    lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0), out, fn(micro)
+                )
 
-            zeros = jnp.zeros(batch.policy_mask.shape[1:], jnp.float32)
+            shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[:micro_rows], mini))
+            zeros = jax.tree.map(lambda _: jnp.zeros(batch.policy_mask.shape[1:], jnp.float32), shapes)
             return None, over_micro_batches(body, mini, batch.rows[m], micro_rows, zeros)
 
         _, out = jax.lax.scan(one_mini, None, jnp.arange(batch.rows.shape[0]))
-        return out * batch.policy_mask
+        return jax.tree.map(lambda x: x * batch.policy_mask, out)
+
+    def before_update(state: TrainState, batch: TokenBatch) -> tuple[Float[Array, "M R P"], Float[Array, "M R P"]]:
+        """Log-probability and entropy of the data before this step's updates: what the sampler recorded, or where that
+        will not do (it saw another arithmetic, or the whole distribution) the learner's own."""
+        log_prob, token_entropy = batch.behaviour_log_prob, batch.behaviour_entropy
+        if objective.truncated_importance or objective.nucleus is not None:
+            own = per_policy_token(
+                lambda micro: policy_statistics(
+                    config.model, state.params, micro, config.temperature, objective.nucleus
+                ),
+                batch,
+            )
+            log_prob = own[0] if objective.truncated_importance else log_prob
+            token_entropy = own[1] if objective.nucleus is not None else token_entropy
+        return log_prob, token_entropy
 
     def reference_log_prob(state: TrainState, batch: TokenBatch) -> Float[Array, "M R P"]:
-        if not config.reference:
+        if not config.reference or objective.kl == "full":
             return jnp.zeros_like(batch.policy_mask)
         return per_policy_token(
             lambda micro: policy_statistics(config.model, state.reference, micro, config.temperature)[0], batch
@@ -213,7 +243,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
         shape = batch.policy_mask.shape
         by_token = (
             batch.policy_mask, batch.trajectory, batch.turn, batch.reward, batch.valid,
-            data["value"], batch.behaviour_log_prob, data["ref_log_prob"], batch.behaviour_entropy,
+            data["value"], batch.behaviour_log_prob, data["ref_log_prob"], data["old_entropy"],
         )  # fmt: skip
         flat = (x.reshape(-1, shape[-1]) for x in by_token)
         episodes = Episodes(*flat, returns=batch.returns, group=batch.group, anchor=batch.anchor)
@@ -221,7 +251,9 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
 
     @jax.named_scope("train_step")
     def train_step(state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        hyper = hyper._replace(kl_coef=hyper.kl_coef * state.kl_scale)
         data = {"ref_log_prob": reference_log_prob(state, batch), "value": critic_values(state, batch)}
+        data["old_log_prob"], data["old_entropy"] = before_update(state, batch)
         estimated = advantages(batch, data, hyper)
         key = jax.random.fold_in(jax.random.key(0), state.step)
 
@@ -231,19 +263,25 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             by_row = batch._replace(rows=None, returns=None, group=None, anchor=None)
             b, known, estimates = jax.tree.map(lambda x: x[m], (by_row, data, estimated))
             weighted = loss_rows(
-                estimates.policy_mask, b.trajectory, b.turn, b.behaviour_log_prob, known["ref_log_prob"],
+                estimates.policy_mask, b.trajectory, b.turn, known["old_log_prob"], known["ref_log_prob"],
                 estimates.advantage, hyper, objective, behaviour_log_prob=b.behaviour_log_prob,
-                behaviour_entropy=b.behaviour_entropy, key=jax.random.fold_in(key, i),
+                behaviour_entropy=known["old_entropy"], key=jax.random.fold_in(key, i),
             )  # fmt: skip
             terms = smoothing_terms(
-                state.history, state.step, config.total_steps, b.behaviour_entropy, weighted, hyper, objective
+                state.history, state.step, config.total_steps, known["old_entropy"], weighted, hyper, objective
             )
             inputs = Inputs(b.tokens, b.positions, b.segment_ids, b.index, b.label)
             rows = Rows(inputs, weighted, known["value"], estimates.returns)
 
             def policy_objective(params, micro: Rows):
-                log_prob, token_entropy = policy_statistics(config.model, params, micro.inputs, config.temperature)
-                return epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective)
+                label, full_kl = micro.inputs.label, None
+                head = head_inputs(config.model, params, micro.inputs)
+                flat = fused_log_prob_entropy(*head, label.ravel(), config.temperature, top_p=objective.nucleus)
+                if objective.kl == "full":
+                    reference = head_inputs(config.model, state.reference, micro.inputs)
+                    full_kl = fused_full_kl(*head, *reference, config.temperature).reshape(label.shape)
+                log_prob, token_entropy = (x.reshape(label.shape) for x in flat)
+                return epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
 
             gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
             metrics["grad_norm"] = optax.global_norm(gradient)
@@ -271,7 +309,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
 
         # The corridor that this step saw, before its own entropy joins the history.
         center = entropy.center(state.history, objective.history, hyper.window, hyper.ema_decay)
-        sampled = (batch.behaviour_entropy, batch.policy_mask, batch.turn)
+        sampled = (data["old_entropy"], batch.policy_mask, batch.turn)
         flat = (x.reshape(-1, x.shape[-1]) for x in sampled)
         history = record(state.history, *flat, hyper, objective)
         policy_tokens = batch.policy_mask.sum()
@@ -280,6 +318,15 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             "corridor_center": center.value.mean(),
             "advantage_rms": jnp.sqrt(jnp.square(estimated.advantage).sum() / policy_tokens),
         }
-        return TrainState(state.step + 1, *carry, state.reference, history), metrics
+        kl_scale = state.kl_scale
+        if objective.kl != "none":
+            metrics["kl_coef"] = hyper.kl_coef
+            if objective.kl_place == "reward":
+                kl = kl_estimate(batch.behaviour_log_prob, data["ref_log_prob"], objective.kl)
+                metrics["kl"] = (kl * batch.policy_mask).sum() / policy_tokens
+            if objective.kl_controller == "adaptive":
+                target, horizon = hyper.kl_target, hyper.kl_horizon
+                kl_scale = adaptive_kl_coef(kl_scale, metrics["kl"], target, horizon, objective.num_trajectories)
+        return TrainState(state.step + 1, *carry, state.reference, history, kl_scale), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -225,8 +225,14 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
     """The objective of the arm that `algo.name` names, with the config's choices and coefficients."""
     algo, epo = config.algo, config.epo
     objective = ObjectiveConfig(
+        gae_scope=algo.gae_scope,
+        whiten=algo.whiten,
+        format_penalty_place=algo.format_penalty_place,
         aggregation=algo.aggregation,
         kl=algo.kl_kind if algo.kl_coef else "none",
+        kl_place=algo.kl_place,
+        kl_controller=algo.kl_controller,
+        truncated_importance=algo.importance_cap > 0,
         penalty=epo.penalty,
         penalty_scope=epo.scope,
         history=epo.history,

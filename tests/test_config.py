@@ -62,6 +62,9 @@ def test_unknown_preset_is_refused_with_the_choices():
         ("epo.ema_decay", 1.0, r"in \[0, 1\)"),
         ("algo.clip_low", 1.0, "below 1"),
         ("algo.dual_clip", 1.0, "above 1"),
+        ("algo.kl_place", "advantage", "choose one of 'loss', 'reward'"),
+        ("algo.kl_target", 0.0, "algo.kl_target=0.0 must be positive"),
+        ("algo.importance_cap", -1.0, "importance_cap=-1.0 must be zero or positive"),
         ("rollout.group_size", 1, "at least 2 for config.algo.name='grpo.epo'"),
         ("rollout.groups", 0, "whole number of at least 1"),
         ("rollout.slots", 129, "must not exceed the 128 episodes"),
@@ -84,6 +87,21 @@ def test_impossible_values_are_refused_in_one_sentence(key, value, message):
     config = base_config()
     section, _, leaf = key.rpartition(".")
     (config[section] if section else config)[leaf] = value
+    with pytest.raises(UserError, match=message) as refusal:
+        validate(config)
+    assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kl_kind": "full", "kl_place": "reward"}, "choose an estimate"),
+        ({"kl_controller": "adaptive", "kl_coef": 0.0}, "kl_coef=0 must be positive"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(values, message):
+    config = base_config()
+    config.algo.update(values)
     with pytest.raises(UserError, match=message) as refusal:
         validate(config)
     assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
@@ -131,5 +149,5 @@ def test_choices_are_those_of_the_objectives():
     for key, kind in offered.items():
         unknown = set(CHOICES[key]) - set(get_args(kind))
         assert not unknown, f"config.{key} offers {unknown}"
-        missing = set(get_args(kind)) - set(CHOICES[key]) - {"none", "full"}
+        missing = set(get_args(kind)) - set(CHOICES[key]) - {"none"}
         assert not missing, f"config.{key} lacks {missing}"

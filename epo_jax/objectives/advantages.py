@@ -172,29 +172,32 @@ def by_trajectory(estimator):
     return estimate_tokens
 
 
+def maybe_whitened(advantage: Float[Array, "B T"], episodes: Episodes, objective: ObjectiveConfig):
+    return whiten(advantage, episodes.policy_mask) if objective.whiten else advantage
+
+
 def gae_estimate(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
-    """PPO: whitened GAE with the critic's values, across turns or (`gae_scope="turn"`, the release) inside each turn
-    with the episode's return on every turn's last token."""
-    shape = objective.num_trajectories, objective.max_turns
-    reward, segment = episodes.reward, episodes.trajectory
+    """PPO: GAE with the critic's values, across turns or (`gae_scope="turn"`) inside each turn; whitened."""
+    segment = episodes.trajectory
     if objective.gae_scope == "turn":
-        ends = turn_ends(episodes.policy_mask, episodes.trajectory, episodes.turn, shape)
-        reward, segment = episodes.returns[episodes.trajectory] * ends, episodes.trajectory * shape[1] + episodes.turn
-    advantage, returns = gae(reward, episodes.value, episodes.policy_mask, segment, hyper.discount, hyper.gae_lambda)
-    return whiten(advantage, episodes.policy_mask), returns
+        segment = segment * objective.max_turns + episodes.turn
+    advantage, returns = gae(
+        episodes.reward, episodes.value, episodes.policy_mask, segment, hyper.discount, hyper.gae_lambda
+    )
+    return maybe_whitened(advantage, episodes, objective), returns
 
 
 def reinforce_pp(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
     """REINFORCE++ (arXiv 2501.03262): the discounted reward to come, whitened over policy tokens."""
     zero = jnp.zeros_like(episodes.value)
     returns = gae(episodes.reward, zero, episodes.policy_mask, episodes.trajectory, hyper.discount, 1.0)[1]
-    return whiten(returns, episodes.policy_mask), returns
+    return maybe_whitened(returns, episodes, objective), returns
 
 
 def reinforce_pp_baseline(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
     """REINFORCE++ with the group's mean as baseline, whitened over policy tokens."""
     advantage, returns = by_trajectory(dr_grpo)(episodes, hyper, objective)
-    return whiten(advantage, episodes.policy_mask), returns
+    return maybe_whitened(advantage, episodes, objective), returns
 
 
 def gigpo(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):

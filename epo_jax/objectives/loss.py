@@ -23,24 +23,28 @@ __all__ = [
 
 def estimate(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig) -> Estimate:
     """Advantages of a whole RL step's episodes, with the KL in the reward, the format penalty and the shaping that the
-    objective asks for. Train on the `policy_mask` returned: it leaves out what DAPO drops."""
-    shape = objective.num_trajectories, objective.max_turns
-    mask, index = episodes.policy_mask, (episodes.trajectory, episodes.turn)
+    objective asks for. Train on the `policy_mask` returned: it leaves out what DAPO drops (groups whose returns, as the
+    environment gave them, are all equal). Raises ValueError for `kl="full"` in the reward."""
+    mask, num = episodes.policy_mask, objective.num_trajectories
+    kept = advantages.informative(episodes.returns, episodes.group, num)
     invalid = (1.0 - episodes.valid) * mask
+    ends = advantages.turn_ends(mask, episodes.trajectory, episodes.turn, (num, objective.max_turns))
     cost = jnp.zeros_like(mask)
     if objective.format_penalty_place == "before":
-        cost += hyper.format_penalty * invalid * advantages.turn_ends(mask, *index, shape)
+        cost += hyper.format_penalty * invalid * ends
     if objective.kl_place == "reward" and objective.kl != "none":
         cost += hyper.kl_coef * policy.kl_estimate(episodes.log_prob, episodes.ref_log_prob, objective.kl) * mask
-    costs = jax.ops.segment_sum(cost.ravel(), episodes.trajectory.ravel(), objective.num_trajectories)
-    episodes = episodes._replace(reward=episodes.reward - cost, returns=episodes.returns - costs)
+    reward = episodes.reward
+    if objective.estimator == "gae" and objective.gae_scope == "turn":
+        reward = episodes.returns[episodes.trajectory] * ends
+    costs = jax.ops.segment_sum(cost.ravel(), episodes.trajectory.ravel(), num)
+    episodes = episodes._replace(reward=reward - cost, returns=episodes.returns - costs)
 
     advantage, returns = registry.ESTIMATORS[objective.estimator](episodes, hyper, objective)
     advantage = registry.SHAPERS[objective.shaper](advantage, episodes, hyper, objective)
     if objective.format_penalty_place == "after":
         advantage -= hyper.format_penalty * invalid
     if objective.drop_uniform_groups:
-        kept = advantages.informative(episodes.returns, episodes.group, objective.num_trajectories)
         mask = mask * kept[episodes.trajectory]
     return Estimate(advantage * mask, returns * mask, mask)
 
@@ -121,7 +125,7 @@ def epo_loss(
     """These rows' share of L = L_MT - lam * (L_H - beta * L_smooth) + kl_coef * KL (eq. 2), and of the metrics.
 
     `log_prob` and `token_entropy` are the current policy's at the sampled tokens; off the mask anything finite.
-    `full_kl` is needed with kl = "full" (`head.fused_full_kl`).
+    `full_kl` is needed with kl = "full" (`head.fused_full_kl`). The metric `kl` is nats per policy token.
     """
     shape = objective.num_trajectories, objective.max_turns
     log_ratio = log_prob - rows.old_log_prob
@@ -143,11 +147,10 @@ def epo_loss(
         "dual_clip_fraction": (rows.mean_weight * surrogate.dual_clipped).sum(),
         "approx_kl": -(rows.mean_weight * surrogate.log_ratio).sum(),
     }
-    if objective.kl != "none":
+    if objective.kl != "none" and objective.kl_place == "loss":
         kl = full_kl if objective.kl == "full" else policy.kl_estimate(log_prob, rows.ref_log_prob, objective.kl)
-        sums["kl"] = (rows.weight * kl).sum()
-        if objective.kl_place == "loss":
-            loss += hyper.kl_coef * sums["kl"]
+        sums["kl"] = (rows.mean_weight * kl).sum()
+        loss += hyper.kl_coef * (rows.weight * kl).sum()
     return loss, {"loss": loss} | sums
 
 

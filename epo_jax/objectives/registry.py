@@ -70,7 +70,7 @@ OVERLAYS: dict[str, dict] = {
     "empg": {"lam": 0.0, "shaper": "empg"},
     "clip_cov": {"lam": 0.0, "token_control": "clip_cov"},
     "kl_cov": {"lam": 0.0, "token_control": "kl_cov"},
-    "siren": {"entropy_term": "siren", "history": "initial"},
+    "siren": {"entropy_term": "siren", "history": "initial", "nucleus": 0.9},
     "target": {"alpha": 0.0, "coefficient": "target"},
     # The release's arithmetic, where it is a choice of ours; `released` has the rest of it.
     "released": {

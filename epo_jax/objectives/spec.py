@@ -39,14 +39,16 @@ class Hyper(NamedTuple):
     clip_low: Scalar = 0.2
     clip_high: Scalar = 0.2
     dual_clip: Scalar = 3.0
-    kl_coef: Scalar = 0.01
+    kl_coef: Scalar = 0.01  # with the adaptive controller, at the first step
+    kl_target: Scalar = 0.1  # nats per policy token, for the adaptive controller
+    kl_horizon: Scalar = 10_000.0  # episodes over which it acts
     discount: Scalar = 1.0  # per policy token; per turn in GiGPO's step returns
     gae_lambda: Scalar = 1.0
     value_clip: Scalar = 0.5
     value_coef: Scalar = 1.0
     format_penalty: Scalar = 0.1
     gigpo_weight: Scalar = 1.0  # of the step advantage
-    importance_cap: Scalar = 2.0  # for truncated importance sampling
+    importance_cap: Scalar = 2.0  # on pi_learner / pi_sampler, for truncated importance sampling
     # other entropy controls
     shaping_scale: Scalar = 0.4  # EA
     shaping_kappa: Scalar = 2.0
@@ -67,7 +69,8 @@ class ObjectiveConfig:
 
     # advantages
     estimator: str = "grpo"
-    gae_scope: Literal["trajectory", "turn"] = "trajectory"  # `turn`: the release's GAE inside each turn
+    gae_scope: Literal["trajectory", "turn"] = "trajectory"  # `turn`: GAE inside each turn, which ends with the return
+    whiten: bool = True  # over policy tokens; of `gae`, `reinforce_pp` and `reinforce_pp_baseline`
     format_penalty_place: Literal["after", "before"] = "after"  # the estimator's normalisation
     drop_uniform_groups: bool = False  # DAPO: groups whose returns are all equal are left out
     shaper: str = "none"  # of the advantages, by entropy
@@ -76,10 +79,12 @@ class ObjectiveConfig:
     ratio_scope: Scope = "token"  # `trajectory` or `turn`: GSPO
     kl: KLKind = "k3"
     kl_place: Literal["loss", "reward"] = "loss"
-    truncated_importance: bool = False
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    truncated_importance: bool = False  # needs the learner's own log-probabilities before the update
     token_control: str = "none"  # which tokens the surrogate treats differently
     # entropy
     entropy_term: str = "epo"
+    nucleus: float | None = None  # entropy of the likeliest words that hold this probability; None = of all
     coefficient: Literal["fixed", "target"] = "fixed"
     penalty: Penalty = "hinge"
     penalty_scope: PenaltyScope = "token"

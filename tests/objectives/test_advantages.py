@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.objectives import advantages
+from epo_jax.objectives import advantages, released
 from epo_jax.objectives.loss import estimate
 from epo_jax.objectives.registry import ESTIMATORS
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
@@ -58,6 +58,37 @@ def test_gae_within_turns_is_the_release_on_turn_rows():
             value = e["value"][keep]
             expected = by_hand(rewards, value, np.ones(keep.sum()), 0.9, 0.8) + value
             np.testing.assert_allclose(found[here], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gae_within_turns_charges_each_turn_for_itself():
+    """The release's GAE on turn rows, with its format penalty and its KL in the reward of the row they belong to."""
+    rows = pack(trajectories(7), PACKED, 60)
+    hyper = Hyper(format_penalty=0.1, kl_coef=0.3)  # discount and lambda are 1: padding after a row's end costs nothing
+    settings = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, estimator="gae", gae_scope="turn",
+                               format_penalty_place="before", kl="k1", kl_place="reward")  # fmt: skip
+    found = estimate_(episodes_of(rows, RETURNS, GROUP), hyper, settings)
+    turns = [(i, e, (e["mask"] > 0) & (e["turn"] == t), t) for i, e in enumerate(trajectories(7)) for t in set(e["turn"])]
+    rewards, values, mask = np.zeros((3, len(turns), 8), np.float32)
+    for row, (i, e, keep, _) in enumerate(turns):
+        size = keep.sum()
+        rewards[row, :size] = -0.3 * (e["old_log_prob"] - e["ref_log_prob"])[keep]
+        rewards[row, size - 1] += RETURNS[i] - 0.1 * (1.0 - e["valid"][keep][-1])
+        values[row, :size], mask[row, :size] = e["value"][keep], 1.0
+    expected = released.gae(*map(jnp.asarray, (rewards, values * mask, mask)), 1.0, 1.0)
+    for row, (i, _, keep, t) in enumerate(turns):
+        here = (rows["trajectory"] == i) & (rows["turn"] == t) & (rows["mask"] > 0)
+        for ours, theirs in zip((found.advantage, found.returns), expected, strict=True):
+            np.testing.assert_allclose(ours[here], theirs[row, : keep.sum()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "reinforce_pp", "reinforce_pp_baseline"])
+def test_whitening_can_be_left_out(estimator):
+    batch, hyper = episodes_of(pack(trajectories(3), PACKED, 60), RETURNS, GROUP), Hyper(format_penalty=0.0)
+    plain, whitened = (
+        estimate_(batch, hyper, objective(estimator=estimator, whiten=on)).advantage for on in (False, True)
+    )
+    np.testing.assert_allclose(advantages.whiten(plain, batch.policy_mask), whitened, rtol=1e-4, atol=1e-5)
+    assert np.abs(plain - whitened).max() > 0.1
 
 
 def test_group_estimators_by_hand():
