@@ -81,6 +81,7 @@ def base_config(env: str = "alfworld") -> ConfigDict:
     rollout.group_size = 8  # episodes of each instance
     rollout.slots = 128  # episodes alive at once
     rollout.temperature = 1.0
+    rollout.resample = 3  # rounds of `groups` more that dapo plays at most while groups of equal returns fill its batch
 
     config.algo = algo = ConfigDict()
     # Base algorithm and overlays, as objectives/registry.py names them: "ppo+epo" learns a critic, "grpo" is plain GRPO,
@@ -272,9 +273,9 @@ _RANGES = (
         "a whole number of at least 1",
     ),
     (
-        "seed env.seed warm_start.episodes warm_start.steps eval.every algo.kl_coef algo.value_clip algo.value_coef "
-        "algo.importance_cap algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma epo.turn_decay "
-        "warm_start.copies warm_start.prompt_weight optim.weight_decay",
+        "seed env.seed rollout.resample warm_start.episodes warm_start.steps eval.every algo.kl_coef algo.value_clip "
+        "algo.value_coef algo.importance_cap algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma "
+        "epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay",
         lambda value: value >= 0,
         "zero or positive",
     ),

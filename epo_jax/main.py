@@ -25,7 +25,7 @@ from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_p
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.trajectory import pack
+from epo_jax.trajectory import Trajectory, pack
 
 
 def main(argv: list[str]) -> None:
@@ -95,18 +95,9 @@ def main(argv: list[str]) -> None:
                 )
                 print(evaluation_table(writer.evaluation(row)), flush=True)
 
-        # ------------------------------------------------------------ the loop
-        if config.eval.before and first_step == 0:
-            evaluate_all(0)
-        if first_step == 0:
-            checkpoint.save(manager, state)
-        durations = []
-        for step in range(first_step, config.train.steps):
-            started = time.perf_counter()
-            tasks = step_tasks(train_tasks, config.seed, step, config.rollout.groups)
-            episodes = grouped_episodes(tasks, step, config.rollout.group_size)
-            trajectories, stats = rollout.collect(
-                episodes,
+        def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
+            return rollout.collect(
+                step_episodes(train_tasks, config, step, attempt),
                 pool,
                 tokenizer,
                 model,
@@ -115,8 +106,24 @@ def main(argv: list[str]) -> None:
                 settings,
                 config.rollout.temperature,
             )
+
+        # ------------------------------------------------------------ the loop
+        if config.eval.before and first_step == 0:
+            evaluate_all(0)
+        if first_step == 0:
+            checkpoint.save(manager, state)
+        durations = []
+        for step in range(first_step, config.train.steps):
+            started = time.perf_counter()
+            sampled, stats = play(step, 0)
+            rounds = [sampled]
+            trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
+            while objective.drop_uniform_groups and uniform and len(rounds) <= config.rollout.resample:
+                more, spent = play(step, len(rounds))
+                rounds, stats = [*rounds, more], stats + spent
+                trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
             rolled_out = time.perf_counter()
-            order = np.random.default_rng([config.seed, step]).permutation(len(episodes))
+            order = np.random.default_rng([config.seed, step]).permutation(len(trajectories))
             batch = pack(
                 trajectories,
                 config.train.rows_tokens,
@@ -134,13 +141,16 @@ def main(argv: list[str]) -> None:
             row = writer.train(
                 {
                     "step": step,
-                    "success": np.mean([t.won for t in trajectories]),
-                    "reward": batch.returns.mean(),
-                    "score": np.mean([t.score for t in trajectories]),
-                    "turns": np.mean([len(t.actions) for t in trajectories]),
-                    "invalid_actions": 1.0 - np.mean([v for t in trajectories for v in t.valid]),
-                    "tokens": np.mean([len(t.tokens) for t in trajectories]),
-                    "truncated": np.mean([t.truncated for t in trajectories]),
+                    # Of the first round: what the policy does on tasks as they come, not on those chosen by their returns.
+                    "success": np.mean([t.won for t in sampled]),
+                    "reward": np.mean([sum(t.rewards) for t in sampled]),
+                    "score": np.mean([t.score for t in sampled]),
+                    "turns": np.mean([len(t.actions) for t in sampled]),
+                    "invalid_actions": 1.0 - np.mean([v for t in sampled for v in t.valid]),
+                    "tokens": np.mean([len(t.tokens) for t in sampled]),
+                    "truncated": np.mean([t.truncated for t in sampled]),
+                    "rollout_rounds": len(rounds),
+                    "uniform_groups": uniform,
                     "corridor_low": config.epo.kappa_l * center if step else None,
                     "corridor_high": config.epo.kappa_r * center if step else None,
                     "tokens_per_second": stats.policy_tokens / stats.seconds,
@@ -171,6 +181,18 @@ def main(argv: list[str]) -> None:
         print(f"wrote {path}")
 
 
+def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[rollout.Episode]:
+    """The episodes of a round of RL step `step`: round 0 goes through the training split pass by pass, the rounds that
+    replace uniform groups draw from all of it."""
+    groups = config.rollout.groups
+    if attempt:
+        drawn = np.random.default_rng([config.seed, step, attempt]).permutation(len(tasks))
+        chosen = [tasks[drawn[i % len(tasks)]] for i in range(groups)]
+    else:
+        chosen = step_tasks(tasks, config.seed, step, groups)
+    return grouped_episodes(chosen, step + attempt * config.train.steps, config.rollout.group_size)
+
+
 def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Task]:
     """The tasks of RL step `step`: the training split in an order shuffled anew for each pass over it."""
     chosen = []
@@ -193,9 +215,10 @@ def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
     return tokenizer, model, jax.device_put(weights.load_params(folder, model))
 
 
-def grouped_episodes(tasks: list[Task], step: int, size: int) -> list[rollout.Episode]:
-    """The episodes of RL step `step`: `size` of each task, one group a task; ids are never used twice in a run."""
-    first = step * len(tasks) * size
+def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.Episode]:
+    """`size` episodes of each task, one group a task. With a `number` of its own for each round of a run, no id is used
+    twice."""
+    first = number * len(tasks) * size
     return [rollout.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]
 
 

@@ -7,6 +7,7 @@ the queue is empty a lane shrinks to half its rows whenever half would do, so th
 
 import collections
 import dataclasses
+import itertools
 import time
 
 import jax
@@ -67,6 +68,10 @@ class RolloutStats:
     prompt_tokens: int = 0
     policy_tokens: int = 0
     env_steps: int = 0
+
+    def __add__(self, other: "RolloutStats") -> "RolloutStats":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return RolloutStats(*(a + b for a, b in pairs))
 
 
 @dataclasses.dataclass
@@ -264,3 +269,13 @@ def collect(
     """
     rollout = _Rollout(episodes, pool, tokenizer, model, params, key, config, temperature)
     return rollout.run(), rollout.stats
+
+
+def choose_groups(rounds: list[list[Trajectory]], groups: int) -> tuple[list[Trajectory], int]:
+    """The first `groups` groups whose episodes differ in their return, of all rounds played (DAPO's dynamic sampling, arXiv
+    2503.14476), numbered anew from 0; where they are too few, uniform ones fill up. Returns (trajectories, uniform groups)."""
+    found = [list(g) for trajectories in rounds for _, g in itertools.groupby(trajectories, key=lambda t: t.group)]
+    uniform = [len({sum(t.rewards) for t in members}) == 1 for members in found]
+    kept = sorted(sorted(range(len(found)), key=uniform.__getitem__)[:groups])
+    chosen = [dataclasses.replace(t, group=number) for number, i in enumerate(kept) for t in found[i]]
+    return chosen, sum(uniform[i] for i in kept)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from epo_jax import main as program
+from epo_jax.config import base_config
 from epo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +106,20 @@ def test_fault_3_members_of_a_group_play_the_same_task_and_a_pass_plays_each_tas
         played += [task["id"] for task in chosen]
     assert sorted(played) == sorted(task["id"] for task in tasks)
     assert played != [task["id"] for task in tasks]
+
+
+def test_rounds_that_replace_uniform_groups_play_other_episodes():
+    """Whatever the step and the round: no episode id twice, no task twice in a round, the same again after a restart."""
+    tasks = [{"id": str(i), "type": "t"} for i in range(12)]
+    config = base_config()
+    config.rollout.update(groups=3, group_size=5)
+    config.train.steps = 4
+    played = [program.step_episodes(tasks, config, step, attempt) for attempt in range(3) for step in range(4)]
+    ids = [episode.id for round_ in played for episode in round_]
+    assert len(set(ids)) == len(ids) == 12 * 15
+    assert all(len({e.task["id"] for e in round_}) == 3 for round_ in played)
+    assert played[4:8] == [program.step_episodes(tasks, config, step, 1) for step in range(4)] != played[:4]
+    assert len({tuple(e.task["id"] for e in round_) for round_ in played}) > 8
 
 
 @pytest.mark.parametrize(

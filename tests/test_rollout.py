@@ -12,6 +12,7 @@ from epo_jax.envs.pool import EnvPool
 from epo_jax.models import generate
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
+from epo_jax.trajectory import Trajectory
 
 OPTIONS = {"name": "toy"}
 TASKS = toy.list_tasks("train", OPTIONS)
@@ -96,3 +97,25 @@ def test_a_second_rollout_compiles_nothing(params, max_traces):
     max_traces(generate.decode, 0)
     max_traces(generate.extend, 0)
     play(params, key=5)
+
+
+def won(group, *returns):
+    return [Trajectory(task=TASKS[group], group=group, rewards=[0.0, r]) for r in returns]
+
+
+def test_uniform_groups_give_way_to_those_of_later_rounds():
+    first = [*won(0, 10.0, 10.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
+    chosen, uniform = rollout.choose_groups([first], 3)
+    assert chosen == first and uniform == 2
+    second = [*won(0, 0.0, 0.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
+    chosen, uniform = rollout.choose_groups([first, second], 3)
+    assert [t.rewards[1] for t in chosen] == [10.0, 10.0, 0.0, 10.0, 0.0, 10.0] and uniform == 1
+    assert [t.group for t in chosen] == [0, 0, 1, 1, 2, 2]
+    third = [*won(0, 10.0, 0.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
+    chosen, uniform = rollout.choose_groups([first, second, third], 3)
+    assert [t.rewards[1] for t in chosen] == [0.0, 10.0, 0.0, 10.0, 10.0, 0.0] and uniform == 0
+
+
+def test_the_cost_of_rounds_adds_up():
+    total = rollout.RolloutStats(seconds=1.0, env_steps=2) + rollout.RolloutStats(seconds=0.5, env_steps=3)
+    assert total == rollout.RolloutStats(seconds=1.5, env_steps=5)
