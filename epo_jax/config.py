@@ -110,6 +110,7 @@ def base_config(env: str = "alfworld") -> ConfigDict:
     algo.format_penalty = 0.1  # for a turn that holds no action
     algo.format_penalty_place = "after"  # taken from its advantage; "before": from its reward, before normalisation (release)
     algo.aggregation = "token-mean"  # how the policy loss is averaged
+    algo.released_micro_turns = 32  # turns of a micro-batch of the release, whose means arms with "+released" average
 
     config.epo = epo = ConfigDict()
     epo.lam = 0.001  # weight of the whole term; 0 = the base algorithm alone
@@ -267,7 +268,7 @@ _RANGES = (
         "env.workers env.max_turns env.max_receptacles env.train_games env.valid_seen_games env.valid_unseen_games "
         "agent.response_tokens agent.max_tokens model.d_model model.num_layers model.num_heads model.num_kv_heads "
         "model.head_dim model.d_ff warm_start.batch_tokens rollout.groups rollout.group_size rollout.slots "
-        "algo.epochs algo.mini_batches algo.micro_batch_rows epo.window train.steps train.rows_tokens "
+        "algo.epochs algo.mini_batches algo.micro_batch_rows algo.released_micro_turns epo.window train.steps train.rows_tokens "
         "train.rows_policy_tokens checkpoint.every checkpoint.keep",
         lambda value: value >= 1,
         "a whole number of at least 1",

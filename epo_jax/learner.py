@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.value import init_critic, values
-from epo_jax.objectives import entropy
+from epo_jax.objectives import entropy, released_rows
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.objectives.loss import (
     EntropyHistory,
@@ -239,7 +239,8 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             return jnp.zeros_like(batch.policy_mask)
         return per_policy_token(lambda micro: values(config.model, state.critic, *micro[:4]), batch)
 
-    def advantages(batch: TokenBatch, data: dict, hyper: Hyper) -> Estimate:
+    def advantages(batch: TokenBatch, data: dict, hyper: Hyper, key) -> tuple[Estimate, Float[Array, "M R P"] | None]:
+        """The estimate, and with the release's arithmetic the weights that stand for its averages."""
         shape = batch.policy_mask.shape
         by_token = (
             batch.policy_mask, batch.trajectory, batch.turn, batch.reward, batch.valid,
@@ -247,28 +248,41 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
         )  # fmt: skip
         flat = (x.reshape(-1, shape[-1]) for x in by_token)
         episodes = Episodes(*flat, returns=batch.returns, group=batch.group, anchor=batch.anchor)
-        return jax.tree.map(lambda x: x.reshape(shape), estimate(episodes, hyper, objective))
+        if objective.released:
+            mini_of_row = jnp.broadcast_to(jnp.arange(shape[0])[:, None, None], shape)
+            mini = jax.ops.segment_max(
+                jnp.where(batch.policy_mask > 0, mini_of_row, 0).ravel(), batch.trajectory.ravel(), batch.returns.size
+            )
+            found = released_rows.estimate(episodes, mini, shape[0], key, hyper, objective)
+        else:
+            found = estimate(episodes, hyper, objective), None
+        return jax.tree.map(lambda x: x.reshape(shape), found)
 
     @jax.named_scope("train_step")
     def train_step(state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         hyper = hyper._replace(kl_coef=hyper.kl_coef * state.kl_scale)
         data = {"ref_log_prob": reference_log_prob(state, batch), "value": critic_values(state, batch)}
         data["old_log_prob"], data["old_entropy"] = before_update(state, batch)
-        estimated = advantages(batch, data, hyper)
         key = jax.random.fold_in(jax.random.key(0), state.step)
+        estimated, given_weight = advantages(batch, data, hyper, key)
+
+        # A corridor is built from earlier steps alone; the release has the current one in it.
+        flat = (x.reshape(-1, x.shape[-1]) for x in (data["old_entropy"], batch.policy_mask, batch.turn))
+        history = record(state.history, *flat, hyper, objective)
+        seen = history if objective.released else state.history
 
         def update(carry, step_and_mini):
             params, opt_state, critic, critic_opt_state = carry
             i, m = step_and_mini
             by_row = batch._replace(rows=None, returns=None, group=None, anchor=None)
-            b, known, estimates = jax.tree.map(lambda x: x[m], (by_row, data, estimated))
+            b, known, estimates, weight = jax.tree.map(lambda x: x[m], (by_row, data, estimated, given_weight))
             weighted = loss_rows(
                 estimates.policy_mask, b.trajectory, b.turn, known["old_log_prob"], known["ref_log_prob"],
                 estimates.advantage, hyper, objective, behaviour_log_prob=b.behaviour_log_prob,
-                behaviour_entropy=known["old_entropy"], key=jax.random.fold_in(key, i),
+                behaviour_entropy=known["old_entropy"], key=jax.random.fold_in(key, i), given_weight=weight,
             )  # fmt: skip
             terms = smoothing_terms(
-                state.history, state.step, config.total_steps, known["old_entropy"], weighted, hyper, objective
+                seen, state.step, config.total_steps, known["old_entropy"], weighted, hyper, objective
             )
             inputs = Inputs(b.tokens, b.positions, b.segment_ids, b.index, b.label)
             rows = Rows(inputs, weighted, known["value"], estimates.returns)
@@ -307,11 +321,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
         carry, metrics = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
         metrics = jax.tree.map(jnp.mean, metrics)
 
-        # The corridor that this step saw, before its own entropy joins the history.
-        center = entropy.center(state.history, objective.history, hyper.window, hyper.ema_decay)
-        sampled = (data["old_entropy"], batch.policy_mask, batch.turn)
-        flat = (x.reshape(-1, x.shape[-1]) for x in sampled)
-        history = record(state.history, *flat, hyper, objective)
+        center = entropy.center(seen, objective.history, hyper.window, hyper.ema_decay)
         policy_tokens = batch.policy_mask.sum()
         metrics |= {
             "behaviour_entropy": (batch.behaviour_entropy * batch.policy_mask).sum() / policy_tokens,

@@ -266,6 +266,8 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         num_trajectories=config.rollout.groups * config.rollout.group_size,
         max_turns=config.env.max_turns,
         max_tokens=config.agent.max_tokens,
+        turn_tokens=config.agent.response_tokens,
+        micro_turns=algo.released_micro_turns,
     )
     coefficients = {**epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
     hyper = Hyper(**{name: value for name, value in coefficients.items() if name in Hyper._fields})

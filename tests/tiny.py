@@ -18,7 +18,9 @@ GROUPS, SIZE, TURNS = 3, 4, 3
 EPISODES = GROUPS * SIZE
 ROW, POLICY = 48, 24  # tokens and policy tokens of a row
 TEMPERATURE = 0.9
-OBJECTIVE = ObjectiveConfig(num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW)
+OBJECTIVE = ObjectiveConfig(
+    num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW, turn_tokens=4, micro_turns=5
+)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from epo_jax.objectives import advantages, controls, entropy, policy, registry
+from epo_jax.objectives import advantages, controls, entropy, policy, registry, released_rows
 from epo_jax.objectives.advantages import Estimate
 from epo_jax.objectives.spec import EntropyHistory, Episodes, Hyper, LossRows, ObjectiveConfig, Smoothing, Step
 
@@ -62,16 +62,20 @@ def loss_rows(
     behaviour_log_prob: Float[Array, "B T"] | None = None,
     behaviour_entropy: Float[Array, "B T"] | None = None,
     key: Array | None = None,
+    given_weight: Float[Array, "B T"] | None = None,
 ) -> LossRows:
     """A whole mini-batch with its weights.
 
     `trajectory` and `turn` are 0 where padding; those tokens have mask 0. `old_log_prob` is the learner's own value
     before the update (or the sampler's, when the two agree). Some choices need more: `truncated_importance` the
-    sampler's log-probability, SIREN the sampler's entropy, Clip-Cov a key.
+    sampler's log-probability, SIREN the sampler's entropy, Clip-Cov a key. `given_weight` takes the place of every
+    average (`released_rows.estimate`).
     """
     shape = objective.num_trajectories, objective.max_turns
 
     def weights(mask, mode, turn_decay=0.0):
+        if given_weight is not None:
+            return given_weight
         return policy.token_weights(mask, trajectory, turn, *shape, mode, turn_decay, objective.max_tokens)
 
     weight = weights(policy_mask, objective.aggregation)
@@ -162,10 +166,11 @@ def record(
     hyper: Hyper,
     objective: ObjectiveConfig,
 ) -> EntropyHistory:
-    """The history with this RL step's mean entropy, of the data as it was sampled. Call it after the update."""
+    """The history with this RL step's mean entropy, of the data as it was sampled, for the steps to come."""
     mask = _regularised(behaviour_entropy, policy_mask, hyper, objective)
     num_turns = objective.max_turns if objective.history_index == "turn" else None
-    return entropy.append(history, *entropy.step_entropy(behaviour_entropy, mask, turn, num_turns))
+    step = entropy.step_entropy(behaviour_entropy, mask, turn, num_turns)
+    return entropy.append(history, *(released_rows.left_padded(*step) if objective.released else step))
 
 
 def _regularised(behaviour_entropy, policy_mask, hyper, objective):

@@ -72,11 +72,10 @@ OVERLAYS: dict[str, dict] = {
     "kl_cov": {"lam": 0.0, "token_control": "kl_cov"},
     "siren": {"entropy_term": "siren", "history": "initial", "nucleus": 0.9},
     "target": {"alpha": 0.0, "coefficient": "target"},
-    # The release's arithmetic, where it is a choice of ours; `released` has the rest of it.
+    # Turn rows and their averages by `released`; what is a choice of ours anyway, by that choice.
     "released": {
-        "penalty": "indicator", "penalty_scope": "token", "history_index": "turn", "phase": "released",
-        "phase_steps": 150, "turn_gate": True, "aggregation": "token-mean", "entropy_aggregation": "token-mean",
-        "gae_scope": "turn", "format_penalty_place": "before",
+        "released": True, "penalty": "indicator", "penalty_scope": "token", "history": "cumulative",
+        "history_index": "turn", "phase": "released", "phase_steps": 150, "turn_gate": True,
     },
 }  # fmt: skip
 

@@ -94,10 +94,13 @@ class ObjectiveConfig:
     phase_steps: int | None = None  # K of the phase schedule; None = the run's own length
     turn_gate: bool = False  # penalty only from turn max_turns // 2 on
     entropy_aggregation: Aggregation = "trajectory"
+    released: bool = False  # advantages, averages and history as the release has them: `released_rows`
     # shapes
     num_trajectories: int = 1  # N
     max_turns: int = 1  # U
     max_tokens: int = 1  # divisor of `seq-mean-token-sum-norm`
+    turn_tokens: int = 1  # tokens of a turn at most, for `released`
+    micro_turns: int = 1  # turns of a micro-batch of the release, each of which counts alike
 
 
 class EntropyHistory(NamedTuple):
