@@ -166,6 +166,19 @@ def test_every_estimator_ignores_how_episodes_are_packed(estimator):
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_every_estimator_under_vmap_over_coefficients_is_a_loop(estimator):
+    batch = episodes_of(pack(trajectories(5), PACKED, 60), RETURNS, GROUP)
+    settings = objective(estimator=estimator, kl="k1", kl_place="reward", shaper="ea")
+    base = Hyper(discount=0.9, gae_lambda=0.8)
+    members = [Hyper(*(jnp.float32(x * scale) for x in base)) for scale in (0.5, 0.8, 1.1)]
+    mapped = jax.vmap(lambda hyper: estimate_(batch, hyper, settings))(jax.tree.map(lambda *x: jnp.stack(x), *members))
+    for m, hyper in enumerate(members):
+        alone = estimate_(batch, hyper, settings)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[m], b, rtol=1e-4, atol=1e-5), mapped, alone)  # noqa: B023
+    assert np.abs(mapped.advantage[0] - mapped.advantage[2]).max() > 1e-3
+
+
 def test_format_penalty_after_normalisation_costs_what_it_says():
     rows = pack(trajectories(7), ONE_PER_ROW, 24)
     batch = episodes_of(rows, RETURNS, GROUP)

@@ -67,6 +67,15 @@ def test_center_is_the_mean_of_what_was_appended():
     assert entropy.center(h, "initial").value == pytest.approx([1.0])
 
 
+@given(st.lists(nats, min_size=1, max_size=6), nats)
+@few
+def test_a_step_moves_the_center_only_once_it_is_appended(past, now):
+    before = history(past)
+    np.testing.assert_allclose(entropy.center(before).value, [np.mean(past)], rtol=1e-4, atol=1e-6)
+    after = entropy.append(before, jnp.array([now], jnp.float32), jnp.ones(1))
+    np.testing.assert_allclose(entropy.center(after).value, [np.mean([*past, now])], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["cumulative", "sliding", "ema", "initial"])
 def test_an_empty_history_has_no_center(mode):
     center = entropy.center(entropy.init_history(4), mode)
