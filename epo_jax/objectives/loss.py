@@ -4,7 +4,7 @@ estimate(episodes, ...)          once per RL step: advantages
 loss_rows(...)                   once per mini-batch: every average becomes a weight per token
 smoothing_terms(history, ...)    once per mini-batch: where the corridor lies and how much it weighs
 epo_loss(log_prob, entropy, ...) per micro-batch: losses and metric sums that add up to the mini-batch's
-record(history, ...)             once per RL step, after the update: the step's entropy joins the history
+record(history, ...)             once per RL step: the history that the next step sees, with this step's entropy
 """
 
 import jax
