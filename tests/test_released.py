@@ -104,6 +104,6 @@ def test_an_update_is_the_releases(base):
         ]  # fmt: skip
         return jnp.stack(micro).mean()
 
-    value, expected = jax.jit(jax.value_and_grad(loss))(tiny.as_params())
+    value, expected = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(tiny.as_params())
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-4, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), gradient, expected)

@@ -207,7 +207,9 @@ def test_kl_in_the_reward_lowers_the_return_by_its_sum():
 
 
 def test_uniform_groups_are_dropped():
-    """Group 1's returns are all 2: DAPO trains on group 0 alone."""
+    """Group 1's returns are all 2: DAPO trains on group 0 alone, even where a divergence in the reward sets them apart."""
     rows = pack(trajectories(9), PACKED, 60)
-    result = estimate_(episodes_of(rows, RETURNS, GROUP), Hyper(), objective(drop_uniform_groups=True))
-    np.testing.assert_array_equal(result.policy_mask, rows["mask"] * (rows["trajectory"] < 3))
+    for settings in ({}, {"kl": "k1", "kl_place": "reward"}):
+        chosen = objective(drop_uniform_groups=True, **settings)
+        result = estimate_(episodes_of(rows, RETURNS, GROUP), Hyper(), chosen)
+        np.testing.assert_array_equal(result.policy_mask, rows["mask"] * (rows["trajectory"] < 3))
