@@ -41,16 +41,21 @@ def _laptop(config: ConfigDict) -> None:
     config.env.update(
         workers=2,
         max_turns=12,
-        tasks=("find-living-thing", "find-non-living-thing", "find-plant", "lifespan-longest-lived", "lifespan-shortest-lived"),
-        train_variations=60,
+        tasks=(
+            "find-animal",
+            "find-living-thing",
+            "find-non-living-thing",
+            "lifespan-longest-lived",
+            "lifespan-shortest-lived",
+        ),
         valid_seen_variations=10,
         valid_unseen_variations=24,
     )
-    config.agent.update(style="bare", response_tokens=20, max_tokens=768)
+    config.agent.update(style="bare", response_tokens=14, max_tokens=384)
     config.model.update(
         path="",
         d_model=128,
-        num_layers=4,
+        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
@@ -61,11 +66,12 @@ def _laptop(config: ConfigDict) -> None:
         dtype="float32",
         remat=False,
     )
-    config.warm_start.update(episodes=300, steps=250, batch_tokens=3840, lr=3e-3, prompt_weight=0.3)
-    config.rollout.update(groups=8, group_size=8, slots=32)
+    config.warm_start.update(episodes=600, steps=250, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
+    config.rollout.update(groups=16, group_size=8, slots=32)
     config.algo.update(mini_batches=4, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
+    config.epo.update(lam=0.001, alpha=5.0, kappa_r=1.25)
     config.optim.update(lr=3e-4, b2=0.98)
-    config.train.update(steps=30, rows_tokens=768, rows_policy_tokens=256)
+    config.train.update(steps=30, rows_tokens=384, rows_policy_tokens=96)
     config.eval.update(every=10)
     config.checkpoint.update(every=10)
 

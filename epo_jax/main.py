@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
             demonstrations = env.rename(demonstrations, config.warm_start.copies, config.seed)
         if not config.model.path:
             texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style) for text in pair]
-            tokenizer = train_tokenizer(texts, config.model.vocab_size)
+            tokenizer = train_tokenizer(texts, config.model.vocab_size, env.PHRASES)
         tokenizer.save(workdir / "tokenizer")
     if not config.model.path:
         model = decoder_config(config.model, tokenizer.vocab_size)

@@ -30,8 +30,9 @@ from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task
 from epo_jax.errors import UserError
 
-__all__ = ["prepare", "list_tasks", "make_env", "demonstrations", "rename"]
+__all__ = ["PHRASES", "prepare", "list_tasks", "make_env", "demonstrations", "rename"]
 
+PHRASES = ""
 WIN_REWARD = 10.0
 INDEX_VERSION = 1
 DEMONSTRATION_VERSION = 2

@@ -7,6 +7,8 @@ An environment is a module, named in `ENVIRONMENTS`, with four functions:
     make_env(options)               -> TextEnv              called inside a worker process
     demonstrations(tasks, options)  -> list[Demonstration]  expert episodes for the warm start
 
+and with `PHRASES`, a regular expression of the set phrases that a tokenizer trained on its texts keeps whole ("" = none).
+
 `options` is a plain dict (the `env` section of the config). A `Task` is a JSON-able dict with at least `id` (unique) and
 `type` (the row of the per-type table); the rest is the environment's own (a game file, a variation number).
 """

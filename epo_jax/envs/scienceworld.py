@@ -32,6 +32,17 @@ from epo_jax.files import write_atomically
 SLOTS_PER_WORKER = 16  # live episodes of one JVM, whose heap has room for about three times as many
 WIN_REWARD = 10.0
 SIMPLIFICATIONS = ("teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors", "noElectricalAction")
+# The words around the names of things and rooms. Names stay apart from them, so that a model can copy a name.
+PHRASES = "|".join(
+    (
+        r"This \w+(?: location)? is called the|\. (?:In it, you see|Here you see): \n\tthe agent(?:\n\ta substance called air)?",
+        r"\s*You also see:|\n\tA door to [^\n]*|\n\t(?:an?\b|the\b)?(?: substance called)?",
+        r"\. (?:The|On the|In the) [^\n]*?(?:: |\. ?(?=\n|$))|, which is [^\n]*?(?:: |\. ?(?=\n|$))",
+        r" \((?:containing (?:nothing\)|an?\b(?: substance called)?)|that is \w+\))|,? in the \w+ stage(?:, soil\))?",
+        r"\s*Your task is to find(?: an?\(n\)| the)?|\. First, focus on the thing\. Then, move it to the",
+        r"(?:You )?(?:focus on|pick up|go to|move)(?: to)?(?: the)?(?= )|look around| in inventory to| to the inventory\.",
+    )
+)
 _THEIR_SPLIT = {"train": "train", "valid_seen": "dev", "valid_unseen": "test"}
 _ELECTRICAL = ("power-component", "conductivity")
 

@@ -12,6 +12,7 @@ from epo_jax.envs.base import Demonstration, Observation, Task
 COLOURS = ("red", "blue", "green")
 DIGITS = tuple("0123456789")
 GOAL = "say the colour of the door, then its number."
+PHRASES = ""
 WIN_REWARD = 10.0
 
 

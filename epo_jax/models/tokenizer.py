@@ -75,11 +75,15 @@ class ChatTokenizer:
         (folder / "chat_frame.json").write_text(json.dumps(dataclasses.asdict(self.frame), indent=2))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> ChatTokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens trained on `texts`; the same texts give the same tokenizer."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: str = "") -> ChatTokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens trained on `texts`; the same texts give the same tokenizer.
+
+    What the regular expression `phrases` matches may become one token, blanks and all; elsewhere words stay apart.
+    """
+    pieces = f"{phrases}|{_PIECES}" if phrases else _PIECES
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(Regex(pieces), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

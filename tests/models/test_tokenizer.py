@@ -65,3 +65,10 @@ def test_a_numbered_thing_starts_as_its_noun_and_its_number():
     np.testing.assert_allclose(number["apple 2"], number["cabinet 2"], atol=1e-5)
     assert np.abs(number["cabinet 2"] - number["cabinet 3"]).max() > 0.1
     np.testing.assert_array_equal(composed[ids["apple"]], embedding[ids["apple"]])
+
+
+def test_a_set_phrase_becomes_one_token_and_the_name_in_it_another():
+    texts = ["You move to the kitchen.", "You move to the greenhouse.", "go to kitchen", "go to greenhouse"] * 20
+    tokenizer = train_tokenizer(texts, 400, phrases=r"(?:You move to the|go to)(?= )")
+    pieces = [[tokenizer.decode([i]) for i in tokenizer.encode(text)] for text in texts[:3]]
+    assert pieces == [["You move to the", " kitchen", "."], ["You move to the", " greenhouse", "."], ["go to", " kitchen"]]
