@@ -47,12 +47,14 @@ def main(argv: list[str]) -> None:
     demonstrations = []
     if config.warm_start.episodes and not command.resume:
         chosen = random.Random(config.seed).sample(train_tasks, min(config.warm_start.episodes, len(train_tasks)))
-        demonstrations = env.demonstrations(chosen, env_options)
+        times = 1 + config.warm_start.copies
+        demonstrations = env.demonstrations([task for task in chosen for _ in range(times)], env_options)
     if command.resume:
         tokenizer = load_tokenizer(workdir / "tokenizer")
     else:
         if config.warm_start.copies:
-            demonstrations = env.rename(demonstrations, config.warm_start.copies, config.seed)
+            copies = [d for i, d in enumerate(demonstrations) if i % times]
+            demonstrations = demonstrations[::times] + env.rename(copies, config.seed)
         if not config.model.path:
             texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style) for text in pair]
             tokenizer = train_tokenizer(texts, config.model.vocab_size, env.PHRASES)

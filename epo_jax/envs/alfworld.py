@@ -7,15 +7,15 @@ else games are generated once into the cache folder. Options read here:
     train_games, valid_seen_games, valid_unseen_games, max_receptacles, seed      what to generate (`alfworld_games`)
     workers                  processes that generate and demonstrate
     max_turns                longest demonstration
-    hesitation               probability that the demonstrating expert wastes a turn before each move (default 0)
+    hesitation               probability that the demonstrating expert wastes a turn before a move (default 0)
     admissible               True fills `Observation.admissible` (default False: empty)
 """
 
+import collections
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
@@ -35,7 +35,7 @@ __all__ = ["PHRASES", "prepare", "list_tasks", "make_env", "demonstrations", "re
 PHRASES = ""
 WIN_REWARD = 10.0
 INDEX_VERSION = 1
-DEMONSTRATION_VERSION = 2
+DEMONSTRATION_VERSION = 3
 _INDEX = "index.json"  # written last: a folder that has it is complete
 
 Index = dict[str, list[Task]]
@@ -80,21 +80,27 @@ def make_env(options: dict[str, Any]) -> "AlfworldEnv":
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
     """One expert episode for each task, kept on disk. A task that even its walkthrough does not win has `won` False.
 
-    With hesitation, episodes have so many more turns that the expert has as many of its own as before.
+    A task may be there several times; a hesitating expert then wastes other turns each time. It has twice the turns of an
+    agent, as it may waste half of them.
     """
     if not tasks:
         return []
     hesitation = options.get("hesitation", 0.0)
-    max_turns = math.ceil(options["max_turns"] / (1 - hesitation))
+    max_turns = options["max_turns"] * (2 if hesitation else 1)
     key = [DEMONSTRATION_VERSION, max_turns, hesitation, [task["file"] for task in tasks]]
     path = _cache(options) / "demonstrations" / f"{_digest(key)}.jsonl"
     if path.exists():
         episodes = [json.loads(line) for line in path.read_text().splitlines()]
     else:
+        times: collections.Counter[str] = collections.Counter()
+        playing = []
+        for task in tasks:
+            playing.append({**task, "seed": f"{task['id']}/{times[task['id']]}"})
+            times[task["id"]] += 1
         share = -(-len(tasks) // max(1, options["workers"]))
         common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled")}
         common |= {"max_turns": max_turns, "hesitation": hesitation}
-        jobs = [{**common, "tasks": tasks[start : start + share]} for start in range(0, len(tasks), share)]
+        jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
         episodes = alfworld_jobs.run_jobs(jobs, _progress("expert episodes played", len(tasks)))
         alfworld_engine.write_atomically(path, "".join(json.dumps(e) + "\n" for e in episodes).encode())
     return [

@@ -108,13 +108,15 @@ def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Play job["tasks"] by the expert, and where it fails by the game's walkthrough (which knows the hidden state)."""
+    """Play job["tasks"] by the expert, and where it fails by the game's walkthrough (which knows the hidden state).
+
+    A task's "seed" is that of the hesitation."""
     for task in job["tasks"]:
         game = alfworld_engine.load_game(task["file"], job["compiled"])
         text, goal = split_intro(game.intro)
         moves = experts.expert_moves(_goal(task["file"]), text)
         if job["hesitation"]:
-            moves = experts.hesitating(moves, job["hesitation"], task["id"])
+            moves = experts.hesitating(moves, job["hesitation"], task["seed"])
         episode = _play(game, text, moves, job["max_turns"])
         if not episode["won"]:
             walkthrough = json.loads(Path(task["file"]).read_bytes()).get("walkthrough") or ()

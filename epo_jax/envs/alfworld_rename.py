@@ -15,8 +15,8 @@ _FUNCTIONAL = frozenset({"microwave", "fridge", "sinkbasin", "desklamp"})
 _THING = re.compile(r"\b([a-z]+) (\d+)\b")
 
 
-def rename(demonstrations: list[Demonstration], copies: int, seed: int) -> list[Demonstration]:
-    """The episodes and `copies` renamed versions of each.
+def rename(demonstrations: list[Demonstration], seed: int) -> list[Demonstration]:
+    """Each episode with other names.
 
     Names are drawn from those that the episodes themselves hold; places (listed in an episode's first observation) and
     objects are permuted apart.
@@ -26,10 +26,7 @@ def rename(demonstrations: list[Demonstration], copies: int, seed: int) -> list[
     objects = things - places - _FUNCTIONAL
     pattern = re.compile(rf"\b({'|'.join(sorted(places | objects))})\b(?: (\d+)\b)?")
     rng = random.Random(seed)
-    renamed = list(demonstrations)
-    for _ in range(copies):
-        renamed += [_renamed(d, sorted(places), sorted(objects), pattern, rng) for d in demonstrations]
-    return renamed
+    return [_renamed(d, sorted(places), sorted(objects), pattern, rng) for d in demonstrations]
 
 
 def _renamed(demonstration, places, objects, pattern, rng) -> Demonstration:

@@ -76,15 +76,6 @@ def fits(receptacle_type: str, object_type: str) -> bool:
 
 
 @functools.cache
-def may_hold(receptacle_type: str, object_type: str) -> bool:
-    """`fits` for the lower-case names of the texts; the lamp stands on surfaces that are known beforehand."""
-    if object_type == LAMP.lower():
-        return receptacle_type in {surface.lower() for surface in LAMP_SURFACES}
-    capital = constants().OBJECTS_LOWER_TO_UPPER
-    return fits(capital.get(receptacle_type, ""), capital.get(object_type, ""))
-
-
-@functools.cache
 def _layouts() -> dict[int, tuple[dict[str, list[float]], list[str]]]:
     """Room number -> ({receptacle id: [x, z, rotation, horizon]}, object types), from the package's files."""
     folder = Path(constants().__file__).parent / "layouts"

@@ -248,10 +248,18 @@ def test_demonstrations_are_kept(options, monkeypatch):
     assert alfworld.demonstrations([], options) == []
 
 
+def test_a_hesitating_expert_wastes_other_turns_each_time(options):
+    task = alfworld.list_tasks("train", options)[0]
+    shown = alfworld.demonstrations([task] * 4, {**options, "hesitation": 0.5})
+    moves = [[a for a in d.actions if a != "inventory"] for d in shown]
+    assert all(d.won for d in shown) and moves == [moves[0]] * 4
+    assert len({d.actions for d in shown}) > 2
+
+
 def test_where_the_expert_fails_the_walkthrough_is_shown(options, monkeypatch):
     tasks = alfworld.list_tasks("train", options)[:2]
-    job = {"tasks": tasks, "compiled": str(Path(options["data_dir"]) / "alfworld" / "compiled")}
-    job |= {"max_turns": 25, "hesitation": 0.0}
+    job = {"tasks": [{**task, "seed": ""} for task in tasks], "max_turns": 25, "hesitation": 0.0}
+    job["compiled"] = str(Path(options["data_dir"]) / "alfworld" / "compiled")
     monkeypatch.setattr(experts, "expert_moves", lambda goal, text: iter(()))
     for task, episode in zip(tasks, alfworld_jobs.demonstrate(job), strict=True):
         assert episode["won"] and episode["actions"] == json.loads(Path(task["file"]).read_text())["walkthrough"]

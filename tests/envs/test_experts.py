@@ -50,10 +50,14 @@ def play(goal: experts.Goal, house: House) -> list[str]:
     return house.moves
 
 
-def test_likely_places_come_first_in_the_order_of_the_text_and_the_target_last():
-    house = House({"safe 1": ["watch 1"]}, closed=("cabinet 1", "safe 1"))
+def test_places_are_searched_in_the_order_of_the_text_and_the_target_last():
+    house = House({"safe 1": ["watch 1"]}, closed=("cabinet 1", "fridge 1", "safe 1"))
     assert play(experts.Goal("pick_and_place_simple", "watch", "desk"), house) == [
-        "go to safe 1",  # a watch fits into a safe, not into a cabinet or a fridge
+        "go to cabinet 1",
+        "open cabinet 1",
+        "go to fridge 1",
+        "open fridge 1",
+        "go to safe 1",
         "open safe 1",
         "take watch 1 from safe 1",
         "go to desk 2",
@@ -125,9 +129,10 @@ def test_a_hesitating_expert_makes_the_same_moves_with_wasted_turns_between():
         return actions
 
     assert play(0.0, "a") == ["go to shelf 1", "take mug 1 from shelf 1", "use desklamp 1"]
-    wasted = [[a for a in play(0.5, str(seed)) if a in ("look", "inventory")] for seed in range(200)]
-    for seed in range(20):
-        assert [a for a in play(0.5, str(seed)) if a not in ("look", "inventory")] == play(0.0, "a")
-    # Before each of the three moves a geometric number of wasted turns, one on average; 200 episodes, 6 sigma.
-    assert abs(sum(map(len, wasted)) / 200 - 3) < 6 * (3 * 2 / 200) ** 0.5
+    played = [play(0.7, str(seed)) for seed in range(200)]
+    for actions in played:
+        assert [a for a in actions if a != "inventory"] == play(0.0, "a")
+        assert ("inventory", "inventory") not in zip(actions, actions[1:], strict=False)
+    # 600 coins of probability 0.7; 6 sigma.
+    assert abs(sum(map(len, played)) - 600 - 420) < 6 * (600 * 0.7 * 0.3) ** 0.5
     assert play(0.5, "a") == play(0.5, "a")
