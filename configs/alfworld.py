@@ -30,6 +30,7 @@ def _laptop(config: ConfigDict) -> None:
     config.env.update(
         max_turns=16, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8, hesitation=0.8
     )
+    config.env.hints = "none"
     config.agent.update(style="bare", response_tokens=12, max_tokens=384)
     config.model.update(
         path="",

@@ -41,6 +41,7 @@ def _laptop(config: ConfigDict) -> None:
     config.env.update(
         workers=2,
         max_turns=12,
+        hints="none",
         tasks=(
             "find-animal",
             "find-living-thing",

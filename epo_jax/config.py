@@ -18,6 +18,8 @@ AGGREGATIONS = ("trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-toke
 # Allowed values of the keys that name a variant.
 CHOICES: dict[str, tuple[str, ...]] = {
     "env.name": ("alfworld", "scienceworld"),
+    "env.hints": ("none", "objects", "admissible"),
+    "env.level": ("L1", "L2"),
     "agent.style": ("bare", "tagged"),
     "model.dtype": ("float32", "bfloat16"),
     "algo.kl_kind": ("k1", "abs", "k2", "k3", "full"),
@@ -166,6 +168,7 @@ def _alfworld() -> ConfigDict:
     env.valid_unseen_games = 134
     # None = the whole room; a number = that many of its receptacles, drawn by seed, with all that the task needs.
     env.max_receptacles = config_dict.placeholder(int)
+    env.hints = "admissible"  # at every turn, the commands that work now; "none": no list
     env.hesitation = 0.0  # how often the expert of the warm start wastes a turn: 0 = never; leaves room for RL
     env.seed = 0  # of the generator
     return env
@@ -178,6 +181,8 @@ def _scienceworld() -> ConfigDict:
     env.workers = 8  # processes, each with one Java simulator (at most 0.4 GB) for up to 16 live episodes
     env.max_turns = 30
     env.tasks = ()  # task names; () = all 30
+    env.level = "L1"  # valid_unseen: "L1" other variations of the trained tasks; "L2" ten task types never trained on
+    env.hints = "objects"  # at every turn, the things in reach; "admissible": every valid action (slow); "none": no list
     env.simplification = "easy"  # or "" (none), or names of the simulator's simplifications, comma-separated
     env.train_variations = -1  # variations per task of each split; -1 = all
     env.valid_seen_variations = -1

