@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -148,7 +148,7 @@ def read_config(workdir: Path) -> ConfigDict:
     path = Path(workdir) / "config.json"
     try:
         saved = flatten(json.loads(path.read_text(encoding="utf-8")))
-        config = base_config(saved["env.name"]).lock()
+        config = base_config(saved["env.name"], **_env_options(saved)).lock()
     except FileNotFoundError:
         raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
     except (OSError, ValueError, KeyError, AttributeError):
@@ -164,6 +164,12 @@ def read_config(workdir: Path) -> ConfigDict:
             raise UserError(f"{path}: {key}={value!r} has the wrong type; restore it or begin a new run.") from None
     validate(config)
     return config
+
+
+def _env_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """The keys that an environment of the user's own brought to the config of a run."""
+    env = {key.removeprefix("env."): value for key, value in saved.items() if key.startswith("env.")}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in env.items() if key != "name"}
 
 
 def _check_same_run(config: ConfigDict, saved: ConfigDict) -> None:

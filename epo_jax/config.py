@@ -17,9 +17,6 @@ AGGREGATIONS = ("trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-toke
 
 # Allowed values of the keys that name a variant.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "env.name": ("alfworld", "scienceworld"),
-    "env.hints": ("none", "objects", "admissible"),
-    "env.level": ("L1", "L2"),
     "agent.style": ("bare", "tagged"),
     "model.dtype": ("float32", "bfloat16"),
     "algo.kl_kind": ("k1", "abs", "k2", "k3", "full"),
@@ -42,12 +39,13 @@ GROUP_ALGORITHMS = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gigpo",
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
 
-def base_config(env: str = "alfworld") -> ConfigDict:
-    """All keys with the paper's values, for environment `env` ("alfworld" or "scienceworld")."""
+def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
+    """All keys with the paper's values, for environment `env`: "alfworld", "scienceworld", or one of your own, whose keys
+    are `options` and those that every environment has."""
     config = ConfigDict()
     config.seed = 0  # of everything random: games of an episode, initial weights, sampling
 
-    config.env = {"alfworld": _alfworld, "scienceworld": _scienceworld}[env]()
+    config.env = ENV_SECTIONS[env]() if env in ENV_SECTIONS else _own(env, options)
 
     config.agent = agent = ConfigDict()
     agent.style = "tagged"  # "tagged": the paper's instructions, <think> and <action>; "bare": the turn is the action
@@ -188,6 +186,13 @@ def _scienceworld() -> ConfigDict:
     env.valid_seen_variations = -1
     env.valid_unseen_variations = -1
     return env
+
+
+def _own(name: str, options: dict[str, Any]) -> ConfigDict:
+    return ConfigDict({"name": name, "workers": 2, "max_turns": 50, **options})  # in the words of the others
+
+
+ENV_SECTIONS = {"alfworld": _alfworld, "scienceworld": _scienceworld}
 
 
 def validate(config: ConfigDict) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from epo_jax import checkpoint, figures, rollout, sft
 from epo_jax.command import open_workdir, parse, run
+from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
@@ -54,10 +55,10 @@ def main(argv: list[str]) -> None:
     else:
         if config.warm_start.copies:
             copies = [d for i, d in enumerate(demonstrations) if i % times]
-            demonstrations = demonstrations[::times] + env.rename(copies, config.seed)
+            demonstrations = demonstrations[::times] + rename(copies, config.seed)
         if not config.model.path:
             texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style) for text in pair]
-            tokenizer = train_tokenizer(texts, config.model.vocab_size, env.PHRASES)
+            tokenizer = train_tokenizer(texts, config.model.vocab_size, env.phrases)
         tokenizer.save(workdir / "tokenizer")
     if not config.model.path:
         model = decoder_config(config.model, tokenizer.vocab_size)

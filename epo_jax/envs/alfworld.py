@@ -26,13 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworld_rooms
-from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task
 from epo_jax.errors import UserError
 
-__all__ = ["PHRASES", "prepare", "list_tasks", "make_env", "demonstrations", "rename"]
-
-PHRASES = ""
 WIN_REWARD = 10.0
 HINTS = ("none", "admissible")
 INDEX_VERSION = 1
@@ -135,9 +131,6 @@ class AlfworldEnv:
         won_before = self._state.won
         self._state, text = self._game.step(self._state, action.strip().lower())
         return self._observe(text, reward=WIN_REWARD if self._state.won and not won_before else 0.0)
-
-    def close(self) -> None:
-        self._game = self._state = None
 
     def _observe(self, text: str, reward: float) -> Observation:
         won = self._state.won

@@ -1,20 +1,28 @@
 """The environment protocol: what a text game must offer to be trained on.
 
-An environment is a module, named in `ENVIRONMENTS`, with four functions:
+An environment is a module with
 
-    prepare(options)                -> None                 make or check everything on disk, once, in the main process
     list_tasks(split, options)      -> list[Task]           every task of a split, in a fixed order
     make_env(options)               -> TextEnv              called inside a worker process
-    demonstrations(tasks, options)  -> list[Demonstration]  expert episodes for the warm start
 
-and with `PHRASES`, a regular expression of the set phrases that a tokenizer trained on its texts keeps whole ("" = none).
+and, where it has use for them,
+
+    prepare(options)                -> None                 make or check everything on disk, once, in the main process
+    demonstrations(tasks, options)  -> list[Demonstration]  expert episodes for the warm start
+    PHRASES = "regular expression"                          set phrases that a tokenizer trained on its texts keeps whole
+    SLOTS_PER_WORKER = 16                                   most episodes that one worker process can hold
+
+`config.env.name` is its name in `ENVIRONMENTS` or, for a module from elsewhere, the name by which it is imported.
+docs/environments.md builds one.
 
 `options` is a plain dict (the `env` section of the config). A `Task` is a JSON-able dict with at least `id` (unique) and
-`type` (the row of the per-type table); the rest is the environment's own (a game file, a variation number).
+`type` (the row of the per-type table); the rest is the environment's own: a game file, a variation, a seed.
 """
 
 import dataclasses
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from epo_jax.errors import UserError
@@ -69,17 +77,54 @@ class Demonstration:
 
 
 class TextEnv(Protocol):
-    """One live episode at a time; deterministic given the task and the actions."""
+    """One live episode at a time; deterministic given the task and the actions, so that a lost one can be played again."""
 
     def reset(self, task: Task) -> Observation: ...
 
     def step(self, action: str) -> Observation: ...
 
-    def close(self) -> None: ...
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """An environment module, with what it leaves out filled in. `module` is the name that worker processes import."""
+
+    module: str
+    list_tasks: Callable[[str, dict[str, Any]], list[Task]]
+    make_env: Callable[[dict[str, Any]], TextEnv]
+    prepare: Callable[[dict[str, Any]], None]
+    demonstrations: Callable[[list[Task], dict[str, Any]], list[Demonstration]]
+    phrases: str
+    slots_per_worker: int | None
 
 
-def environment(name: str):
-    """The module that implements environment `name`. Raises UserError for a name that is not registered."""
-    if name not in ENVIRONMENTS:
-        raise UserError(f"env.name={name!r} is not an environment; choose one of {', '.join(sorted(ENVIRONMENTS))}.")
-    return importlib.import_module(ENVIRONMENTS[name])
+def environment(name: str) -> Environment:
+    """The environment called `name`. Raises UserError if there is none, or if it lacks what every environment has."""
+    module_name = ENVIRONMENTS.get(name, name)
+    unknown = UserError(
+        f"env.name={name!r} is not an environment; choose one of {', '.join(sorted(ENVIRONMENTS))}, "
+        "or name a module that can be imported from here."
+    )
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise unknown
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it imports is not
+        raise unknown from None
+    for function in ("list_tasks", "make_env"):
+        if not callable(getattr(module, function, None)):
+            raise UserError(f"env.name={name!r} is no environment, as the module has no function {function!r}; add it.")
+    return Environment(
+        module=module_name,
+        list_tasks=module.list_tasks,
+        make_env=module.make_env,
+        prepare=getattr(module, "prepare", lambda options: None),
+        demonstrations=getattr(module, "demonstrations", functools.partial(_no_demonstrations, name)),
+        phrases=getattr(module, "PHRASES", ""),
+        slots_per_worker=getattr(module, "SLOTS_PER_WORKER", None),
+    )
+
+
+def _no_demonstrations(name: str, tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
+    raise UserError(f"env.name={name!r} has no expert demonstrations; set config.warm_start.episodes=0.")

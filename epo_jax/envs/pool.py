@@ -215,9 +215,9 @@ class EnvPool:
     """
 
     def __init__(self, name: str, options: dict[str, Any], workers: int, deadlines: Deadlines = DEADLINES):
-        module = base.environment(name)
-        self._module_name = module.__name__
-        self._slots_per_worker = getattr(module, "SLOTS_PER_WORKER", None)
+        environment = base.environment(name)
+        self._module_name = environment.module
+        self._slots_per_worker = environment.slots_per_worker
         self._options = options
         self.workers = max(1, workers)
         self._deadlines = deadlines

@@ -137,9 +137,6 @@ class ScienceWorld:
             return {"objects": self._episode.objects()}
         return {"admissible": self._episode.valid_actions()} if self._hints == "admissible" else {}
 
-    def close(self) -> None:
-        """The world goes with this object; the JVM stays for the process's other episodes."""
-
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
     """Gold episodes (`scienceworld_gold`) of the tasks that they solve within `max_turns` actions; cached on disk."""

@@ -12,12 +12,7 @@ from epo_jax.envs.base import Demonstration, Observation, Task
 COLOURS = ("red", "blue", "green")
 DIGITS = tuple("0123456789")
 GOAL = "say the colour of the door, then its number."
-PHRASES = ""
 WIN_REWARD = 10.0
-
-
-def prepare(options: dict[str, Any]) -> None:
-    """Nothing is kept on disk."""
 
 
 def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
@@ -59,9 +54,6 @@ class ToyEnv:
             score=50.0 * self._right,
             admissible=() if done else DIGITS,
         )
-
-    def close(self) -> None:
-        pass
 
 
 def make_env(options: dict[str, Any]) -> ToyEnv:

@@ -5,7 +5,7 @@ line is one request, answered by one line in the same order:
 
     {"id": 7, "op": "play", "slot": 3, "task": {...}, "actions": [...]}   reset, then every action; the last observation
     {"id": 8, "op": "step", "slot": 3, "action": "go to shelf 1"}         one step
-    {"id": 9, "op": "release", "slot": 3}                                 forget the episode, close its environment
+    {"id": 9, "op": "release", "slot": 3}                                 forget the episode and its environment
 
     {"id": 7, "observation": {...}}   {"id": 9, "observation": null}
     {"id": 7, "user_error": "..."}    the input is bad: goes to the person, the worker lives on
@@ -67,8 +67,7 @@ def _handle(
 ) -> dict[str, Any] | None:
     slot = request["slot"]
     if request["op"] == "release":
-        if slot in envs:
-            envs.pop(slot).close()
+        envs.pop(slot, None)
         return None
     if request["op"] == "step":
         return vars(envs[slot].step(request["action"]))
