@@ -121,7 +121,8 @@ class AlfworldEnv:
 
     def reset(self, task: Task) -> Observation:
         """Start the task's game. Raises UserError naming the game file when it cannot be played."""
-        self._game = alfworld_engine.load_game(task["file"], self._compiled)
+        self._file = task["file"]
+        self._game = alfworld_engine.load_game(self._file, self._compiled)
         self._state = self._game.start
         text, self._goal = alfworld_jobs.split_intro(self._game.intro)
         return self._observe(text, reward=0.0)
@@ -129,7 +130,10 @@ class AlfworldEnv:
     def step(self, action: str) -> Observation:
         """Play one command; case and surrounding blanks do not matter. The reward comes once, with the winning step."""
         won_before = self._state.won
-        self._state, text = self._game.step(self._state, action.strip().lower())
+        try:
+            self._state, text = self._game.step(self._state, action.strip().lower())
+        except UserError as error:
+            raise UserError(f"the game file {self._file} cannot be played: {error}") from None
         return self._observe(text, reward=WIN_REWARD if self._state.won and not won_before else 0.0)
 
     def _observe(self, text: str, reward: float) -> Observation:

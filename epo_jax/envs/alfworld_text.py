@@ -28,6 +28,7 @@ Symbols = list[list[Any]]
 Mapping = dict[tuple[str, str], str]  # (placeholder, type) -> object id
 Facts = Callable[[str], list[tuple[str, ...]]]  # predicate -> its true argument tuples, sorted
 
+MAX_SYMBOLS = 50_000  # of one text; the longest of the real grammar needs about a thousand
 _FIELDS = ("id", "name", "type", "definite", "indefinite")
 _ROOT_TYPE = "object"  # every PDDL type is a subtype of it
 
@@ -169,19 +170,34 @@ class Grammar:
         self._rules = rules
         self._entities = entities
         self._types = {key: entity["type"] for key, entity in entities.items()}
+        self._left = 0
 
     def derive(self, symbols: Symbols, mapping: Mapping, facts: Facts) -> str:
-        """The text of `symbols` where the placeholders of `mapping` are bound and `facts` hold."""
+        """The text of `symbols` where the placeholders of `mapping` are bound and `facts` hold.
+
+        Raises:
+            UserError: no rule fits, or the rules have no end.
+        """
+        self._left = MAX_SYMBOLS
+        try:
+            return self._text(symbols, mapping, facts)
+        except RecursionError:
+            raise UserError("the game's grammar has no end.") from None
+
+    def _text(self, symbols: Symbols, mapping: Mapping, facts: Facts) -> str:
         return "".join(self._derive(symbol, mapping, facts) for symbol in symbols)
 
     def _derive(self, symbol: list[Any], mapping: Mapping, facts: Facts) -> str:
+        self._left -= 1
+        if self._left < 0:
+            raise UserError("the game's grammar has no end.")
         kind, content = symbol[0], symbol[1]
         if kind == "text":
             return content
         if kind == "value":
             return str(compile_expression(content)({name: self._entities[v] for (name, _), v in mapping.items()}))
         if kind == "rule":
-            return self.derive(self._choose(content, mapping, facts), mapping, facts)
+            return self._text(self._choose(content, mapping, facts), mapping, facts)
         if kind == "each":
             return "".join(self._each(symbol, mapping, facts))
         return self._join(self._each(content, mapping, facts), mapping, facts)

@@ -1,0 +1,57 @@
+"""How often the searching expert solves generated ALFWorld games, by task type, from the texts alone.
+
+    python benchmarks/alfworld_experts.py [games of each type and split]      40 of each by default: three minutes on one core
+
+Whole rooms, the paper's 50 turns, no fallback on the walkthrough, which knows the hidden state and always wins.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+
+from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_rooms, experts
+from epo_jax.envs.alfworld_jobs import split_intro
+
+TURNS = 50
+
+
+def turns_needed(game: alfworld_engine.Game, trajectory: dict) -> int | None:
+    """Actions until the expert has won, or None if it has not within the limit."""
+    params = trajectory["pddl_params"]
+    target = params["parent_target"] or params["toggle_target"]
+    goal = experts.Goal(trajectory["task_type"], params["object_target"].lower(), target.lower())
+    moves = experts.expert_moves(goal, split_intro(game.intro)[0])
+    state, action = game.start, next(moves, None)
+    for turn in range(TURNS):
+        if action is None:
+            return None
+        state, text = game.step(state, action)
+        if state.won:
+            return turn + 1
+        try:
+            action = moves.send(text)
+        except StopIteration:
+            return None
+    return None
+
+
+def main(count: int) -> None:
+    print(f"{count} games of each type and split, at most {TURNS} turns\n")
+    print("| task type | train: solved | median turns | unseen: solved | median turns |\n| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, task_type in enumerate(alfworld_rooms.TASK_TYPES):
+            cells = []
+            for split in ("train", "valid_unseen"):
+                needed = []
+                for i in range(count):
+                    made = alfworld_games.generate(split, kind + i * len(alfworld_rooms.TASK_TYPES), 0, None)
+                    compiled = alfworld_engine.compiled(made.files["game.tw-pddl"].encode(), folder)
+                    needed.append(turns_needed(alfworld_engine.Game(compiled), json.loads(made.files["traj_data.json"])))
+                solved = [n for n in needed if n is not None]
+                cells += [f"{len(solved)}/{count}", f"{statistics.median(solved):g}" if solved else "-"]
+            print(f"| {task_type} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
