@@ -1,7 +1,10 @@
 """An environment that misbehaves on demand, for the pool's tests. Its observations depend on every action so far."""
 
+import atexit
 import hashlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,6 +46,14 @@ class FaultyEnv:
         if fault in FAULTS and (first or when == "always"):
             self._marker.touch()
             FAULTS[fault]()
+        if action == "slow":
+            time.sleep(1.5)
+        if action == "grow":
+            COUNTER["hoard"] = bytearray(150 << 20)
+        if action == "child":
+            child = subprocess.Popen(["sleep", "1000"])
+            Path(f"{self._marker}.children").write_text(str(child.pid))
+            atexit.register(Path(f"{self._marker}.left").touch)
         if action == "modules":
             return Observation(text=" ".join(sorted(sys.modules)))
         if action == "threads":
@@ -67,7 +78,15 @@ def _raise(error):
     raise error
 
 
+def _exhaust():
+    hoard = []
+    while True:
+        hoard.append(bytearray(16 << 20))
+
+
 FAULTS = {
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "exhaust": _exhaust,
     "die": lambda: os.kill(os.getpid(), 9),
     "hang": lambda: time.sleep(1000),
     "rubbish": _rubbish,

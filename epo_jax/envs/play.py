@@ -1,0 +1,124 @@
+"""Plays an environment in the terminal, with the messages that a policy gets and the parser that reads its answers.
+
+    python -m epo_jax.envs.play --env=scienceworld --task=find-animal/3
+    python -m epo_jax.envs.play --env=alfworld --split=valid_unseen --expert
+    python -m epo_jax.envs.play --env=toy --style=bare --window=2
+
+An answer is one line. In the tagged style a line without tags is taken for an action, and a thought is put before it. An empty
+line is an answer too; the end of input (Ctrl-D) stops the game.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from epo_jax.config import ENV_SECTIONS, base_config
+from epo_jax.envs import agent
+from epo_jax.envs.base import SPLITS, Environment, Observation, Task, environment
+from epo_jax.envs.pool import EnvPool
+from epo_jax.errors import UserError
+
+FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # enough to look at, and made in seconds
+
+
+def read_options(env: str, settings: Sequence[str]) -> dict[str, Any]:
+    """The `env` section for `env` with `settings` ("key=value", the value in JSON or plain text) put in."""
+    options = base_config(env).env.to_dict()
+    options |= {key: few for key, few in FEW_GAMES.items() if key in options}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or (env in ENV_SECTIONS and key not in options):
+            raise UserError(f"--option={setting!r} is not understood; write key=value with a key of {', '.join(options)}.")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
+
+
+def find_task(tasks: list[Task], wanted: str) -> Task:
+    """The task whose id is `wanted` or begins with it; the first one for ""."""
+    found = [task for task in tasks if task["id"] == wanted] or [task for task in tasks if task["id"].startswith(wanted)]
+    if not found:
+        near = difflib.get_close_matches(wanted, [task["id"] for task in tasks], n=1, cutoff=0) or ["none at all"]
+        raise UserError(f"--task={wanted!r} is not in this split; the nearest is {near[0]}.")
+    return found[0]
+
+
+def expert_answers(env: Environment, task: Task, options: dict[str, Any], style: str) -> list[str]:
+    shown = env.demonstrations([task], options)
+    if not shown:
+        raise UserError(f"the expert does not solve {task['id']} in {options['max_turns']} turns; try --option=max_turns=200.")
+    return [agent.expert_answer(action, style) for action in shown[0].actions]
+
+
+def ask(style: str) -> str:
+    """A person's answer. Raises EOFError at the end of input."""
+    line = input("> ")
+    return line if style == "bare" or "<" in line else agent.expert_answer(line, style)
+
+
+def play(
+    pool: EnvPool, task: Task, style: str, window: int | None, max_turns: int, answer: Callable[[], str]
+) -> Observation:
+    """Plays one episode on the terminal and returns the last observation. `answer` gives one answer a turn, or EOFError."""
+    pool.reset(0, task)
+    _, observation = pool.get()
+    first, history = observation, []
+    while not observation.done and len(history) < max_turns:
+        if window is not None:
+            message = agent.window_message(first, history, observation, style, agent.Window(window))
+        else:
+            message = agent.next_message(observation, style) if history else agent.first_message(observation, style)
+        print(f"\n--- turn {len(history) + 1} of {max_turns}, score {observation.score:g}\n{message}\n")
+        try:
+            said = answer()
+        except EOFError:
+            break
+        action, valid = agent.parse_action(said, tags=style == "tagged")
+        print(f"{said}\n=> {action!r}" + ("" if valid else "  (not a valid answer)"))
+        history.append((observation.text, action))
+        pool.step(0, action)
+        _, observation = pool.get()
+    print(f"\n--- {'won' if observation.won else 'not won'} after {len(history)} turns, score {observation.score:g}")
+    print(observation.text)
+    return observation
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m epo_jax.envs.play", description=__doc__.split("\n")[0])
+    parser.add_argument("--env", required=True, help="alfworld, scienceworld, toy, or a module of your own")
+    parser.add_argument("--split", default="train", choices=SPLITS)
+    parser.add_argument("--task", default="", help="its id, or how the id begins; by default the first of the split")
+    parser.add_argument("--style", default="tagged", choices=agent.STYLES)
+    parser.add_argument("--window", type=int, metavar="TURNS", help="each turn is one message with so many past turns in it")
+    parser.add_argument("--expert", action="store_true", help="let the expert play")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a key of config.env; may be repeated")
+    args = parser.parse_args(argv)
+    try:
+        env, options = environment(args.env), read_options(args.env, args.option)
+        env.prepare(options)
+        task = find_task(env.list_tasks(args.split, options), args.task)
+        answers = iter(expert_answers(env, task, options, args.style) if args.expert else ())
+
+        def answer() -> str:
+            said = next(answers, None) if args.expert else ask(args.style)
+            if said is None:
+                raise EOFError
+            return said
+
+        print(f"{args.env}, {args.split}: {task['id']}")
+        with EnvPool(args.env, options, workers=1) as pool:
+            play(pool, task, args.style, args.window, options["max_turns"], answer)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
