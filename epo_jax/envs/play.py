@@ -61,9 +61,7 @@ def ask(style: str) -> str:
     return line if style == "bare" or "<" in line else agent.expert_answer(line, style)
 
 
-def play(
-    pool: EnvPool, task: Task, style: str, window: int | None, max_turns: int, answer: Callable[[], str]
-) -> Observation:
+def play(pool: EnvPool, task: Task, style: str, window: int | None, max_turns: int, answer: Callable[[], str]) -> Observation:
     """Plays one episode on the terminal and returns the last observation. `answer` gives one answer a turn, or EOFError."""
     pool.reset(0, task)
     _, observation = pool.get()

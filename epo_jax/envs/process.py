@@ -18,9 +18,7 @@ from epo_jax.envs import worker as program
 MAX_ANSWER_BYTES = 1 << 24
 GRACE_SECONDS = 2.0
 BEATS_PER_SILENCE = 10  # heartbeats in the time after which a silent worker is given up
-SINGLE_THREAD = {
-    name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-}
+SINGLE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
 
 
 class Deadlines(NamedTuple):
