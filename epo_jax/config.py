@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.name": ("alfworld", "scienceworld"),
     "agent.style": ("bare", "tagged"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "attention", "full"),
     "algo.kl_kind": ("k1", "abs", "k2", "k3", "full"),
     "algo.kl_place": ("loss", "reward"),
     "algo.kl_controller": ("fixed", "adaptive"),
@@ -66,7 +67,8 @@ def base_config(env: str = "alfworld") -> ConfigDict:
     model.tie_embeddings = True
     model.qkv_bias = True
     model.dtype = "bfloat16"  # of the arithmetic; weights and reductions stay float32
-    model.remat = True  # recompute each layer in the backward pass: less memory, about a quarter more arithmetic
+    model.remat = "full"  # "none" keeps all activations for the backward pass, "dots" what matrix products made, "attention" its
+    # inputs and output, "full" only what passes between layers: less memory, up to a quarter more arithmetic
 
     config.warm_start = warm_start = ConfigDict()
     warm_start.episodes = 0  # expert episodes cloned before RL; 0 = none

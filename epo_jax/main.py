@@ -20,7 +20,7 @@ from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
 from epo_jax.learner import LearnerConfig, OptimConfig, init_state, make_train_step
 from epo_jax.metrics import MetricWriter, evaluation_table, progress_line, seconds_left
-from epo_jax.models import weights
+from epo_jax.models import hf_config, hub, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
@@ -204,15 +204,15 @@ def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Tas
 
 def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
     """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names."""
-    folder = weights.resolve(config.model.path)
-    model = weights.read_config(folder, config.model.dtype, config.model.remat)
+    folder = hub.resolve(config.model.path)
+    model = hf_config.read_config(folder, config.model.dtype, config.model.remat)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but config.json a vocab_size of {model.vocab_size}; "
             "take both from the same model."
         )
-    return tokenizer, model, jax.device_put(weights.load_params(folder, model))
+    return tokenizer, model, weights.load_params(folder, model)
 
 
 def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.Episode]:
