@@ -295,6 +295,11 @@ def decoder_config(model, vocab_size: int) -> DecoderConfig:
     return DecoderConfig(**{**fields, "vocab_size": vocab_size})
 
 
+def with_adapters(config: DecoderConfig, model) -> DecoderConfig:
+    """`config` with the adapters that the `model` section of a run's config asks for."""
+    return dataclasses.replace(config, lora=Lora(model.lora_rank, model.lora_alpha, tuple(model.lora_targets)))
+
+
 def bind(config: DecoderConfig, params: Params) -> Decoder:
     """The `Decoder` module over `params`; cheap, meant to be called inside a traced function."""
     graph, abstract = _skeleton(config)

@@ -77,8 +77,8 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     )
 
 
-def _rope(path: Path, stated: dict) -> tuple[float, tuple]:
-    """(theta, scaling): at the top level as rope_theta and rope_scaling or, since transformers 5, all in rope_parameters."""
+def _rope(path: Path, stated: dict) -> tuple:
+    """(theta as it stands, scaling), from rope_theta and rope_scaling or, since transformers 5, from rope_parameters."""
     theta, scaling = stated.get("rope_theta", 10_000.0), {}
     for key in ("rope_scaling", "rope_parameters"):
         rope = stated.get(key, {})
