@@ -2,7 +2,9 @@
 
     python -m epo_jax.export --workdir=runs/first --to=exported
 
-Adapters are merged into the weights; with --adapters they are written alone, as a PEFT folder for the model the run began with.
+Adapters are merged into the weights; with --adapters they are written alone, as a PEFT folder for the model that the run
+began with. The tokenizer carries its chat template. (One made from scratch is for transformers.PreTrainedTokenizerFast:
+AutoTokenizer takes every Qwen2 model's for Qwen's own.)
 """
 
 import argparse

@@ -313,12 +313,12 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
                 log_prob, token_entropy = (x.reshape(label.shape) for x in flat)
                 return epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
 
+            policy = lora.join(state.base, params)
             gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
             metrics["grad_norm"] = optax.global_norm(gradient)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             params = optax.apply_updates(params, updates)
             if critic_optimizer:
-                policy = lora.join(state.base, params)
 
                 def critic_objective(critic, micro: Rows):
                     value = values(config.critic, config.model, critic, policy, *micro.inputs[:4])

@@ -156,7 +156,10 @@ def load_tokenizer(folder: str | os.PathLike) -> ChatTokenizer:
         raise UserError(
             f"No tokenizer can be read from {folder} ({error}); a model folder needs tokenizer.json and tokenizer_config.json."
         ) from error
-    return ChatTokenizer(pretrained.backend_tokenizer, _frame_of_template(pretrained, folder))
+    # transformers rebuilds some families' pre-tokenizers from the class it takes them for; the file is what was trained with.
+    stored = folder / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(stored)) if stored.exists() else pretrained.backend_tokenizer
+    return ChatTokenizer(backend, _frame_of_template(pretrained, folder))
 
 
 def _frame_of_template(pretrained, folder: Path) -> ChatFrame:
