@@ -43,7 +43,7 @@ def _laptop(config: ConfigDict) -> None:
         vocab_size=1536,
         rope_theta=10_000.0,
         dtype="float32",
-        remat=False,
+        remat="none",
     )
     config.warm_start.update(episodes=500, copies=11, steps=3000, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
     config.rollout.update(groups=16, group_size=8, slots=128)

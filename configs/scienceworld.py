@@ -65,7 +65,7 @@ def _laptop(config: ConfigDict) -> None:
         rope_theta=10_000.0,
         tie_embeddings=True,
         dtype="float32",
-        remat=False,
+        remat="none",
     )
     config.warm_start.update(episodes=600, steps=250, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
     config.rollout.update(groups=16, group_size=8, slots=32)

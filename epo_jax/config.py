@@ -19,6 +19,8 @@ AGGREGATIONS = ("trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-toke
 CHOICES: dict[str, tuple[str, ...]] = {
     "agent.style": ("bare", "tagged"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "attention", "full"),
+    "algo.critic": ("own", "lora", "trunk"),
     "algo.kl_kind": ("k1", "abs", "k2", "k3", "full"),
     "algo.kl_place": ("loss", "reward"),
     "algo.kl_controller": ("fixed", "adaptive"),
@@ -32,6 +34,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "epo.phase": ("exponential", "constant", "released"),
     "epo.aggregation": AGGREGATIONS,
 }
+
+# The projections of a layer that adapters can go beside.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Advantages measured against the other episodes of the same task, which need a group of two or more.
 GROUP_ALGORITHMS = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gigpo", "dapo", "gspo")
@@ -53,7 +58,8 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     agent.max_tokens = 16384  # tokens of a whole episode; an episode that would pass it ends, unsolved
 
     config.model = model = ConfigDict()
-    model.path = "Qwen/Qwen2.5-3B-Instruct"  # folder or hub name, Qwen2 family; "" = from scratch, of the sizes below
+    # Folder, GGUF file or hub name of a Qwen2, Qwen2.5, Qwen3 or Llama model; "" = from scratch, of the sizes below.
+    model.path = "Qwen/Qwen2.5-3B-Instruct"
     model.d_model = 2048  # width
     model.num_layers = 36
     model.num_heads = 16
@@ -66,7 +72,12 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     model.tie_embeddings = True
     model.qkv_bias = True
     model.dtype = "bfloat16"  # of the arithmetic; weights and reductions stay float32
-    model.remat = True  # recompute each layer in the backward pass: less memory, about a quarter more arithmetic
+    # What a layer keeps for the backward pass, which computes the rest again: "none" everything, "dots" what matrix products
+    # made, "attention" what attention took and gave, "full" nothing. Less memory, up to a quarter more arithmetic.
+    model.remat = "full"
+    model.lora_rank = 0  # of adapters that RL trains in place of the weights; 0 = it trains the weights
+    model.lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    model.lora_targets = LORA_TARGETS
 
     config.warm_start = warm_start = ConfigDict()
     warm_start.episodes = 0  # expert episodes cloned before RL; 0 = none
@@ -107,6 +118,9 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     algo.value_clip = 0.5
     algo.value_coef = 1.0
     algo.critic_lr = 1e-5
+    # The decoder that the critic looks at: its own, the policy's frozen base with adapters of its own, or the policy's as it
+    # stands, to which no gradient of the value goes.
+    algo.critic = "own"
     algo.format_penalty = 0.1  # for a turn that holds no action
     algo.format_penalty_place = "after"  # taken from its advantage; "before": from its reward, before normalisation (release)
     algo.aggregation = "token-mean"  # how the policy loss is averaged
@@ -267,6 +281,13 @@ def _validate_pairs(config: ConfigDict) -> None:
         raise UserError(f"config.warm_start.copies={config.warm_start.copies} must be 0: only ALFWorld's experts are renamed.")
     if config.warm_start.episodes and not config.warm_start.steps:
         raise UserError("config.warm_start.steps must be positive when config.warm_start.episodes is.")
+    for target in model.lora_targets:
+        if target not in LORA_TARGETS:
+            raise UserError(f"config.model.lora_targets names {target!r}; choose from {', '.join(map(repr, LORA_TARGETS))}.")
+    if model.lora_rank and not model.lora_targets:
+        raise UserError("config.model.lora_targets is empty; name a projection, or set config.model.lora_rank=0.")
+    if algo.critic == "lora" and not model.lora_rank:
+        raise UserError("config.algo.critic='lora' needs the policy's frozen base: set config.model.lora_rank, or choose 'own'.")
     for split in config.eval.splits:
         if split not in SPLITS:
             raise UserError(f"config.eval.splits names {split!r}; choose from {', '.join(map(repr, SPLITS))}.")
@@ -285,14 +306,14 @@ _RANGES = (
     ),
     (
         "seed env.seed rollout.resample warm_start.episodes warm_start.steps eval.every algo.kl_coef algo.value_clip "
-        "algo.value_coef algo.importance_cap algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma "
-        "epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay",
+        "model.lora_rank algo.value_coef algo.importance_cap algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r "
+        "epo.gamma epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay",
         lambda value: value >= 0,
         "zero or positive",
     ),
     (
-        "model.rope_theta model.norm_eps warm_start.lr rollout.temperature algo.critic_lr optim.lr optim.clip_norm "
-        "algo.clip_low algo.clip_high algo.kl_target algo.kl_horizon",
+        "model.rope_theta model.norm_eps model.lora_alpha warm_start.lr rollout.temperature algo.critic_lr optim.lr "
+        "optim.clip_norm algo.clip_low algo.clip_high algo.kl_target algo.kl_horizon",
         lambda value: value > 0,
         "positive",
     ),

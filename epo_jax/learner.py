@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, bind
-from epo_jax.models.value import init_critic, values
+from epo_jax.models.value import CriticKind, init_critic, values
 from epo_jax.objectives import entropy, released_rows
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.objectives.loss import (
@@ -58,14 +59,15 @@ class LearnerConfig:
     """Everything static about a train step.
 
     Attributes:
-        model: the policy's shape; the critic's too.
+        model: the policy's shape; with `model.lora`, only its adapters are trained.
         objective: the loss's variants.
         optim, critic_optim: optimisers; a critic exists when `critic_optim` is given.
-        reference: keep the initial policy for a KL term.
+        reference: keep the initial policy for a KL term; with adapters it is the base, which is there anyway.
         epochs: passes over a batch.
         micro_rows: rows per forward and backward pass.
         total_steps: RL steps of the run (K of the phase schedule).
         temperature: of the sampling distribution.
+        critic: which decoder the critic looks at.
     """
 
     model: DecoderConfig
@@ -77,11 +79,13 @@ class LearnerConfig:
     micro_rows: int
     total_steps: int
     temperature: float
+    critic: CriticKind = "own"
 
 
 class TrainState(NamedTuple):
     """Everything a resumed run needs on the device. `critic` and `reference` are empty dicts where they are not used.
 
+    `params` are what is trained. With adapters, `base` is the frozen rest of the policy; without, it is empty.
     `kl_scale` times `Hyper.kl_coef` is the coefficient of the KL term: 1 unless the controller is adaptive.
     """
 
@@ -93,6 +97,11 @@ class TrainState(NamedTuple):
     reference: Params
     history: EntropyHistory
     kl_scale: Float[Array, ""]
+    base: Params
+
+    def policy(self) -> Params:
+        """The whole policy, as the sampler takes it."""
+        return lora.join(self.base, self.params)
 
 
 class Inputs(NamedTuple):
@@ -130,19 +139,21 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def init_state(config: LearnerConfig, params: Params) -> TrainState:
-    """The state before the first RL step, of a policy with `params`."""
+    """The state before the first RL step, of a policy with `params`, its adapters among them."""
     objective = config.objective
+    base, trained = lora.split(params) if config.model.lora else ({}, params)
     per_turn = objective.max_turns if objective.history_index == "turn" else None
-    critic = init_critic(params) if config.critic_optim else {}
+    critic = init_critic(config.critic, params) if config.critic_optim else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=make_optimizer(config.optim).init(params),
+        params=trained,
+        opt_state=make_optimizer(config.optim).init(trained),
         critic=critic,
         critic_opt_state=make_optimizer(config.critic_optim).init(critic) if config.critic_optim else (),
-        reference=jax.tree.map(jnp.copy, params) if config.reference else {},
+        reference=jax.tree.map(jnp.copy, params) if config.reference and not config.model.lora else {},
         history=entropy.init_history(config.total_steps, per_turn),
         kl_scale=jnp.ones((), jnp.float32),
+        base=base,
     )
 
 
@@ -191,6 +202,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
     """The jitted RL step. The state is donated: the one passed in must not be used again."""
     objective, micro_rows = config.objective, config.micro_rows
     optimizer = make_optimizer(config.optim)
+    plain_model = dataclasses.replace(config.model, lora=None)
     critic_optimizer = make_optimizer(config.critic_optim) if config.critic_optim else None
 
     def per_policy_token(fn: Callable, batch: TokenBatch):
@@ -219,7 +231,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
         if objective.truncated_importance or objective.nucleus is not None:
             own = per_policy_token(
                 lambda micro: policy_statistics(
-                    config.model, state.params, micro, config.temperature, objective.nucleus
+                    config.model, state.policy(), micro, config.temperature, objective.nucleus
                 ),
                 batch,
             )
@@ -227,17 +239,21 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             token_entropy = own[1] if objective.nucleus is not None else token_entropy
         return log_prob, token_entropy
 
+    def reference_policy(state: TrainState) -> tuple[DecoderConfig, Params]:
+        return (plain_model, state.base) if config.model.lora else (config.model, state.reference)
+
     def reference_log_prob(state: TrainState, batch: TokenBatch) -> Float[Array, "M R P"]:
         if not config.reference or objective.kl == "full":
             return jnp.zeros_like(batch.policy_mask)
         return per_policy_token(
-            lambda micro: policy_statistics(config.model, state.reference, micro, config.temperature)[0], batch
+            lambda micro: policy_statistics(*reference_policy(state), micro, config.temperature)[0], batch
         )
 
     def critic_values(state: TrainState, batch: TokenBatch) -> Float[Array, "M R P"]:
         if not critic_optimizer:
             return jnp.zeros_like(batch.policy_mask)
-        return per_policy_token(lambda micro: values(config.model, state.critic, *micro[:4]), batch)
+        policy = state.policy()
+        return per_policy_token(lambda micro: values(config.critic, config.model, state.critic, policy, *micro[:4]), batch)
 
     def advantages(batch: TokenBatch, data: dict, hyper: Hyper, key) -> tuple[Estimate, Float[Array, "M R P"] | None]:
         """The estimate, and with the release's arithmetic the weights that stand for its averages."""
@@ -289,14 +305,15 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
 
             def policy_objective(params, micro: Rows):
                 label, full_kl = micro.inputs.label, None
-                head = head_inputs(config.model, params, micro.inputs)
+                head = head_inputs(config.model, lora.join(state.base, params), micro.inputs)
                 flat = fused_log_prob_entropy(*head, label.ravel(), config.temperature, top_p=objective.nucleus)
                 if objective.kl == "full":
-                    reference = head_inputs(config.model, state.reference, micro.inputs)
+                    reference = head_inputs(*reference_policy(state), micro.inputs)
                     full_kl = fused_full_kl(*head, *reference, config.temperature).reshape(label.shape)
                 log_prob, token_entropy = (x.reshape(label.shape) for x in flat)
                 return epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
 
+            policy = lora.join(state.base, params)
             gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
             metrics["grad_norm"] = optax.global_norm(gradient)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
@@ -304,7 +321,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             if critic_optimizer:
 
                 def critic_objective(critic, micro: Rows):
-                    value = values(config.model, critic, *micro.inputs[:4])
+                    value = values(config.critic, config.model, critic, policy, *micro.inputs[:4])
                     loss, clipped = value_loss(value, micro.old_value, micro.returns, hyper.value_clip)
                     total = hyper.value_coef * (micro.loss.mean_weight * loss).sum()
                     return total, {"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}
@@ -337,6 +354,6 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             if objective.kl_controller == "adaptive":
                 target, horizon = hyper.kl_target, hyper.kl_horizon
                 kl_scale = adaptive_kl_coef(kl_scale, metrics["kl"], target, horizon, objective.num_trajectories)
-        return TrainState(state.step + 1, *carry, state.reference, history, kl_scale), metrics
+        return TrainState(state.step + 1, *carry, state.reference, history, kl_scale, state.base), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -21,8 +21,8 @@ from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
 from epo_jax.learner import LearnerConfig, OptimConfig, init_state, make_train_step
 from epo_jax.metrics import MetricWriter, evaluation_table, progress_line, seconds_left
-from epo_jax.models import weights
-from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params
+from epo_jax.models import hf_config, hub, lora, weights
+from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
@@ -71,8 +71,12 @@ def main(argv: list[str]) -> None:
         params = clone_experts(config, model, tokenizer, params, demonstrations)
 
     # ---------------------------------------------------------------- learner
+    if config.model.lora_rank:
+        model = with_adapters(model, config.model)
+        params = lora.join(params, lora.init_adapters(model, jax.random.key(config.seed + 2)))
     learner = learner_config(config, model, objective)
     state = init_state(learner, params)
+    print(f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters are trained")
     train_step = make_train_step(learner)
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
     if command.resume:
@@ -94,7 +98,7 @@ def main(argv: list[str]) -> None:
         def evaluate_all(step: int) -> None:
             for split, tasks in eval_tasks.items():
                 row, _ = evaluate(
-                    split, tasks, step, pool, tokenizer, model, state.params, settings, config.eval.temperature, config.seed
+                    split, tasks, step, pool, tokenizer, model, state.policy(), settings, config.eval.temperature, config.seed
                 )
                 print(evaluation_table(writer.evaluation(row)), flush=True)
 
@@ -104,7 +108,7 @@ def main(argv: list[str]) -> None:
                 pool,
                 tokenizer,
                 model,
-                state.params,
+                state.policy(),
                 jax.random.key(config.seed + 1),
                 settings,
                 config.rollout.temperature,
@@ -207,15 +211,20 @@ def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Tas
 
 def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
     """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names."""
-    folder = weights.resolve(config.model.path)
-    model = weights.read_config(folder, config.model.dtype, config.model.remat)
+    folder = hub.resolve(config.model.path)
+    model = hf_config.read_config(folder, config.model.dtype, config.model.remat)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but config.json a vocab_size of {model.vocab_size}; "
             "take both from the same model."
         )
-    return tokenizer, model, jax.device_put(weights.load_params(folder, model))
+    if config.agent.max_tokens > model.max_positions:
+        raise UserError(
+            f"config.agent.max_tokens={config.agent.max_tokens} exceeds the {model.max_positions} positions that {folder} was "
+            "trained for; lower it or choose a model with a longer context."
+        )
+    return tokenizer, model, weights.load_params(folder, model)
 
 
 def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.Episode]:
@@ -296,6 +305,7 @@ def learner_config(config, model, objective: ObjectiveConfig) -> LearnerConfig:
         micro_rows=algo.micro_batch_rows,
         total_steps=config.train.steps,
         temperature=config.rollout.temperature,
+        critic=algo.critic,
     )
 
 

@@ -1,27 +1,51 @@
-"""A decoder-only transformer of the Qwen2 family, in Flax NNX.
+"""A decoder-only transformer in Flax NNX: the families Qwen2 (with 2.5), Qwen3 and Llama (with SmolLM2).
 
-Read top to bottom: configuration, one block, the stack. The same block serves the learner (`Decoder.__call__`: packed rows,
-no cache) and the sampler (`Decoder.extend`: new tokens appended to a cache), so the two cannot drift apart.
+Read top to bottom: configuration, one block, the stack. What tells the families apart is data: which projections have
+biases, whether queries and keys are normalised, how rotary positions are stretched, which layers see only a window. The same
+block serves the learner (`Decoder.__call__`: packed rows, no cache) and the sampler (`Decoder.extend`: new tokens appended to
+a cache), so the two cannot drift apart.
 
 Axes: B rows, S slots, T tokens, C cache length, D width, H query heads, K key/value heads, d head width, L layers, V vocabulary.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from epo_jax.models.attention import SAVED, cached_attention, packed_attention
+from epo_jax.models.rope import rotary, rotate
+
 Params = dict
 LayerCache = tuple[Float[Array, "S K d C"], Float[Array, "S K C d"]]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# What a layer keeps for its backward pass; the rest is computed again. "none" keeps everything, the others less and less.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 # Below this depth the layer loop is unrolled: XLA:CPU then fuses across layers and the program stays small.
 _UNROLL_LAYERS = 8
 
-# Tokens of a row whose queries are attended together.
-_QUERY_BLOCK = 128
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685): alpha / rank * x A B is added to the output of each projection in `targets`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = PROJECTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +63,14 @@ class DecoderConfig:
         rope_theta: base of the rotary frequencies.
         norm_eps: RMSNorm epsilon (`rms_norm_eps`).
         tie_embeddings: the output head is the embedding (`tie_word_embeddings`).
-        qkv_bias: biases on the query, key and value projections.
+        qkv_bias, o_bias, mlp_bias: biases on these projections.
+        qk_norm: RMSNorm on each head's queries and keys (Qwen3).
+        rope_scaling: items of `rope_parameters` without `rope_theta`, see `rope.SCALINGS`; () is plain rotary positions.
+        windows: for each layer, how many tokens back it sees, itself included; 0 sees all. () is 0 everywhere.
+        max_positions: the longest sequence that the model was trained for (`max_position_embeddings`).
         dtype: compute dtype; parameters and reductions stay float32.
-        remat: recompute each layer's activations in the backward pass.
+        remat: what the backward pass recomputes, see `REMAT_POLICIES`.
+        lora: adapters beside the projections.
     """
 
     vocab_size: int
@@ -55,8 +84,19 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     qkv_bias: bool = True
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: tuple[tuple[str, str | int | float], ...] = ()
+    windows: tuple[int, ...] = ()
+    max_positions: int = 32768
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
+    lora: Lora | None = None
+
+    def layer_windows(self) -> list[int | None]:
+        """The window of each layer, None where it sees all."""
+        return [window or None for window in self.windows or (0,) * self.num_layers]
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -65,53 +105,6 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) ->
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale = jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
     return (x32 * inverse).astype(x.dtype) * scale
-
-
-def rotary(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Float[Array, "B T 1 d"], Float[Array, "B T 1 d"]]:
-    """Cosine and sine of the rotary angles (arXiv 2104.09864), halves laid out as in Hugging Face checkpoints."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T N d"], rope: tuple[Array, Array]) -> Float[Array, "B T N d"]:
-    cos, sin = (r.astype(x.dtype) for r in rope)
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
-
-
-def packed_attention(q, k, v, mask: Array) -> Float[Array, "B T Hd"]:
-    """Attention among the tokens of packed rows. q [B T H d], k and v [B T K d], mask [B T T] (query, key), causal.
-
-    Queries go in blocks that look at earlier keys only, which skips most of what a causal mask would throw away. With heads
-    ahead of tokens both products are plain matrix products, three times faster on a CPU than the same einsum.
-    """
-    b, t, h, d = q.shape
-    repeats = h // k.shape[2]
-    q = q.transpose(0, 2, 1, 3) * d**-0.5
-    k = jnp.repeat(k, repeats, axis=2).transpose(0, 2, 3, 1)
-    v = jnp.repeat(v, repeats, axis=2).transpose(0, 2, 1, 3)
-    blocks = []
-    for start in range(0, t, _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, t)
-        scores = jnp.matmul(q[:, :, start:end], k[..., :end], preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, start:end, :end], scores, -1e30)
-        exponent = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        weighted = jnp.matmul(exponent.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32)
-        blocks.append((weighted / exponent.sum(axis=-1, keepdims=True)).astype(v.dtype))
-    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3).reshape(b, t, h * d)
-
-
-def cached_attention(q, keys, values, mask: Array) -> Float[Array, "S T Hd"]:
-    """Attention of new tokens over a cache. q [S T H d], keys [S K d C], values [S K C d], mask [S T C]."""
-    s, t, h, d = q.shape
-    kv = keys.shape[1]
-    q = q.reshape(s, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(s, kv, h // kv * t, d) * d**-0.5
-    scores = jnp.matmul(q, keys.astype(q.dtype), preferred_element_type=jnp.float32).reshape(s, kv, h // kv, t, -1)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(q.dtype)
-    out = jnp.matmul(weights.reshape(s, kv, h // kv * t, -1), values.astype(q.dtype))
-    return out.reshape(s, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(s, t, h * d)
 
 
 class Block(nnx.Module):
@@ -123,49 +116,73 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
+        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        sizes = {
+            "q_proj": (c.d_model, heads),
+            "k_proj": (c.d_model, kv_heads),
+            "v_proj": (c.d_model, kv_heads),
+            "o_proj": (heads, c.d_model),
+            "gate_proj": (c.d_model, c.d_ff),
+            "up_proj": (c.d_model, c.d_ff),
+            "down_proj": (c.d_ff, c.d_model),
+        }
 
-        def weight(rows, columns):
+        def normal(rows, columns):
             return nnx.Param(rows**-0.5 * jax.random.normal(rngs.params(), (rows, columns), jnp.float32))
 
-        def silent(rows, columns):
-            """The projections that write to the residual stream start at zero: an untrained block is the identity."""
-            return nnx.Param(jnp.zeros((rows, columns), jnp.float32))
+        def constant(value, *shape):
+            return nnx.Param(jnp.full(shape, value, jnp.float32))
 
-        self.q_proj = weight(c.d_model, c.num_heads * c.head_dim)
-        self.k_proj = weight(c.d_model, c.num_kv_heads * c.head_dim)
-        self.v_proj = weight(c.d_model, c.num_kv_heads * c.head_dim)
-        self.o_proj = silent(c.num_heads * c.head_dim, c.d_model)
-        if c.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((c.num_heads * c.head_dim,), jnp.float32))
-            self.k_bias = nnx.Param(jnp.zeros((c.num_kv_heads * c.head_dim,), jnp.float32))
-            self.v_bias = nnx.Param(jnp.zeros((c.num_kv_heads * c.head_dim,), jnp.float32))
-        self.gate_proj = weight(c.d_model, c.d_ff)
-        self.up_proj = weight(c.d_model, c.d_ff)
-        self.down_proj = silent(c.d_ff, c.d_model)
-        self.input_norm = nnx.Param(jnp.ones((c.d_model,), jnp.float32))
-        self.post_attention_norm = nnx.Param(jnp.ones((c.d_model,), jnp.float32))
+        for name, size in sizes.items():
+            # Those that write to the residual stream start at zero: an untrained block is the identity.
+            setattr(self, name, constant(0.0, *size) if name in ("o_proj", "down_proj") else normal(*size))
+        biased = "q_proj k_proj v_proj " * c.qkv_bias + "o_proj " * c.o_bias + "gate_proj up_proj down_proj" * c.mlp_bias
+        for name in biased.split():
+            setattr(self, _bias(name), constant(0.0, sizes[name][1]))
+        for name in c.lora.targets if c.lora else ():
+            setattr(self, f"{name}_lora_a", normal(sizes[name][0], c.lora.rank))
+            setattr(self, f"{name}_lora_b", constant(0.0, c.lora.rank, sizes[name][1]))
+        self.input_norm = constant(1.0, c.d_model)
+        self.post_attention_norm = constant(1.0, c.d_model)
+        if c.qk_norm:
+            self.q_norm = constant(1.0, c.head_dim)
+            self.k_norm = constant(1.0, c.head_dim)
+
+    def project(self, name: str, x: Float[Array, "N in"]) -> Float[Array, "N out"]:
+        """x W + b, and the adapter's share where there is one."""
+
+        def weight(key):
+            return getattr(self, key)[...].astype(x.dtype)
+
+        y = x @ weight(name)
+        if hasattr(self, _bias(name)):
+            y = y + weight(_bias(name))[None]
+        lora = self.config.lora
+        if lora and name in lora.targets:
+            y = y + (lora.alpha / lora.rank) * ((x @ weight(f"{name}_lora_a")) @ weight(f"{name}_lora_b"))
+        return y
 
     def qkv(self, x: Float[Array, "N D"], rope) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H d], rotated keys and values [B T K d] of the N = B * T tokens of `rope`'s shape."""
         c = self.config
-        shape = rope[0].shape[:2]
         x = rms_norm(x, self.input_norm[...], c.norm_eps)
-        q, k, v = (x @ p[...].astype(x.dtype) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if c.qkv_bias:
-            q, k, v = (
-                y + bias[...].astype(x.dtype)[None]
-                for y, bias in zip((q, k, v), (self.q_bias, self.k_bias, self.v_bias), strict=True)
-            )
-        q, k, v = (y.reshape(*shape, -1, c.head_dim) for y in (q, k, v))
+        q, k, v = (
+            self.project(name, x).reshape(*rope[0].shape[:2], -1, c.head_dim) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        if c.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
         return rotate(q, rope), rotate(k, rope), v
 
-    def output(self, x: Float[Array, "N D"], attended: Float[Array, "B T Hd"]) -> Float[Array, "N D"]:
+    def output(self, x: Float[Array, "N D"], attended: Float[Array, "B T H d"]) -> Float[Array, "N D"]:
         """Adds the attention output and the MLP to the residual stream."""
-        c = self.config
-        x = x + attended.reshape(x.shape[0], -1) @ self.o_proj[...].astype(x.dtype)
-        y = rms_norm(x, self.post_attention_norm[...], c.norm_eps)
-        gated = jax.nn.silu(y @ self.gate_proj[...].astype(x.dtype)) * (y @ self.up_proj[...].astype(x.dtype))
-        return x + gated @ self.down_proj[...].astype(x.dtype)
+        x = x + self.project("o_proj", attended.reshape(x.shape[0], -1))
+        y = rms_norm(x, self.post_attention_norm[...], self.config.norm_eps)
+        gated = jax.nn.silu(self.project("gate_proj", y)) * self.project("up_proj", y)
+        return x + self.project("down_proj", gated)
+
+
+def _bias(projection: str) -> str:
+    return projection.replace("proj", "bias")
 
 
 class Decoder(nnx.Module):
@@ -187,6 +204,10 @@ class Decoder(nnx.Module):
     def output_embedding(self) -> Float[Array, "V D"]:
         return (self.embedding if self.config.tie_embeddings else self.lm_head)[...]
 
+    def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        c = self.config
+        return rotary(positions, c.head_dim, c.rope_theta, dict(c.rope_scaling))
+
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
@@ -198,21 +219,24 @@ class Decoder(nnx.Module):
             segment_ids: segment of each token, from 1; 0 marks padding. A token attends to the earlier tokens of its segment.
         """
         c = self.config
-        causal = jnp.tri(tokens.shape[1], dtype=bool)[None]
-        mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        rope = rotary(positions, c.head_dim, c.rope_theta)
+        rope = self.rope(positions)
         graph, stacked = nnx.split(self.layers)
-
-        def layer(x, weights):
-            with jax.named_scope("block"):
-                block = nnx.merge(graph, weights)
-                q, k, v = block.qkv(x, rope)
-                return block.output(x, packed_attention(q, k, v, mask)), None
-
-        if c.remat:
-            layer = jax.checkpoint(layer)
         x = self.embedding[...][tokens.ravel()].astype(c.dtype)
-        x, _ = jax.lax.scan(layer, x, stacked, unroll=c.num_layers if c.num_layers <= _UNROLL_LAYERS else 1)
+        start = 0
+        # Layers with the same window are one loop; most models have a single window, or none.
+        for window, run in itertools.groupby(c.layer_windows()):
+            length = len(list(run))
+
+            def layer(x, weights, window=window):
+                with jax.named_scope("block"):
+                    block = nnx.merge(graph, weights)
+                    return block.output(x, packed_attention(*block.qkv(x, rope), segment_ids, window)), None
+
+            if c.remat != "none":
+                layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=length <= _UNROLL_LAYERS)
+            weights = jax.tree.map(lambda a, i=start, n=length: a[i : i + n] if n < c.num_layers else a, stacked)
+            x, _ = jax.lax.scan(layer, x, weights, unroll=length if length <= _UNROLL_LAYERS else 1)
+            start += length
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1)
 
     def extend(
@@ -234,16 +258,18 @@ class Decoder(nnx.Module):
         # An index past the end is dropped by the scatter: that is how padding stays out of the cache.
         write = jnp.where(offsets < counts[:, None], positions, capacity)
         rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
-        mask = jnp.arange(capacity, dtype=jnp.int32)[None, None] <= positions[:, :, None]
-        rope = rotary(positions, c.head_dim, c.rope_theta)
+        kept = jnp.arange(capacity, dtype=jnp.int32)[None, None]
+        mask = kept <= positions[:, :, None]
+        rope = self.rope(positions)
         x = self.embedding[...][tokens.ravel()].astype(c.dtype)
         grown = []
-        for block, (keys, values) in zip(layers, cache, strict=True):
+        for block, (keys, values), window in zip(layers, cache, c.layer_windows(), strict=True):
             with jax.named_scope("block"):
                 q, k, v = block.qkv(x, rope)
                 keys = keys.at[rows, :, :, write].set(k.astype(keys.dtype), mode="drop")
                 values = values.at[rows, :, write].set(v.astype(values.dtype), mode="drop")
-                x = block.output(x, cached_attention(q, keys, values, mask))
+                seen = mask if window is None else mask & (kept > positions[:, :, None] - window)
+                x = block.output(x, cached_attention(q, keys, values, seen))
                 grown.append((keys, values))
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1), tuple(grown)
 
@@ -265,8 +291,13 @@ def _skeleton(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 def decoder_config(model, vocab_size: int) -> DecoderConfig:
     """The `model` section of a run's config as a `DecoderConfig`; the tokenizer has the last word on the vocabulary."""
-    fields = {field.name: model[field.name] for field in dataclasses.fields(DecoderConfig) if field.name != "vocab_size"}
-    return DecoderConfig(vocab_size=vocab_size, **fields)
+    fields = {field.name: model[field.name] for field in dataclasses.fields(DecoderConfig) if field.name in model}
+    return DecoderConfig(**{**fields, "vocab_size": vocab_size})
+
+
+def with_adapters(config: DecoderConfig, model) -> DecoderConfig:
+    """`config` with the adapters that the `model` section of a run's config asks for."""
+    return dataclasses.replace(config, lora=Lora(model.lora_rank, model.lora_alpha, tuple(model.lora_targets)))
 
 
 def bind(config: DecoderConfig, params: Params) -> Decoder:

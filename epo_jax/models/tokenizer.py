@@ -24,6 +24,7 @@ _PAD, _AGENT, _END = "<|pad|>", "<|agent|>", "<|end|>"
 # episodes are half as long. A task ("put some apple in fridge") is followed by no numbered thing, so its words stay apart.
 _PIECES = r" ?\p{L}+ \d+|[^\d\n]+?(?= \p{L}+ \d)| ?\p{L}+| ?\d+|\s+| ?[^\s\p{L}\d]+"
 
+
 @dataclasses.dataclass(frozen=True)
 class ChatFrame:
     """The text around a conversation's parts: `head` observation `reply` answer `stop` `between` observation `reply` ..."""
@@ -32,6 +33,17 @@ class ChatFrame:
     reply: str
     between: str
     stop: str
+
+    def template(self) -> str:
+        """The same as a Hugging Face chat template of user and assistant messages."""
+        head, reply, between, stop = (json.dumps(part, ensure_ascii=False) for part in dataclasses.astuple(self))
+        return (
+            "{% for message in messages %}"
+            "{% if message['role'] == 'assistant' %}{{ " + reply + " + message['content'] + " + stop + " }}"
+            "{% elif message['role'] == 'system' %}{{ raise_exception('A system message is part of the frame already.') }}"
+            "{% else %}{{ (" + head + " if loop.first else " + between + ") + message['content'] }}"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ " + reply + " }}{% endif %}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +81,17 @@ class ChatTokenizer:
         return self.encode(text) + [self.stop_id]
 
     def save(self, folder: str | os.PathLike) -> None:
+        """Writes what `load_tokenizer`, and transformers' `AutoTokenizer`, read."""
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.frame.stop,
+            "pad_token": _PAD if self.backend.token_to_id(_PAD) is not None else self.frame.stop,
+            "chat_template": self.frame.template(),
+        }
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
         (folder / "chat_frame.json").write_text(json.dumps(dataclasses.asdict(self.frame), indent=2))
 
 
@@ -136,7 +156,10 @@ def load_tokenizer(folder: str | os.PathLike) -> ChatTokenizer:
         raise UserError(
             f"No tokenizer can be read from {folder} ({error}); a model folder needs tokenizer.json and tokenizer_config.json."
         ) from error
-    return ChatTokenizer(pretrained.backend_tokenizer, _frame_of_template(pretrained, folder))
+    # transformers rebuilds some families' pre-tokenizers from the class it takes them for; the file is what was trained with.
+    stored = folder / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(stored)) if stored.exists() else pretrained.backend_tokenizer
+    return ChatTokenizer(backend, _frame_of_template(pretrained, folder))
 
 
 def _frame_of_template(pretrained, folder: Path) -> ChatFrame:

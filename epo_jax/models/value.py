@@ -1,27 +1,43 @@
-"""The critic: a decoder of its own and one linear output, the expected return from each hidden state."""
+"""The critic: one linear output, the expected return, on the hidden states of a decoder.
+
+The decoder is the critic's own ("own"), or adapters of its own over the policy's frozen base ("lora"), or the policy's as it
+stands, which the value's gradient does not reach ("trunk").
+"""
+
+import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 
+CriticKind = Literal["own", "lora", "trunk"]
 
-def init_critic(decoder: Params) -> Params:
-    """A critic that starts from a copy of the policy's decoder and predicts 0 everywhere."""
-    width = decoder["final_norm"].shape[0]
-    return {"decoder": jax.tree.map(jnp.copy, decoder), "value": jnp.zeros((width,), jnp.float32)}
+
+def init_critic(kind: CriticKind, policy: Params) -> Params:
+    """A critic that starts from a copy of its share of the policy and predicts 0 everywhere."""
+    base, adapters = lora.split(policy)
+    own = {"own": base, "lora": adapters, "trunk": {}}[kind]
+    return {"decoder": jax.tree.map(jnp.copy, own), "value": jnp.zeros(policy["final_norm"].shape, jnp.float32)}
 
 
 def values(
+    kind: CriticKind,
     config: DecoderConfig,
     critic: Params,
+    policy: Params,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     index: Int[Array, "B P"],
 ) -> Float[Array, "B P"]:
-    """Value before each policy token, in units of return, float32; `index` as in `TokenBatch`."""
-    hidden = bind(config, critic["decoder"])(tokens, positions, segment_ids)
+    """Value before each policy token, in units of return, float32; `config` is the policy's, `index` as in `TokenBatch`."""
+    shared = {"own": {}, "lora": lora.split(policy)[0], "trunk": policy}[kind]
+    if kind == "own":
+        config = dataclasses.replace(config, lora=None)
+    hidden = bind(config, lora.join(jax.lax.stop_gradient(shared), critic["decoder"]))(tokens, positions, segment_ids)
     chosen = jnp.take_along_axis(hidden, index[..., None], axis=1).astype(jnp.float32)
     return chosen @ critic["value"]

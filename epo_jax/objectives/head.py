@@ -6,6 +6,9 @@ The forward pass keeps a few numbers a token; the backward pass recomputes each 
 
 so that peak memory is one chunk's [V, chunk] and not the batch's. Logits are laid out [V, chunk], as
 embedding @ hidden.T: on a CPU that orientation is the faster one, and elsewhere it makes no difference.
+
+Nothing here looks words up: the label's logit is a masked sum over the vocabulary. With the embedding's rows sharded, each
+device then works on its own words, and only sums of [chunk] and [chunk, D] cross between devices.
 """
 
 import functools
@@ -46,12 +49,8 @@ def fused_log_prob_entropy(
     least `top_p`, renormalised, the set itself being a constant of the gradient (SIREN's first mask).
     """
     num_tokens = labels.shape[0]
-    chunk = max(min(chunk, num_tokens), 1)
-    padding = -num_tokens % chunk
-    chunks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
-    chunk_labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)
-    log_prob, entropy = _head(top_p, chunks, embedding, chunk_labels, jnp.asarray(temperature, jnp.float32))
-    return log_prob.ravel()[:num_tokens], entropy.ravel()[:num_tokens]
+    outputs = _head(top_p, _split(hidden, chunk), embedding, _split(labels, chunk), jnp.asarray(temperature, jnp.float32))
+    return tuple(x.T.ravel()[:num_tokens] for x in outputs)
 
 
 def fused_full_kl(
@@ -63,8 +62,6 @@ def fused_full_kl(
     chunk: int = 512,
 ) -> Float[Array, " N"]:
     """KL(pi || pi_ref) over the whole vocabulary, nats per token, in chunks recomputed by the backward pass."""
-    num_tokens, width = hidden.shape
-    chunk = max(min(chunk, num_tokens), 1)
 
     @jax.checkpoint
     def divergence(pair):
@@ -72,10 +69,15 @@ def fused_full_kl(
         log_q = jax.nn.log_softmax(_logits(ref_embedding, pair[1], temperature), axis=0)
         return (jnp.exp(log_p) * (log_p - log_q)).sum(0)
 
-    def split(x):
-        return jnp.pad(x, ((0, -num_tokens % chunk), (0, 0))).reshape(-1, chunk, width)
+    return jax.lax.map(divergence, (_split(hidden, chunk), _split(ref_hidden, chunk))).T.ravel()[: hidden.shape[0]]
 
-    return jax.lax.map(divergence, (split(hidden), split(ref_hidden))).ravel()[:num_tokens]
+
+def _split(x: Array, chunk: int) -> Array:
+    """[N, ...] padded and cut into [chunks, chunk, ...]. A chunk is every n-th token, so that tokens sharded over devices
+    leave each device its share of every chunk."""
+    chunk = max(min(chunk, x.shape[0]), 1)
+    padded = jnp.pad(x, ((0, -x.shape[0] % chunk), *((0, 0),) * (x.ndim - 1)))
+    return padded.reshape(chunk, -1, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _nucleus(log_p, top_p, axis):
@@ -86,8 +88,18 @@ def _nucleus(log_p, top_p, axis):
     return jnp.where(log_p >= least, log_p, -jnp.inf)
 
 
+def _accumulated_in(hidden):
+    return jnp.promote_types(hidden.dtype, jnp.float32)
+
+
 def _logits(embedding, hidden, temperature):
-    return jnp.matmul(embedding, hidden.T, preferred_element_type=jnp.float32) / temperature
+    """[V, chunk], in float32 at least."""
+    return jnp.matmul(embedding, hidden.T, preferred_element_type=_accumulated_in(hidden)) / temperature
+
+
+def _is_label(logits, labels):
+    """[V, chunk]: whether a word is the token's label."""
+    return jax.lax.broadcasted_iota(labels.dtype, logits.shape, 0) == labels[None]
 
 
 def _log_nucleus(log_p, top_p):
@@ -99,7 +111,7 @@ def _statistics(top_p, embedding, hidden, labels, temperature):
     """(log-probability, entropy, log-normaliser), each [chunk]."""
     logits = _logits(embedding, hidden, temperature)
     log_z = jax.nn.logsumexp(logits, axis=0)
-    chosen = jnp.take_along_axis(logits, labels[None], axis=0)[0]
+    chosen = jnp.where(_is_label(logits, labels), logits, 0.0).sum(0)
     log_q = _log_nucleus(logits - log_z[None], top_p)
     entropy = -(jnp.exp(log_q) * jnp.where(jnp.isneginf(log_q), 0.0, log_q)).sum(0)
     return chosen - log_z, entropy, log_z
@@ -126,12 +138,12 @@ def _head_backward(top_p, residuals, cotangents):
         log_q = _log_nucleus(log_p, top_p)
         surprise = jnp.where(jnp.isneginf(log_q), 0.0, log_q) + entropy[None]
         gradient = -g_log_prob[None] * jnp.exp(log_p) - g_entropy[None] * jnp.exp(log_q) * surprise
-        gradient = gradient.at[label, jnp.arange(label.size)].add(g_log_prob)
+        gradient += jnp.where(_is_label(log_p, label), g_log_prob[None], 0.0)
         gradient = (gradient / temperature).astype(embedding.dtype)
-        embedding_gradient += jnp.matmul(gradient, hidden, preferred_element_type=jnp.float32)
+        embedding_gradient += jnp.matmul(gradient, hidden, preferred_element_type=embedding_gradient.dtype)
         return embedding_gradient, jnp.matmul(gradient.T, embedding).astype(hidden.dtype)
 
-    start = jnp.zeros(embedding.shape, jnp.float32)
+    start = jnp.zeros(embedding.shape, _accumulated_in(embedding))
     embedding_gradient, hidden_gradient = jax.lax.scan(step, start, (chunks, labels, log_z, entropy, *cotangents))
     return hidden_gradient, embedding_gradient.astype(embedding.dtype), None, jnp.zeros_like(temperature)
 

@@ -11,15 +11,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from epo_jax.errors import UserError
-from epo_jax.models import weights
+from epo_jax.models import hf_config, hub, weights
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
+
+fresh = jax.jit(init_params, static_argnums=0)
 
 # No two sizes alike, so that a tensor in a wrong place or a wrong orientation has a wrong shape.
 V, D, L, H, K, d, F = 11, 24, 2, 4, 2, 8, 20
 QWEN = {
     "model_type": "qwen2", "vocab_size": V, "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H,
     "num_key_value_heads": K, "head_dim": d, "intermediate_size": F, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "rope_theta": 500.0, "tie_word_embeddings": True, "use_sliding_window": False, "rope_scaling": None,
+    "max_position_embeddings": 640, "rope_theta": 500.0, "tie_word_embeddings": True, "use_sliding_window": False,
+    "rope_scaling": None,
 }  # fmt: skip
 LLAMA = {
     **QWEN, "model_type": "llama", "attention_bias": False, "tie_word_embeddings": False, "rope_theta": None,
@@ -67,7 +70,7 @@ def write_shards(folder, stated, stored):
 
 
 def load(folder):
-    return weights.load_params(folder, weights.read_config(folder, "float32", False))
+    return weights.load_params(folder, hf_config.read_config(folder, "float32", "none"))
 
 
 def same(left, right):
@@ -110,9 +113,10 @@ def reference_logits(t, tokens):
 @pytest.mark.parametrize("stated", [QWEN, LLAMA], ids=["qwen2", "llama"])
 def test_a_checkpoint_computes_what_its_tensors_say(tmp_path, stated):
     stored = tensors(stated)
-    config = weights.read_config(write(tmp_path, stated, stored), "float32", True)
+    config = hf_config.read_config(write(tmp_path, stated, stored), "float32", "full")
     assert config == DecoderConfig(
-        V, D, L, H, K, d, F, rope_theta=500.0, norm_eps=1e-5, tie_embeddings=stated is QWEN, qkv_bias=stated is QWEN, remat=True
+        V, D, L, H, K, d, F, rope_theta=500.0, norm_eps=1e-5, tie_embeddings=stated is QWEN, qkv_bias=stated is QWEN,
+        max_positions=640, remat="full",
     )
     params = weights.load_params(tmp_path, config)
     np.testing.assert_array_equal(params["layers"]["up_proj"][1], stored["model.layers.1.mlp.up_proj.weight"].T)
@@ -125,10 +129,10 @@ def test_a_checkpoint_computes_what_its_tensors_say(tmp_path, stated):
 @pytest.mark.parametrize(("tie", "bias"), [(True, True), (False, False)])
 def test_saving_and_loading_changes_no_bit(tmp_path, tie, bias):
     config = DecoderConfig(V, D, L, H, K, d, F, rope_theta=500.0, norm_eps=1e-5, tie_embeddings=tie, qkv_bias=bias)
-    params = init_params(config, jax.random.key(0))
+    params = fresh(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     weights.save_params(tmp_path / "new" / "folder", config, params)
-    assert weights.read_config(tmp_path / "new" / "folder", "float32", False) == config
+    assert hf_config.read_config(tmp_path / "new" / "folder", "float32", "none") == config
     loaded = weights.load_params(tmp_path / "new" / "folder", config)
     same(loaded, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
@@ -137,7 +141,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path, tie, bias):
 def test_what_is_saved_is_the_checkpoint_it_came_from(tmp_path):
     stored = tensors(LLAMA)
     folder = write(tmp_path / "theirs", LLAMA, stored)
-    weights.save_params(tmp_path / "ours", weights.read_config(folder, "float32", False), load(folder))
+    weights.save_params(tmp_path / "ours", hf_config.read_config(folder, "float32", "none"), load(folder))
     same(load_file(tmp_path / "ours" / "model.safetensors"), stored)
 
 
@@ -167,9 +171,9 @@ def test_transformers_and_we_read_each_others_config(tmp_path):
         num_key_value_heads=K, rope_theta=500.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
     )  # fmt: skip
     theirs.save_pretrained(tmp_path / "theirs")
-    config = weights.read_config(tmp_path / "theirs", "bfloat16", False)
+    config = hf_config.read_config(tmp_path / "theirs", "bfloat16", "none")
     assert config == DecoderConfig(V, 32, L, H, K, 8, F, rope_theta=500.0, norm_eps=1e-5, dtype="bfloat16")
-    weights.save_params(tmp_path / "ours", config, init_params(config, jax.random.key(0)))
+    weights.save_params(tmp_path / "ours", config, fresh(config, jax.random.key(0)))
     ours = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
     for key in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "use_sliding_window"):
         assert getattr(ours, key) == getattr(theirs, key), key
@@ -181,13 +185,16 @@ def test_transformers_and_we_read_each_others_config(tmp_path):
     [
         ({"model_type": "gemma3"}, "model_type='gemma3'"),
         ({"model_type": None}, "model_type=None"),
-        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window=0"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "four"}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "mscale": 1.0}}, "rope_scaling"),
+        ({"rope_scaling": [4.0]}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias=True"),
-        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_size": None}, "hidden_size=None"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
@@ -197,7 +204,7 @@ def test_transformers_and_we_read_each_others_config(tmp_path):
 def test_another_architecture_is_refused_by_file_and_key(tmp_path, change, culprit):
     (tmp_path / "config.json").write_text(json.dumps(QWEN | change))
     with pytest.raises(UserError, match="config.json: .*" + culprit):
-        weights.read_config(tmp_path, "float32", False)
+        hf_config.read_config(tmp_path, "float32", "none")
 
 
 @pytest.mark.parametrize("text", [None, "", "[1]", '{"model_type": "qwen2"'])
@@ -205,7 +212,7 @@ def test_a_missing_or_damaged_config_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json"):
-        weights.read_config(tmp_path, "float32", False)
+        hf_config.read_config(tmp_path, "float32", "none")
 
 
 NAME = "model.layers.1.self_attn.o_proj.weight"
@@ -263,13 +270,13 @@ def test_damaged_shards_are_refused(tmp_path, damage, culprit):
 
 def test_a_local_folder_needs_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    assert weights.resolve(str(tmp_path)) == tmp_path
+    assert hub.resolve(str(tmp_path)) == tmp_path
 
 
 def test_a_hub_name_is_fetched_without_pickles(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **rest: asked.update(rest, name=name) or tmp_path)
-    assert weights.resolve("Qwen/Qwen2.5-3B-Instruct") == tmp_path
+    assert hub.resolve("Qwen/Qwen2.5-3B-Instruct") == tmp_path
     assert asked["name"] == "Qwen/Qwen2.5-3B-Instruct"
     offered = ["config.json", "model-00001-of-00002.safetensors", "merges.txt", "pytorch_model.bin", "model.pth", "x.pkl"]
     taken = huggingface_hub.utils.filter_repo_objects(offered, allow_patterns=asked["allow_patterns"])
@@ -281,7 +288,7 @@ def test_an_unknown_model_is_refused_in_one_sentence(tmp_path, monkeypatch, path
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=path) as refusal:
-        weights.resolve(path)
+        hub.resolve(path)
     assert "give a local folder in config.model.path or download" in str(refusal.value)
     assert "\n" not in str(refusal.value) and ". " not in str(refusal.value)
 
@@ -298,8 +305,8 @@ def test_a_run_takes_tokenizer_model_and_weights_from_the_folder(tmp_path):
     )
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "chat_template": template}
     vocabulary = trained.vocab_size + 5  # rows that no token uses, as in Qwen2.5
-    decoder = DecoderConfig(vocabulary, D, L, H, K, d, F, dtype="bfloat16", remat=True)
-    params = init_params(decoder, jax.random.key(0))
+    decoder = DecoderConfig(vocabulary, D, L, H, K, d, F, dtype="bfloat16", remat="full")
+    params = fresh(decoder, jax.random.key(0))
     weights.save_params(tmp_path, decoder, params)
     trained.backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
@@ -313,6 +320,6 @@ def test_a_run_takes_tokenizer_model_and_weights_from_the_folder(tmp_path):
     assert tokenizer.backend.id_to_token(tokenizer.stop_id) == "<|end|>"
     # A vocabulary that the tokenizer outgrows would index past the embedding.
     decoder = DecoderConfig(trained.vocab_size - 1, D, L, H, K, d, F)
-    weights.save_params(tmp_path, decoder, init_params(decoder, jax.random.key(0)))
+    weights.save_params(tmp_path, decoder, fresh(decoder, jax.random.key(0)))
     with pytest.raises(UserError, match="vocab_size"):
         load_pretrained(config)

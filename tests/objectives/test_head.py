@@ -1,7 +1,11 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy, log_prob_entropy_from_logits
 
@@ -117,3 +121,64 @@ def test_full_kl():
     np.testing.assert_allclose(fused(hidden), written_out(hidden), rtol=1e-4, atol=1e-6)
     found, expected = (jax.grad(lambda h, f=f: f(h).sum())(hidden) for f in (fused, written_out))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def relative(found, exact):
+    return np.linalg.norm(np.asarray(found, np.float64) - np.asarray(exact)) / np.linalg.norm(exact)
+
+
+def test_gradients_are_those_of_the_naive_form_to_1e_6():
+    """At the sizes of a small model; the naive form and its autodiff in float64."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    hidden, embedding = jax.random.normal(keys[0], (40, 64)), 0.3 * jax.random.normal(keys[1], (501, 64))
+    labels = jax.random.randint(keys[2], (40,), 0, 501)
+    weights = np.random.default_rng(0).normal(size=(2, 40))
+
+    def gradient(head, dtype):
+        u, w = jnp.asarray(weights, dtype)
+
+        def loss(h, e):
+            log_prob, entropy = head(h, e)
+            return (u * log_prob + w * entropy).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(np.asarray(hidden), dtype), jnp.asarray(np.asarray(embedding), dtype))
+
+    def fused(h, e):
+        return fused_log_prob_entropy(h, e, labels, 0.75, 16)
+
+    single = gradient(fused, jnp.float32)
+    with jax.enable_x64(True):
+        exact = gradient(lambda h, e: direct(h, e, labels, 0.75), jnp.float64)
+        double = gradient(fused, jnp.float64)
+    for found, wanted in zip(single, exact, strict=True):
+        assert relative(found, wanted) < 1e-6
+    for found, wanted in zip(double, exact, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-12)
+
+
+def test_a_vocabulary_sharded_over_devices_stays_where_it_is():
+    """Tokens over two devices, words over four: the values of one device, and no word's row ever leaves its device."""
+    keys = jax.random.split(jax.random.key(8), 4)
+    hidden, embedding = jax.random.normal(keys[0], (64, 16)), jax.random.normal(keys[1], (96, 16))
+    labels = jax.random.randint(keys[2], (64,), 0, 96)
+    u, w = jax.random.normal(keys[3], (2, 64))
+
+    def loss(hidden, embedding, labels, u, w):
+        log_prob, entropy = fused_log_prob_entropy(hidden, embedding, labels, 0.7, 16)
+        return (u * log_prob + w * entropy).sum()
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = (P("data"), P("tensor"), P("data"), P("data"), P("data"))
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((hidden, embedding, labels, u, w), specs, strict=True)]
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*placed).compile()
+    value, (dh, de) = compiled(*placed)
+    wanted, (wanted_dh, wanted_de) = jax.value_and_grad(loss, (0, 1))(hidden, embedding, labels, u, w)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(dh, wanted_dh, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(de, wanted_de, rtol=1e-4, atol=1e-5)
+    assert de.sharding.spec == P("tensor") or de.sharding.spec == P("tensor", None)
+    program = compiled.as_text()
+    assert "all-reduce" in program
+    moved = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)", program)
+    sizes = [np.prod([int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n], initial=1) for shape in moved]
+    assert all(size < 96 * 16 / 4 for size in sizes), moved  # less than one device's share of the embedding

@@ -1,0 +1,234 @@
+"""One training step of a 135 M model on a CPU: ours, ours with naive logits, and transformers on torch, side by side.
+
+    python benchmarks/train_step.py                      # SmolLM2-135M's shape, 4 x 512 tokens, a quarter of them the policy's
+    python benchmarks/train_step.py --layers=2 --tokens=128 --steps=1 --rounds=1      # a quick look
+
+The step is forward, backward and AdamW in float32; the loss is -mean(A log p) - 0.01 mean(entropy) over the policy tokens. All
+sides read the same weights and tokens and must print the same losses. Each side of each round is a process of its own, so that
+its peak memory is its own; rounds go A B C A B C, and medians are reported. Needs torch.
+
+    ours            this repository: fused head on policy tokens, --remat of each layer
+    naive           our decoder, nothing recomputed, logits of every token as an array
+    torch           transformers as it comes: SDPA attention, logits of every token
+    torch-gathered  the same with the head applied to policy tokens only
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SIDES = ("ours", "torch", "naive", "torch-gathered")
+LR = 1e-5
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after one that is not")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--policy", type=float, default=0.25, help="share of policy tokens")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--remat", default="attention")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def model(options, remat="none"):
+    from epo_jax.models.decoder import DecoderConfig
+
+    return DecoderConfig(
+        49152, 576, options.layers, 9, 3, 64, 1536, rope_theta=1e5, norm_eps=1e-5, qkv_bias=False, remat=remat
+    )  # fmt: skip
+
+
+def batch(options):
+    """(tokens [B, T], index of the positions that predict policy tokens [B, P], labels [B, P], advantages [B, P])."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 49152, (options.rows, options.tokens)).astype(np.int32)
+    count = int(options.policy * options.tokens)
+    index = np.stack([np.sort(rng.choice(options.tokens - 1, count, replace=False)) for _ in tokens]).astype(np.int32)
+    return tokens, index, np.take_along_axis(tokens, index + 1, axis=1), rng.normal(size=index.shape).astype(np.float32)
+
+
+def flops(options) -> float:
+    """Arithmetic of a step without recomputation: the head on policy tokens, causal attention over half the pairs."""
+    tokens = options.rows * options.tokens
+    layer = 2 * tokens * 576 * (2 * 576 + 2 * 192 + 3 * 1536) + 2 * 2 * tokens * options.tokens / 2 * 576
+    return 3 * (options.layers * layer + 2 * options.policy * tokens * 576 * 49152)
+
+
+def make(options) -> None:
+    """Random weights in `options.folder`."""
+    import jax
+
+    from epo_jax.models.decoder import init_params
+    from epo_jax.models.weights import save_params
+
+    params = jax.jit(init_params, static_argnums=0)(model(options), jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size % 1009), x.shape), params)
+    save_params(options.folder, model(options), params)
+
+
+def ours(options, naive: bool):
+    """(step function that returns the loss, JAX's own rate at the model's products)."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from epo_jax.learner import Inputs, OptimConfig, head_inputs, make_optimizer
+    from epo_jax.models.decoder import bind
+    from epo_jax.models.weights import load_params
+    from epo_jax.objectives.head import fused_log_prob_entropy, log_prob_entropy_from_logits
+
+    config = model(options, "none" if naive else options.remat)
+    params = load_params(options.folder, config)
+    tokens, index, labels, advantage = (jnp.asarray(x) for x in batch(options))
+    positions = jnp.tile(jnp.arange(options.tokens)[None], (options.rows, 1))
+    rows = Inputs(tokens, positions, jnp.ones_like(tokens), index, labels)
+    optimizer = make_optimizer(OptimConfig(LR, 10**6, warmup_ratio=0.0, floor_ratio=1.0, weight_decay=0.01))
+
+    def loss(params):
+        if naive:
+            module = bind(config, params)
+            logits = module(*rows[:3]) @ module.output_embedding().T
+            every = jnp.zeros_like(tokens).at[jnp.arange(options.rows)[:, None], index].set(labels)
+            log_prob, entropy = (
+                jnp.take_along_axis(x, index, axis=1) for x in log_prob_entropy_from_logits(logits, every)
+            )
+            return -(advantage * log_prob).mean() - 0.01 * entropy.mean()
+        log_prob, entropy = fused_log_prob_entropy(*head_inputs(config, params, rows), labels.ravel())
+        return -(advantage.ravel() * log_prob).mean() - 0.01 * entropy.mean()
+
+    def update(params, opt_state):
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state = optimizer.init(params)
+    update = jax.jit(update, donate_argnums=(0, 1)).lower(params, opt_state).compile()
+    state = [params, opt_state]
+    del params, opt_state
+
+    def step() -> float:
+        *state[:], value = update(*state)
+        return float(value)
+
+    def rate() -> float:
+        """Operations per second of a layer's projections alone: forward, and both products of the backward pass."""
+        n = options.rows * options.tokens
+        shapes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        weights = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+        inputs = {width: jax.random.normal(keys[0], (n, width)) for width in (192, 576, 1536)}
+
+        @jax.jit
+        def products(weights, inputs):
+            pairs = [(inputs[w.shape[0]], inputs[w.shape[1]]) for w in weights]
+            return [(x @ w, g @ w.T, x.T @ g) for (x, g), w in zip(pairs, weights, strict=True)]
+
+        jax.block_until_ready(products(weights, inputs))
+        started = time.perf_counter()
+        for _ in range(5):
+            jax.block_until_ready(products(weights, inputs))
+        return 5 * sum(3 * 2 * n * a * b for a, b in shapes) / (time.perf_counter() - started)
+
+    return step, rate
+
+
+def theirs(options, gathered: bool):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(os.cpu_count())
+    module = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, attn_implementation="sdpa").train()
+    tokens, index, labels, advantage = (torch.from_numpy(x) for x in batch(options))
+    tokens, index, labels = tokens.long(), index.long(), labels.long()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+
+    def step() -> float:
+        hidden = module.model(input_ids=tokens).last_hidden_state
+        chosen = index[..., None]
+        if gathered:
+            logits = module.lm_head(hidden.gather(1, chosen.expand(-1, -1, hidden.shape[-1])))
+        else:
+            logits = module.lm_head(hidden)
+            logits = logits.gather(1, chosen.expand(-1, -1, logits.shape[-1]))
+        log_p = torch.log_softmax(logits, dim=-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        loss = -(advantage * log_p.gather(-1, labels[..., None])[..., 0]).mean() - 0.01 * entropy.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step, None
+
+
+def measure(options) -> dict:
+    """One side in this process."""
+    if options.side in ("ours", "naive"):
+        step, rate = ours(options, options.side == "naive")
+    else:
+        step, rate = theirs(options, options.side == "torch-gathered")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without loading and compiling
+    losses, seconds = [step()], []
+    for _ in range(options.steps):
+        started = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - started)
+    peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return {"seconds": statistics.median(seconds), "peak": peak, "losses": losses, "rate": rate and rate()}
+
+
+def main() -> None:
+    options = arguments()
+    if options.side == "make":
+        return make(options)
+    if options.side:
+        return print(json.dumps(measure(options)))
+    sides, results = options.sides.split(","), {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def child(side: str) -> str:
+            command = [sys.executable, __file__, *sys.argv[1:], f"--side={side}", f"--folder={folder}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
+            return done.stdout
+
+        child("make")
+        for _ in range(options.rounds):
+            for side in sides:
+                found = json.loads(child(side).splitlines()[-1])
+                results.setdefault(side, []).append(found)
+                print(f"{side:15s} {found['seconds']:6.2f} s  losses {' '.join(f'{x:.5f}' for x in found['losses'])}", flush=True)
+
+    tokens = options.rows * options.tokens
+    median = {s: statistics.median(r["seconds"] for r in found) for s, found in results.items()}
+    peak = {s: max(r["peak"] for r in found) for s, found in results.items()}
+    print(f"\n{'':15s} {'s/step':>7s} {'tokens/s':>9s} {'GB peak':>8s}" + "".join(f"  / {s}: speed, memory" for s in sides[1:]))
+    for side in sides:
+        told = f"{side:15s} {median[side]:7.2f} {tokens / median[side]:9.0f} {peak[side] / 1e9:8.2f}"
+        for other in sides[1:]:
+            told += f"  {median[other] / median[side]:.2f} x speed, {peak[side] / peak[other]:.2f} x memory"
+        print(told)
+    if "ours" in results:
+        rate = statistics.median(r["rate"] for r in results["ours"])
+        reached = flops(options) / median["ours"]
+        print(f"ours computes at {reached / 1e9:.0f} GFLOP/s, {reached / rate:.0%} of the {rate / 1e9:.0f} of its products alone")
+
+
+if __name__ == "__main__":
+    main()

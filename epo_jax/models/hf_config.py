@@ -1,0 +1,150 @@
+"""A Hugging Face `config.json` as a `DecoderConfig`, and back."""
+
+import json
+from pathlib import Path
+
+from epo_jax.errors import UserError
+from epo_jax.files import write_atomically
+from epo_jax.models.decoder import DecoderConfig
+from epo_jax.models.rope import SCALINGS
+
+_FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+# The value that each key must have, where it is there and not null, for the decoder to compute what the model was trained as.
+_ONLY = {"hidden_act": "silu", "quantization_config": None}
+
+
+def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
+    """The decoder that `folder`/config.json describes.
+
+    Args:
+        folder: a Hugging Face model folder.
+        dtype: compute dtype; the file's own says how the weights are stored.
+        remat: what the backward pass recomputes, as in `DecoderConfig`.
+
+    Raises:
+        UserError: the file is missing or damaged, or the model is of another kind.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, so {folder} is not a Hugging Face model folder.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); download it again.") from error
+    family = stated.get("model_type") if isinstance(stated, dict) else None
+    if family not in _FAMILIES:
+        raise UserError(f"{path}: model_type={family!r} is not supported; choose a model of type {' or '.join(_FAMILIES)}.")
+    stated = {key: value for key, value in stated.items() if value is not None}
+    for key, only in _ONLY.items():
+        if stated.get(key, only) != only:
+            raise UserError(f"{path}: {key}={stated[key]!r} is not supported (only {only!r} is); choose another model.")
+
+    def positive(key: str, kind: type, value):
+        if not isinstance(value, (int, kind)) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{path}: {key}={value!r} must be a positive {'whole ' * (kind is int)}number.")
+        return kind(value)
+
+    def size(key: str, default=None) -> int:
+        return positive(key, int, stated.get(key, default))
+
+    width, heads = size("hidden_size"), size("num_attention_heads")
+    kv_heads = size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(f"{path}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}.")
+    theta, scaling = _rope(path, stated)
+    attention_bias = family != "qwen2" and bool(stated.get("attention_bias", False))
+    return DecoderConfig(
+        vocab_size=size("vocab_size"),
+        d_model=width,
+        num_layers=size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size("head_dim", 128 if family == "qwen3" else width // heads),
+        d_ff=size("intermediate_size"),
+        rope_theta=positive("rope_theta", float, theta),
+        norm_eps=positive("rms_norm_eps", float, stated.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(stated.get("tie_word_embeddings", False)),
+        qkv_bias=attention_bias or family == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=family == "llama" and bool(stated.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        rope_scaling=scaling,
+        windows=_windows(path, stated, size) if family != "llama" else (),
+        max_positions=size("max_position_embeddings", 2048 if family == "llama" else 32768),
+        dtype=dtype,
+        remat=remat,
+    )
+
+
+def _rope(path: Path, stated: dict) -> tuple:
+    """(theta as it stands, scaling), from rope_theta and rope_scaling or, since transformers 5, from rope_parameters."""
+    theta, scaling = stated.get("rope_theta", 10_000.0), {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = stated.get(key, {})
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: {key}={rope!r} is not a table of settings; download it again.")
+        rope = {name: value for name, value in rope.items() if value is not None}
+        theta = rope.pop("rope_theta", theta)
+        kind = rope.pop("type", None)
+        kind = rope.pop("rope_type", kind) or "default"
+        reads = SCALINGS.get(kind)
+        if "original_max_position_embeddings" in (reads or {}) and "max_position_embeddings" in stated:
+            rope.setdefault("original_max_position_embeddings", stated["max_position_embeddings"])
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in rope.values())
+        if reads is None or not numbers or rope.keys() - reads or any(v is ... and k not in rope for k, v in reads.items()):
+            raise UserError(
+                f"{path}: {key}={stated[key]!r} is not supported (rotary positions of type {', '.join(SCALINGS)} with their "
+                "own settings are); choose another model."
+            )
+        if kind != "default":
+            scaling = {"rope_type": kind, **rope}
+    return theta, tuple(sorted(scaling.items()))
+
+
+def _windows(path: Path, stated: dict, size) -> tuple[int, ...]:
+    """The window of each layer of a Qwen model, () where none has any."""
+    layers = size("num_hidden_layers")
+    if not stated.get("use_sliding_window", False):
+        return ()
+    window, full = size("sliding_window", 4096), stated.get("max_window_layers", 28)
+    kinds = stated.get("layer_types", ["full_attention" if i < full else "sliding_attention" for i in range(layers)])
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{path}: layer_types={kinds!r} must be full_attention or sliding_attention for each of {layers} layers.")
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def write_config(folder: Path, config: DecoderConfig, more: dict | None = None) -> None:
+    """Writes `folder`/config.json, from which `read_config` and transformers make the same model; `more` keys go into it."""
+    family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.o_bias else "llama"
+    stated = {
+        "architectures": [_FAMILIES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_ff,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": "float32",
+    }
+    if config.rope_scaling:
+        stated["rope_scaling"] = dict(config.rope_scaling)
+    if family != "qwen2":
+        stated["attention_bias"] = config.o_bias
+    if family == "llama":
+        stated["mlp_bias"] = config.mlp_bias
+    if config.windows:
+        stated |= {
+            "use_sliding_window": True,
+            "sliding_window": max(config.windows),
+            "layer_types": ["sliding_attention" if window else "full_attention" for window in config.windows],
+        }
+    write_atomically(Path(folder) / "config.json", json.dumps(stated | (more or {}), indent=2) + "\n")

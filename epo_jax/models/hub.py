@@ -1,0 +1,33 @@
+"""From what `config.model.path` says to a model folder on this machine."""
+
+from pathlib import Path
+
+from epo_jax.errors import UserError
+from epo_jax.models import gguf
+
+# What a run needs of a hub repository: no pickles, no weights of other frameworks.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+
+
+def resolve(path: str) -> Path:
+    """The model folder that `path` means: a local folder, a GGUF file (converted once, into the cache), or else a name on the
+    Hugging Face hub, fetched into its cache.
+
+    Raises:
+        UserError: there is no such folder or file, and the hub does not know the name or cannot be reached.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.suffix == ".gguf":
+        return gguf.converted(local)
+    import huggingface_hub  # only a pretrained model needs it
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=_FILES))
+    except Exception as error:  # its own errors and those of its HTTP and transfer libraries have no common base
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")[:200]
+        raise UserError(
+            f"config.model.path={path!r} is no local folder and cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}); give a local folder in config.model.path or download the model first."
+        ) from error

@@ -1,0 +1,73 @@
+"""Low-rank adapters (arXiv 2106.09685) as a pytree of their own beside a frozen base.
+
+`join` makes the `Params` of an adapted decoder out of both without copying either. So a stack of M adapters needs the base
+once: `jax.vmap(lambda base, adapters: f(join(base, adapters)), in_axes=(None, 0))`.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors.numpy import save_file
+
+from epo_jax.files import write_atomically
+from epo_jax.models.decoder import DecoderConfig, Params, init_params
+from epo_jax.models.weights import projection_module
+
+_MARK = "_lora_"
+
+
+def init_adapters(config: DecoderConfig, key: Array) -> Params:
+    """Adapters that change nothing yet: A random, B zero."""
+    return jax.jit(lambda key: split(init_params(config, key))[1])(key)
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """(base, adapters) of an adapted decoder's `Params`."""
+    base, adapters = {}, {}
+    for key, array in params["layers"].items():
+        (adapters if _MARK in key else base)[key] = array
+    return params | {"layers": base}, {"layers": adapters}
+
+
+def join(base: Params, adapters: Params) -> Params:
+    """The `Params` of `base` with `adapters`; either may be empty, and what remains is then the whole."""
+    return base | adapters | {"layers": base.get("layers", {}) | adapters.get("layers", {})}
+
+
+def merge(config: DecoderConfig, params: Params) -> Params:
+    """The adapted decoder as one without adapters, W + alpha / rank * A B in place of each W."""
+    base, adapters = split(params)
+    layers, lora = dict(base["layers"]), config.lora
+    for name in lora.targets if lora else ():
+        a, b = (adapters["layers"][f"{name}{_MARK}{which}"] for which in "ab")
+        layers[name] = layers[name] + lora.alpha / lora.rank * jnp.matmul(a, b, precision="highest")
+    return base | {"layers": layers}
+
+
+def save_adapters(folder: Path, config: DecoderConfig, adapters: Params, base: str) -> None:
+    """Writes a PEFT folder (adapter_config.json, adapter_model.safetensors) for the model that `base` names."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name in config.lora.targets:
+        for which in "ab":
+            for layer, array in enumerate(np.asarray(adapters["layers"][f"{name}{_MARK}{which}"], np.float32)):
+                module = f"base_model.model.model.layers.{layer}.{projection_module(name)}"
+                tensors[f"{module}.lora_{which.upper()}.weight"] = np.ascontiguousarray(array.T)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    stated = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "target_modules": list(config.lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_atomically(folder / "adapter_config.json", json.dumps(stated, indent=2) + "\n")
