@@ -1,12 +1,18 @@
 """What the agent reads and how its answer becomes an action.
 
-Two styles. "tagged" is for language models that follow instructions: the first message holds the task, the observation
-and the rules, and the answer is `<think>...</think><action>...</action>`, the fields and tags of the paper's prompts.
-"bare" is for small models: messages are plain observations and the whole answer is the action.
+Two styles. "tagged" is for language models that follow instructions: a message holds the task, the observation, what can
+be done and the rules, and the answer is `<think>...</think><action>...</action>`, the fields and tags of the paper's
+prompts. "bare" is for small models: messages are plain observations and the whole answer is the action.
+
+Two ways to remember. In a conversation, `first_message` opens it and `next_message` follows every step. With a window,
+as in the paper, each turn is one message of its own, `window_message`, that repeats the task and the last few turns.
 """
 
+import bisect
+import dataclasses
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from epo_jax.envs.base import Observation
@@ -18,16 +24,23 @@ MAX_ACTION_CHARS = 256
 _ACTION = re.compile(r"<action>((?:(?!<action>).)*?)</action>", re.IGNORECASE | re.DOTALL)
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f]+")
 
-_FIRST = """You are an agent in a text world and act in it one command at a time.
-Your task: {goal}
-What you see now: {text}
-{actions}"""
-_NEXT = """What you see now: {text}
-{actions}"""
+_OPENING = "You are an agent in a text world and act in it one command at a time."
 _RULES = (
     "First reason step by step about the situation and the task between <think> and </think>. "
     "Then give exactly one command between <action> and </action>."
 )
+
+
+class Window(NamedTuple):
+    """What a turn's message repeats of the turns before it.
+
+    Attributes:
+        turns: the last turns, with what was seen and the action taken (the paper: 2).
+        older_actions: also the actions of all turns before those (the paper: in ScienceWorld).
+    """
+
+    turns: int = 2
+    older_actions: bool = False
 
 
 class ParsedAction(NamedTuple):
@@ -62,23 +75,101 @@ def first_message(observation: Observation, style: str) -> str:
     """The user turn that opens an episode, from the observation after its reset."""
     if style == "bare":
         return f"{observation.text}\n{observation.goal}".strip()
-    return _FIRST.format(goal=observation.goal, text=observation.text, actions=_actions(observation))
+    return _lines(_OPENING, _task(observation.goal), _now(observation.text), _offer(observation), _RULES)
 
 
 def next_message(observation: Observation, style: str) -> str:
-    """The user turn after a step."""
+    """The user turn after a step of a conversation."""
     if style == "bare":
         return observation.text
-    return _NEXT.format(text=observation.text, actions=_actions(observation))
+    return _lines(_now(observation.text), _offer(observation), _RULES)
 
 
-def _actions(observation: Observation) -> str:
-    lines = [_RULES]
-    if observation.admissible:
-        lines.insert(0, f"Commands that work now: {', '.join(observation.admissible)}")
-    if observation.commands:
-        lines.insert(0, f"Commands: {observation.commands}")
-    return "\n".join(lines)
+def window_message(
+    first: Observation,
+    history: Sequence[tuple[str, str]],
+    observation: Observation,
+    style: str,
+    window: Window,
+    fits: Callable[[str], bool] = lambda message: True,
+) -> str:
+    """The only user turn of one step: the task, the window of past turns, and what is seen now.
+
+    A message that does not fit loses its middle: the oldest of the remembered turns first, and when none is left, the
+    middle of what is seen now. The task, the commands and the rules always stay, so a message can be too long even so.
+
+    Args:
+        first: the observation after the reset; brings the goal and the forms of commands.
+        history: (text seen, action taken) of every turn so far, oldest first; empty at the first turn, whose message is
+            that of `first_message`.
+        observation: what is seen now; `first` itself at the first turn.
+        fits: whether a message is short enough, for example in tokens.
+    """
+    past = _past(history, style, window)
+    offer = _offer(dataclasses.replace(observation, commands=first.commands))
+
+    def message(past: list[str], text: str) -> str:
+        if style == "bare":
+            return _lines(*past, text, first.goal)
+        if not history:
+            return _lines(_OPENING, _task(first.goal), _now(text), offer, _RULES)
+        taken = f"You have taken {len(history)} step(s) so far."
+        if past:
+            taken += " The latest, and what you saw before each of them:"
+        return _lines(_OPENING, _task(first.goal), taken, *past, f"Step {len(history) + 1}. {_now(text)}", offer, _RULES)
+
+    text = observation.text
+    whole = message(past, text)
+    if fits(whole):
+        return whole
+    dropped = bisect.bisect_left(range(len(past)), True, key=lambda n: fits(message(past[n:], text)))
+    shorter = message(past[dropped:], text)
+    if dropped < len(past) or fits(shorter):
+        return shorter
+    removed = bisect.bisect_left(range(len(text)), True, key=lambda n: fits(message([], _without_middle(text, n))))
+    return message([], _without_middle(text, removed))
+
+
+def _past(history: Sequence[tuple[str, str]], style: str, window: Window) -> list[str]:
+    """The remembered turns, oldest first."""
+    full = max(0, len(history) - window.turns)
+    past = []
+    for i, (text, action) in enumerate(history):
+        if i < full and not window.older_actions:
+            continue
+        if style == "bare":
+            past.append(f"> {action}" if i < full else f"{text}\n> {action}")
+        else:
+            seen = "" if i < full else f"Observation {i + 1}: '{text}', "
+            past.append(f"[{seen}Action {i + 1}: '{action}']")
+    return past
+
+
+def _without_middle(text: str, removed: int) -> str:
+    """`text` with `removed` characters of its middle replaced by an ellipsis."""
+    start = (len(text) - removed) // 2
+    return f"{text[:start]} ... {text[start + removed :]}"
+
+
+def _lines(*parts: str) -> str:
+    return "\n".join(filter(None, parts))
+
+
+def _task(goal: str) -> str:
+    return goal if goal.lower().startswith("your task") else f"Your task is to: {goal}"
+
+
+def _now(text: str) -> str:
+    return f"What you see now: {text}"
+
+
+def _offer(observation: Observation) -> str:
+    """What can be done, as far as the environment says so."""
+    return _lines(
+        f"Commands: {observation.commands}" if observation.commands else "",
+        f"Things that commands can name now: {', '.join(observation.objects)}" if observation.objects else "",
+        f"Commands that work now: {', '.join(observation.admissible)}" if observation.admissible else "",
+    )
 
 
 def _has_thought(text: str) -> bool:

@@ -41,7 +41,8 @@ class Observation:
         done: the episode has ended inside the environment (turn limits are the caller's).
         won: the task was completed.
         score: task progress in [0, 100].
-        admissible: the actions that would be accepted now, where the environment offers them cheaply, else empty.
+        admissible: the actions that would be accepted now, where the environment's options ask for them, else empty.
+        objects: the things that actions can name now, likewise.
         commands: after a reset, the forms that actions take, where there is no list of admissible ones.
     """
 
@@ -52,6 +53,7 @@ class Observation:
     won: bool = False
     score: float = 0.0
     admissible: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
     commands: str = ""
 
 

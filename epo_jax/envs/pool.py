@@ -198,7 +198,7 @@ def _observation(fields: Any) -> Observation:
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise _WorkerFailed(f"it answered {str(fields)[:80]!r} for an observation")
     try:
-        return Observation(**{**fields, "admissible": tuple(fields.get("admissible", ()))})
+        return Observation(**{**fields, **{name: tuple(fields.get(name, ())) for name in ("admissible", "objects")}})
     except TypeError as error:
         raise _WorkerFailed(f"its observation is malformed ({error})") from None
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epo_jax.envs import agent
-from epo_jax.envs.agent import ParsedAction, parse_action
+from epo_jax.envs.agent import ParsedAction, Window, parse_action, window_message
 from epo_jax.envs.base import Observation
 
 SEEN = Observation(text="You see a {box} and 100%.", goal="open it.", admissible=("open box 1", "look"))
@@ -86,3 +86,77 @@ def test_tagged_messages_name_the_forms_of_commands():
     observation = Observation(text="a room", goal="find it", commands="open OBJ, wait")
     message = agent.first_message(observation, "tagged")
     assert "open OBJ, wait" in message and "work now" not in message
+
+
+# ---------------------------------------------------------------------------------------------- window memory
+
+FIRST = Observation(text="a room with {0} and 100%", goal="open it.", commands="open OBJ, wait", admissible=("wait",))
+NOW = Observation(text="seen now", goal="open it.", objects=("box", "lid"), admissible=("look", "wait"))
+HISTORY = [(f"seen {i}", f"act {i}") for i in range(1, 6)]
+
+
+@pytest.mark.parametrize("style", agent.STYLES)
+def test_the_first_window_is_the_opening_of_a_conversation(style):
+    assert window_message(FIRST, [], FIRST, style, Window()) == agent.first_message(FIRST, style)
+
+
+def test_a_tagged_window_holds_the_papers_fields():
+    lines = window_message(FIRST, HISTORY, NOW, "tagged", Window()).splitlines()
+    assert lines[1:] == [
+        "Your task is to: open it.",
+        "You have taken 5 step(s) so far. The latest, and what you saw before each of them:",
+        "[Observation 4: 'seen 4', Action 4: 'act 4']",
+        "[Observation 5: 'seen 5', Action 5: 'act 5']",
+        "Step 6. What you see now: seen now",
+        "Commands: open OBJ, wait",
+        "Things that commands can name now: box, lid",
+        "Commands that work now: look, wait",
+        agent._RULES,
+    ]
+
+
+def test_older_actions_are_named_without_what_was_seen():
+    lines = window_message(FIRST, HISTORY, NOW, "tagged", Window(2, older_actions=True)).splitlines()
+    assert lines[3:8] == [
+        "[Action 1: 'act 1']",
+        "[Action 2: 'act 2']",
+        "[Action 3: 'act 3']",
+        "[Observation 4: 'seen 4', Action 4: 'act 4']",
+        "[Observation 5: 'seen 5', Action 5: 'act 5']",
+    ]
+
+
+@pytest.mark.parametrize("turns, shown", [(0, []), (1, [5]), (3, [3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_a_window_holds_the_last_turns(turns, shown):
+    bare = window_message(FIRST, HISTORY, NOW, "bare", Window(turns))
+    assert bare == "\n".join([*(f"seen {i}\n> act {i}" for i in shown), "seen now", "open it."])
+    tagged = window_message(FIRST, HISTORY, NOW, "tagged", Window(turns))
+    assert [i for i in range(1, 6) if f"Action {i}" in tagged] == shown
+    assert "You have taken 5 step(s) so far." in tagged
+
+
+@pytest.mark.parametrize("style", agent.STYLES)
+@pytest.mark.parametrize("limit", range(0, 1000, 50))
+def test_what_does_not_fit_loses_its_middle_and_never_the_task(style, limit):
+    now = Observation(text="".join(f"{i:03d} " for i in range(60)), goal="open it.")
+    cut = window_message(FIRST, HISTORY, now, style, Window(3), lambda message: len(message) <= limit)
+    shown = [i for i in range(1, 6) if f"act {i}" in cut]
+    assert shown == list(range(6 - len(shown), 6)) and len(shown) <= 3  # the oldest went first
+    assert "open it." in cut
+    assert (style == "bare") or ("open OBJ, wait" in cut and agent._RULES in cut)
+    if now.text not in cut:
+        assert not shown and " ... " in cut
+    least = len(window_message(FIRST, HISTORY, Observation(text="", goal="open it."), style, Window(0)))
+    assert len(cut) <= max(limit, least + len(" ... ") + 1)
+    if limit >= 900:
+        assert len(shown) == 3
+
+
+def test_fits_is_asked_a_few_times_only():
+    calls = []
+    history = HISTORY * 10
+    window_message(FIRST, history, NOW, "tagged", Window(50), lambda message: calls.append(message) or False)
+    assert len(calls) <= 2 + 6 + 1 + 4
+    calls.clear()
+    window_message(FIRST, history, NOW, "tagged", Window(50), lambda message: not calls.append(message))
+    assert len(calls) == 1
