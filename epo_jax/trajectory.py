@@ -5,6 +5,7 @@ head, the losses, generalised advantage estimation) then skips them by construct
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ class Trajectory:
     Attributes:
         task: the environment's task.
         group: index of the group (same task) that the episode belongs to.
-        tokens: every token of the conversation, in order.
+        tokens: every token of every context, in order.
+        starts: where in `tokens` each context begins: 0 alone for a conversation, one for each turn with a window.
         turn: for each token, the turn that emitted it; -1 for tokens of prompts and observations.
         log_prob: behaviour log-probability of each policy token (0 elsewhere), nats, float32.
         entropy: entropy of the distribution each policy token was sampled from (0 elsewhere), nats, float32.
@@ -36,6 +38,7 @@ class Trajectory:
     task: Task
     group: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
+    starts: list[int] = dataclasses.field(default_factory=list)
     turn: list[int] = dataclasses.field(default_factory=list)
     log_prob: list[float] = dataclasses.field(default_factory=list)
     entropy: list[float] = dataclasses.field(default_factory=list)
@@ -47,7 +50,10 @@ class Trajectory:
     score: float = 0.0
     truncated: bool = False
 
-    def append_prompt(self, ids: list[int]) -> None:
+    def append_prompt(self, ids: list[int], new_context: bool = False) -> None:
+        """Appends tokens that the policy did not emit; what follows does not see what came before a new context."""
+        if new_context or not self.starts:
+            self.starts.append(len(self.tokens))
         self.tokens += ids
         self.turn += [-1] * len(ids)
         self.log_prob += [0.0] * len(ids)
@@ -58,6 +64,11 @@ class Trajectory:
         self.turn += [len(self.actions)] * len(ids)
         self.log_prob += log_prob
         self.entropy += entropy
+
+    @property
+    def contexts(self) -> list[tuple[int, int]]:
+        """(start, end) of each context in `tokens`."""
+        return list(itertools.pairwise([*self.starts, len(self.tokens)]))
 
     @property
     def num_policy_tokens(self) -> int:

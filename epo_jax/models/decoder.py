@@ -219,13 +219,15 @@ class Decoder(nnx.Module):
         self,
         layers: list["Block"],
         cache: tuple[LayerCache, ...],
-        tokens: Int[Array, "S T"],
-        lengths: Int[Array, " S"],
-        counts: Int[Array, " S"],
-    ) -> tuple[Float[Array, "S T D"], tuple[LayerCache, ...]]:
-        """Appends `counts[s]` of the `tokens[s]` to slot s, whose cache holds `lengths[s]` tokens already.
+        tokens: Int[Array, "R T"],
+        lengths: Int[Array, " R"],
+        counts: Int[Array, " R"],
+        slots: Int[Array, " R"] | None = None,
+    ) -> tuple[Float[Array, "R T D"], tuple[LayerCache, ...]]:
+        """Appends `counts[r]` of the `tokens[r]` to slot r, or to slot `slots[r]`, whose cache holds `lengths[r]` tokens already.
 
-        Returns the hidden states of the new tokens (garbage past `counts`) and the cache; nothing is written past `counts`.
+        A row whose slot is past the last one is padding. Returns the hidden states of the new tokens (garbage past `counts`)
+        and the cache; nothing is written past `counts`.
         """
         c = self.config
         offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -233,7 +235,7 @@ class Decoder(nnx.Module):
         capacity = cache[0][0].shape[-1]
         # An index past the end is dropped by the scatter: that is how padding stays out of the cache.
         write = jnp.where(offsets < counts[:, None], positions, capacity)
-        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+        rows = (jnp.arange(tokens.shape[0], dtype=jnp.int32) if slots is None else slots)[:, None]
         mask = jnp.arange(capacity, dtype=jnp.int32)[None, None] <= positions[:, :, None]
         rope = rotary(positions, c.head_dim, c.rope_theta)
         x = self.embedding[...][tokens.ravel()].astype(c.dtype)
@@ -243,7 +245,8 @@ class Decoder(nnx.Module):
                 q, k, v = block.qkv(x, rope)
                 keys = keys.at[rows, :, :, write].set(k.astype(keys.dtype), mode="drop")
                 values = values.at[rows, :, write].set(v.astype(values.dtype), mode="drop")
-                x = block.output(x, cached_attention(q, keys, values, mask))
+                known = (keys, values) if slots is None else (a.at[slots].get(mode="clip") for a in (keys, values))
+                x = block.output(x, cached_attention(q, *known, mask))
                 grown.append((keys, values))
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1), tuple(grown)
 
