@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from epo_jax.models import generate
@@ -19,7 +18,7 @@ from epo_jax.models.decoder import DecoderConfig, Params
 # Every compiled shape is a choice from these: columns of an extend, tokens a row has room for, and rows (all of the lane's,
 # or a quarter of them); a lane halves its rows down to the smallest.
 WIDTHS = (16, 64, 256, 1024)
-SMALLEST_CAPACITY = 128
+SMALLEST_CAPACITY = 256
 SMALLEST_LANE = 4
 
 # A call of a compiled program costs about as much as this many tokens more.
@@ -78,14 +77,27 @@ class Sampler(NamedTuple):
 class Lane:
     """Some rows of a cache. `size` is their number, which `keep` reduces.
 
+    Args:
+        cache_dtype: "int8", or None for the compute dtype.
+        sharding: of everything that has rows, where several devices share them.
+
     Attributes:
         prefill_seconds, decode_seconds: wall time of the work so far.
         prompt_tokens: tokens that were read; those of a prompt that rows share count once.
     """
 
     def __init__(
-        self, model: DecoderConfig, params: Params, size: int, max_tokens: int, sampler: Sampler, programs: Programs
+        self,
+        model: DecoderConfig,
+        params: Params,
+        size: int,
+        max_tokens: int,
+        sampler: Sampler,
+        programs: Programs,
+        cache_dtype: str | None = None,
+        sharding: jax.sharding.Sharding | None = None,
     ):
+        self._cache_dtype, self._sharding = cache_dtype, sharding
         self._model, self._params, self._sampler, self._programs = model, params, sampler, programs
         self._max_tokens = max_tokens
         self._cache: generate.Cache | None = None
@@ -97,7 +109,8 @@ class Lane:
 
     def keep(self, rows: list[int]) -> None:
         """Leaves only these rows, in this order."""
-        self._cache = self._take(rows, self._capacity)
+        if self._cache is not None:
+            self._cache = self._take(rows, self._capacity)
         self._lengths, self.size = self._lengths[rows], len(rows)
 
     def play(self, turns: dict[int, Turn]) -> dict[int, Answer]:
@@ -121,12 +134,15 @@ class Lane:
 
     def _take(self, rows: list[int], capacity: int) -> generate.Cache:
         slots = np.asarray(rows, np.int32)
-        return self._call(generate.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity))
+        return self._placed(self._call(generate.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity)))
+
+    def _placed(self, cache: generate.Cache) -> generate.Cache:
+        return cache if self._sharding is None else jax.device_put(cache, self._sharding)
 
     def _make_room(self, tokens: int) -> None:
         capacity = capacity_for(tokens, self._max_tokens)
         if self._cache is None:
-            self._cache = generate.init_cache(self._model, self.size, capacity)
+            self._cache = self._placed(generate.init_cache(self._model, self.size, capacity, self._cache_dtype))
         elif capacity > self._capacity:
             self._cache = self._take(list(range(self.size)), capacity)
         self._capacity = max(self._capacity, capacity)

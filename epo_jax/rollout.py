@@ -13,6 +13,7 @@ trajectories, bit for bit, whatever the workers' number and delays.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import time
 
@@ -60,6 +61,9 @@ class RolloutConfig:
         lanes: groups of slots that work independently of each other.
         block: tokens decoded at most before a row whose turn ended can go on.
         ahead: resets that each lane sends before a slot is free.
+        dtype: of the parameters and the arithmetic while sampling; None keeps the model's.
+        cache_dtype: "int8" stores keys and values in 8 bits; None keeps the arithmetic's.
+        devices: that share every lane's rows, each with a copy of the parameters.
     """
 
     slots: int
@@ -72,6 +76,66 @@ class RolloutConfig:
     lanes: int = 2
     block: int = 64
     ahead: int = 2
+    dtype: str | None = None
+    cache_dtype: str | None = None
+    devices: int = 1
+
+
+def window_of(config) -> agent.Window | None:
+    """The window that a run's config asks for."""
+    if config.agent.context == "chat":
+        return None
+    return agent.Window(config.agent.history_turns, config.agent.history_actions)
+
+
+def rollout_config(config) -> RolloutConfig:
+    """The settings that a run's config asks for. A conversation is one row of the learner's, a window's turns are many."""
+    window = window_of(config)
+    return RolloutConfig(
+        slots=config.rollout.slots,
+        max_turns=config.env.max_turns,
+        max_tokens=config.agent.max_tokens,
+        max_policy_tokens=(
+            config.train.rows_policy_tokens if window is None else config.env.max_turns * config.agent.response_tokens
+        ),
+        response_tokens=config.agent.response_tokens,
+        style=config.agent.style,
+        window=window,
+        lanes=config.rollout.lanes,
+        block=config.rollout.block,
+        ahead=config.rollout.ahead,
+        dtype=config.rollout.dtype or None,
+        cache_dtype=config.rollout.cache_dtype or None,
+        devices=config.rollout.devices,
+    )
+
+
+def next_prompt(
+    tokenizer: ChatTokenizer,
+    config: RolloutConfig,
+    first: Observation,
+    history: list[tuple[str, str]],
+    observation: Observation,
+) -> list[int]:
+    """Ids of what the agent reads next: the whole of a window's context, or what a conversation grows by.
+
+    Args:
+        first: the observation after the reset.
+        history: (text seen, action taken) of every turn so far.
+        observation: what is seen now; `first` at the first turn.
+    """
+    if config.window is not None:
+        short_enough = functools.partial(fits, tokenizer, config)
+        message = agent.window_message(first, history, observation, config.style, config.window, short_enough)
+        return tokenizer.first(message)
+    if history:
+        return tokenizer.following(agent.next_message(observation, config.style))
+    return tokenizer.first(agent.first_message(observation, config.style))
+
+
+def fits(tokenizer: ChatTokenizer, config: RolloutConfig, message: str) -> bool:
+    """Whether a window's message and its answer fit in a context."""
+    return len(tokenizer.first(message)) + config.response_tokens <= config.max_tokens
 
 
 @dataclasses.dataclass
@@ -161,11 +225,22 @@ class _Rollout:
         self.stats = RolloutStats()
         slots = min(config.slots, len(episodes))
         lanes = max(1, min(config.lanes, slots))
-        size = -(-slots // lanes)
-        self.free_handles = list(range(lanes * (size + config.ahead)))
+        # Rows that devices share come in multiples of these.
+        size = -(-slots // (lanes * config.devices)) * config.devices
+        sharding = None
+        if config.dtype is not None:
+            model = dataclasses.replace(model, dtype=config.dtype)
+            params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+        if config.devices > 1:
+            mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: config.devices]), ("slots",))
+            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("slots"))
+            params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        self.free_handles = list(range(min(len(episodes), lanes * (size + config.ahead))))
         programs = Programs()
         self.lanes = [
-            _LaneEpisodes(Lane(model, params, min(size, len(hand)), config.max_tokens, sampler, programs), hand)
+            _LaneEpisodes(
+                Lane(model, params, size, config.max_tokens, sampler, programs, config.cache_dtype, sharding), hand
+            )
             for hand in _deal(episodes, lanes)
             if hand
         ]
@@ -262,9 +337,13 @@ class _Rollout:
                 return turns
             lane.waiting, lane.later = lane.later, set()
 
+    def budget_of(self, live: _Live) -> int:
+        """Most tokens in the turn that the episode is at."""
+        return self.config.response_tokens
+
     def turn_of(self, live: _Live) -> Turn:
         said = len(live.answer.tokens)
-        budget = min(self.config.response_tokens - said, self.config.block)
+        budget = min(self.budget_of(live) - said, self.config.block)
         return Turn(live.prompt, live.fresh, live.episode.id, len(live.trajectory.actions), said, budget)
 
     def receive(self, live: _Live, observation: Observation) -> bool:
@@ -279,36 +358,27 @@ class _Rollout:
                 return True
         else:
             live.first = observation
-        before = 0
-        if config.window is not None:
-            ids = self.tokenizer.first(
-                agent.window_message(live.first, history, observation, config.style, config.window, self.fits)
-            )
-        elif history:
-            before, ids = len(trajectory.tokens), self.tokenizer.following(agent.next_message(observation, config.style))
-        else:
-            ids = self.tokenizer.first(agent.first_message(observation, config.style))
+        ids = next_prompt(self.tokenizer, config, live.first, history, observation)
+        live.fresh = config.window is not None or not history
+        before = 0 if live.fresh else len(trajectory.tokens)
         answer = config.response_tokens
         full = before + len(ids) + answer > config.max_tokens
         silent = live.policy_tokens + answer > config.max_policy_tokens
         if full or silent or len(history) == config.max_turns:
             trajectory.truncated = True
             return True
-        live.fresh = before == 0
         # The token that ended the last turn is sampled and not read yet.
         live.prompt = ids if live.fresh else [trajectory.tokens[-1], *ids]
         trajectory.append_prompt(ids, new_context=live.fresh)
         return False
 
-    def fits(self, message: str) -> bool:
-        return len(self.tokenizer.first(message)) + self.config.response_tokens <= self.config.max_tokens
-
     def shrink(self, lane: _LaneEpisodes) -> None:
         """Halves the lane while its live episodes fit in half of the rows and nobody is waiting for a row."""
         size = len(lane.rows)
         live = [row for row, occupant in enumerate(lane.rows) if occupant is not None]
-        while live and not lane.queue and not lane.ahead and size // 2 >= max(len(live), SMALLEST_LANE):
-            size //= 2
+        if live and not lane.queue and not lane.ahead:
+            while size % (2 * self.config.devices) == 0 and size // 2 >= max(len(live), SMALLEST_LANE):
+                size //= 2
         if size < len(lane.rows):
             keep = (live + [row for row in range(len(lane.rows)) if row not in live])[:size]
             lane.lane.keep(keep)
@@ -324,7 +394,7 @@ class _Rollout:
             live.policy_tokens += len(answer.tokens)
             said = live.answer.tokens
             live.fresh, live.prompt = False, said[-1:]
-            if said[-1] in self.stop_tokens or len(said) == self.config.response_tokens:
+            if said[-1] in self.stop_tokens or len(said) == self.budget_of(live):
                 self.act(live)
                 lane.waiting.add(live.handle)
         lane.waiting |= lane.later

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from epo_jax.models import kv_cache
+from epo_jax.models.kv_cache import LayerCache
+
 Params = dict
-LayerCache = tuple[Float[Array, "S K d C"], Float[Array, "S K C d"]]
 
 # Below this depth the layer loop is unrolled: XLA:CPU then fuses across layers and the program stays small.
 _UNROLL_LAYERS = 8
@@ -240,14 +242,12 @@ class Decoder(nnx.Module):
         rope = rotary(positions, c.head_dim, c.rope_theta)
         x = self.embedding[...][tokens.ravel()].astype(c.dtype)
         grown = []
-        for block, (keys, values) in zip(layers, cache, strict=True):
+        for block, layer in zip(layers, cache, strict=True):
             with jax.named_scope("block"):
                 q, k, v = block.qkv(x, rope)
-                keys = keys.at[rows, :, :, write].set(k.astype(keys.dtype), mode="drop")
-                values = values.at[rows, :, write].set(v.astype(values.dtype), mode="drop")
-                known = (keys, values) if slots is None else (a.at[slots].get(mode="clip") for a in (keys, values))
-                x = block.output(x, cached_attention(q, *known, mask))
-                grown.append((keys, values))
+                layer = kv_cache.append(layer, rows, write, k, v)
+                x = block.output(x, cached_attention(q, *kv_cache.read(layer, slots, x.dtype), mask))
+                grown.append(layer)
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1), tuple(grown)
 
     def unstacked_layers(self) -> list["Block"]:

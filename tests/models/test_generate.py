@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from epo_jax.models import kv_cache
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.generate import Sampling, decode, extend, init_cache, sample, take_slots
 
@@ -240,3 +241,22 @@ def test_temperature_zero_takes_the_likeliest_token():
     tokens, log_prob, _ = sample(jax.random.split(jax.random.key(6), 50), logits, sampling(50, temperature=0.0, top_p=0.3))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     np.testing.assert_allclose(log_prob, jax.nn.log_softmax(logits).max(-1), atol=1e-6)
+
+
+def test_an_8_bit_cache_keeps_each_vector_to_half_a_step(params):
+    """Written and read back: no number is off by more than half of its vector's largest magnitude over 127."""
+    prompts = random_prompts(9, 4)
+    counts, fresh, cache = jnp.full(4, 5, jnp.int32), jnp.ones(4, bool), {}
+    for dtype in (None, "int8"):
+        cache[dtype] = extend(CONFIG, params, init_cache(CONFIG, 4, 32, dtype), prompts, counts, fresh)
+    # The first layer reads no cache, so what it writes is the same.
+    keys, values = kv_cache.read(cache[None].layers[0], None, jnp.dtype("float32"))
+    small = kv_cache.read(cache["int8"].layers[0], None, jnp.dtype("float32"))
+    for exact, rounded, axis in ((keys, small[0], 2), (values, small[1], 3)):
+        step = jnp.abs(exact).max(axis=axis, keepdims=True) / 127
+        assert (jnp.abs(exact - rounded) <= 0.501 * step + 1e-12).all()
+    assert cache["int8"].layers[0][0].dtype == jnp.int8
+    moved = take_slots(cache["int8"], jnp.array([3, 0, 1, 2], jnp.int32), 64)
+    _, a = sample_turn(params, moved, [3, 0, 1, 2])
+    _, b = sample_turn(params, cache["int8"], range(4))
+    np.testing.assert_array_equal(a.tokens, b.tokens[jnp.array([3, 0, 1, 2])])
