@@ -31,7 +31,7 @@ def _laptop(config: ConfigDict) -> None:
         max_turns=16, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8, hesitation=0.8
     )
     config.env.hints = "none"
-    config.agent.update(style="bare", response_tokens=12, max_tokens=384)
+    config.agent.update(style="bare", context="chat", response_tokens=12, max_tokens=384)
     config.model.update(
         path="",
         d_model=128,
@@ -46,7 +46,7 @@ def _laptop(config: ConfigDict) -> None:
         remat="none",
     )
     config.warm_start.update(episodes=500, copies=11, steps=3000, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
-    config.rollout.update(groups=16, group_size=8, slots=128)
+    config.rollout.update(groups=16, group_size=8, slots=128, lanes=8)
     config.algo.update(mini_batches=8, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
     # The corridor is for the mean entropy of an episode. Held against each token it would flatten the few tokens that
     # decide between two actions, whose entropy is always far above the mean, and stop the search for better ones.
@@ -64,7 +64,7 @@ def _smoke(config: ConfigDict) -> None:
     config.agent.update(response_tokens=12, max_tokens=384)
     config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=64, vocab_size=512)
     config.warm_start.update(episodes=6, copies=1, steps=4, batch_tokens=1024)
-    config.rollout.update(groups=2, group_size=2, slots=4)
+    config.rollout.update(groups=2, group_size=2, slots=4, lanes=2)
     config.algo.update(mini_batches=2, micro_batch_rows=2)
     config.train.update(steps=2, rows_tokens=384, rows_policy_tokens=192)
     config.eval.update(every=0)

@@ -52,7 +52,7 @@ def _laptop(config: ConfigDict) -> None:
         valid_seen_variations=10,
         valid_unseen_variations=24,
     )
-    config.agent.update(style="bare", response_tokens=14, max_tokens=384)
+    config.agent.update(style="bare", context="chat", response_tokens=14, max_tokens=384)
     config.model.update(
         path="",
         d_model=128,
@@ -68,7 +68,8 @@ def _laptop(config: ConfigDict) -> None:
         remat="none",
     )
     config.warm_start.update(episodes=600, steps=250, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
-    config.rollout.update(groups=16, group_size=8, slots=32)
+    # With two resets ahead in each of two lanes, 32 live episodes: what two JVMs hold.
+    config.rollout.update(groups=16, group_size=8, slots=28)
     config.algo.update(mini_batches=4, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
     config.epo.update(lam=0.001, alpha=5.0, kappa_r=1.25)
     config.optim.update(lr=3e-4, b2=0.98)
@@ -89,7 +90,7 @@ def _smoke(config: ConfigDict) -> None:
     config.agent.update(response_tokens=12, max_tokens=768)
     config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=64, vocab_size=512)
     config.warm_start.update(episodes=2, steps=4, batch_tokens=1024)
-    config.rollout.update(groups=2, group_size=2, slots=4)
+    config.rollout.update(groups=2, group_size=2, slots=4, lanes=2)
     config.algo.update(mini_batches=1, micro_batch_rows=2)
     config.train.update(steps=2, rows_tokens=768, rows_policy_tokens=192)
     config.eval.update(every=0)

@@ -18,9 +18,12 @@ AGGREGATIONS = ("trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-toke
 # Allowed values of the keys that name a variant.
 CHOICES: dict[str, tuple[str, ...]] = {
     "agent.style": ("bare", "tagged"),
+    "agent.context": ("window", "chat"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "attention", "full"),
     "algo.critic": ("own", "lora", "trunk"),
+    "rollout.dtype": ("", "float32", "bfloat16"),
+    "rollout.cache_dtype": ("", "int8"),
     "algo.kl_kind": ("k1", "abs", "k2", "k3", "full"),
     "algo.kl_place": ("loss", "reward"),
     "algo.kl_controller": ("fixed", "adaptive"),
@@ -55,7 +58,10 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     config.agent = agent = ConfigDict()
     agent.style = "tagged"  # "tagged": the paper's instructions, <think> and <action>; "bare": the turn is the action
     agent.response_tokens = 512  # tokens that the policy may emit in one turn
-    agent.max_tokens = 16384  # tokens of a whole episode; an episode that would pass it ends, unsolved
+    agent.context = "window"  # "window": each turn's prompt is built anew from the last turns; "chat": one growing conversation
+    agent.history_turns = 2  # turns that a window repeats in full
+    agent.history_actions = env == "scienceworld"  # a window also lists the actions of all earlier turns
+    agent.max_tokens = 2560  # tokens of a context with its answer; a conversation that would pass it ends, a window is cut
 
     config.model = model = ConfigDict()
     # Folder, GGUF file or hub name of a Qwen2, Qwen2.5, Qwen3 or Llama model; "" = from scratch, of the sizes below.
@@ -91,6 +97,12 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     rollout.groups = 16  # task instances per RL step
     rollout.group_size = 8  # episodes of each instance
     rollout.slots = 128  # episodes alive at once
+    rollout.lanes = 2  # groups of slots that work in turn, one while another waits for its environments
+    rollout.ahead = 2  # resets that each lane sends before a slot is free
+    rollout.block = 64  # tokens decoded at most before a slot whose turn ended can go on
+    rollout.dtype = ""  # of weights and arithmetic while sampling; "" = model.dtype; needs algo.importance_cap where it differs
+    rollout.cache_dtype = ""  # "int8": keys and values in 8 bits; "" = as the arithmetic
+    rollout.devices = 1  # devices that share the slots of each lane, each with a copy of the weights
     rollout.temperature = 1.0
     rollout.resample = 3  # rounds of `groups` more that dapo plays at most while groups of equal returns fill its batch
 
@@ -155,11 +167,13 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     config.train = train = ConfigDict()
     train.steps = 150 if env == "alfworld" else 125  # RL steps K
     train.rows_tokens = 16384  # length of a packed row; at least agent.max_tokens
-    train.rows_policy_tokens = 8192  # policy tokens a packed row has room for; also the most in one episode
+    train.rows_policy_tokens = 8192  # policy tokens a packed row has room for; also the most in a conversation
 
     config.eval = evaluation = ConfigDict()
     evaluation.every = 5  # RL steps between evaluations; 0 = only at the end
     evaluation.temperature = 0.4
+    evaluation.top_k = 0  # likeliest tokens to choose from; 0 = all
+    evaluation.top_p = 1.0  # share of the probability that the likeliest tokens to choose from must hold
     evaluation.splits = ("valid_seen", "valid_unseen")
     evaluation.before = True  # also before the first RL step
 
@@ -298,16 +312,18 @@ _RANGES = (
     (
         "env.workers env.max_turns env.max_receptacles env.train_games env.valid_seen_games env.valid_unseen_games "
         "agent.response_tokens agent.max_tokens model.d_model model.num_layers model.num_heads model.num_kv_heads "
-        "model.head_dim model.d_ff warm_start.batch_tokens rollout.groups rollout.group_size rollout.slots "
+        "model.head_dim model.d_ff warm_start.batch_tokens rollout.groups rollout.group_size rollout.slots rollout.lanes "
+        "rollout.block rollout.devices "
         "algo.epochs algo.mini_batches algo.micro_batch_rows algo.released_micro_turns epo.window train.steps train.rows_tokens "
         "train.rows_policy_tokens checkpoint.every checkpoint.keep",
         lambda value: value >= 1,
         "a whole number of at least 1",
     ),
     (
-        "seed env.seed rollout.resample warm_start.episodes warm_start.steps eval.every algo.kl_coef algo.value_clip "
-        "model.lora_rank algo.value_coef algo.importance_cap algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r "
-        "epo.gamma epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay",
+        "seed env.seed agent.history_turns rollout.ahead rollout.resample warm_start.episodes warm_start.steps eval.every "
+        "eval.top_k model.lora_rank algo.kl_coef algo.value_clip algo.value_coef algo.importance_cap algo.format_penalty "
+        "epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma epo.turn_decay warm_start.copies warm_start.prompt_weight "
+        "optim.weight_decay",
         lambda value: value >= 0,
         "zero or positive",
     ),
@@ -321,6 +337,7 @@ _RANGES = (
     ("algo.gamma algo.gae_lambda optim.warmup_ratio optim.floor_ratio", lambda value: 0 <= value <= 1, "in [0, 1]"),
     ("optim.b1 optim.b2 epo.ema_decay env.hesitation", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("algo.clip_low", lambda value: value < 1, "below 1"),
+    ("eval.top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
     ("algo.dual_clip", lambda value: value > 1, "above 1"),
     ("model.vocab_size", lambda value: value >= 300, "at least 300, as 256 bytes and the special tokens come first"),
     (

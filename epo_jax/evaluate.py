@@ -22,6 +22,8 @@ def evaluate(
     config: RolloutConfig,
     temperature: float,
     seed: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> tuple[Row, list[Trajectory]]:
     """Plays each of `tasks` once; the row of eval.jsonl and the trajectories in the order of `tasks`.
 
@@ -29,7 +31,7 @@ def evaluate(
     """
     episodes = [Episode(id=i, task=task, group=i) for i, task in enumerate(tasks)]
     trajectories, stats = collect(
-        episodes, pool, tokenizer, model, params, jax.random.key(seed), config, temperature
+        episodes, pool, tokenizer, model, params, jax.random.key(seed), config, temperature, top_k, top_p
     )
     row = evaluation_row(step, split, [(t.task["type"], t.won) for t in trajectories])
     row["score"] = sum(t.score for t in trajectories) / len(trajectories)

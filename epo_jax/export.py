@@ -18,9 +18,9 @@ from epo_jax import checkpoint
 from epo_jax.command import read_config, run
 from epo_jax.errors import UserError
 from epo_jax.learner import init_state
-from epo_jax.main import learner_config, objective_and_hyper
-from epo_jax.models import hf_config, hub, lora, weights
-from epo_jax.models.decoder import decoder_config, init_params, with_adapters
+from epo_jax.main import decoder_of_run, learner_config, objective_and_hyper
+from epo_jax.models import lora, weights
+from epo_jax.models.decoder import init_params
 from epo_jax.models.tokenizer import load_tokenizer
 
 
@@ -41,12 +41,7 @@ def main(argv: list[str]) -> None:
         )
 
     tokenizer = load_tokenizer(chosen.workdir / "tokenizer")
-    if config.model.path:
-        model = hf_config.read_config(hub.resolve(config.model.path), config.model.dtype, config.model.remat)
-    else:
-        model = decoder_config(config.model, tokenizer.vocab_size)
-    if config.model.lora_rank:
-        model = with_adapters(model, config.model)
+    model = decoder_of_run(config, tokenizer.vocab_size)
     learner = learner_config(config, model, objective_and_hyper(config)[0])
     like = jax.eval_shape(lambda: init_state(learner, init_params(model, jax.random.key(0))))
     state = checkpoint.restore(checkpoint.open_manager(chosen.workdir, config.checkpoint.keep), like, chosen.step)

@@ -68,6 +68,8 @@ class LearnerConfig:
         total_steps: RL steps of the run (K of the phase schedule).
         temperature: of the sampling distribution.
         critic: which decoder the critic looks at.
+        episode_policy_tokens: the most policy tokens in an episode whose turns are contexts of their own, in any row;
+            None where every episode lies in one row.
     """
 
     model: DecoderConfig
@@ -80,6 +82,7 @@ class LearnerConfig:
     total_steps: int
     temperature: float
     critic: CriticKind = "own"
+    episode_policy_tokens: int | None = None
 
 
 class TrainState(NamedTuple):
@@ -155,6 +158,22 @@ def init_state(config: LearnerConfig, params: Params) -> TrainState:
         kl_scale=jnp.ones((), jnp.float32),
         base=base,
     )
+
+
+def episode_layout(
+    policy_mask: Float[Array, "*shape"], trajectory: Int[Array, "*shape"], turn: Int[Array, "*shape"]
+) -> tuple[Int[Array, "*shape"], Int[Array, "*shape"]]:
+    """Where each policy token stands in a table of episodes: (its trajectory, how many of its tokens come before).
+
+    Turns may lie in any rows; the tokens of one lie side by side. Padding stands past the table's end.
+    """
+    size = policy_mask.size
+    owner = jnp.where(policy_mask > 0, trajectory, size).ravel()
+    order = jnp.lexsort((jnp.arange(size), turn.ravel(), owner))
+    owner_in_order = owner[order]
+    column = jnp.arange(size) - jnp.searchsorted(owner_in_order, owner_in_order)
+    column = jnp.zeros_like(column).at[order].set(column)
+    return owner.reshape(policy_mask.shape), column.reshape(policy_mask.shape)
 
 
 def head_inputs(
@@ -262,8 +281,14 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             batch.policy_mask, batch.trajectory, batch.turn, batch.reward, batch.valid,
             data["value"], batch.behaviour_log_prob, data["ref_log_prob"], data["old_entropy"],
         )  # fmt: skip
-        flat = (x.reshape(-1, shape[-1]) for x in by_token)
-        episodes = Episodes(*flat, returns=batch.returns, group=batch.group, anchor=batch.anchor)
+        layout = None
+        if config.episode_policy_tokens:
+            layout = episode_layout(batch.policy_mask, batch.trajectory, batch.turn)
+            table = batch.returns.size, config.episode_policy_tokens
+            laid_out = [jnp.zeros(table, x.dtype).at[layout].set(x, mode="drop") for x in by_token]
+        else:
+            laid_out = [x.reshape(-1, shape[-1]) for x in by_token]
+        episodes = Episodes(*laid_out, returns=batch.returns, group=batch.group, anchor=batch.anchor)
         if objective.released:
             mini_of_row = jnp.broadcast_to(jnp.arange(shape[0])[:, None, None], shape)
             mini = jax.ops.segment_max(
@@ -272,6 +297,8 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             found = released_rows.estimate(episodes, mini, shape[0], key, hyper, objective)
         else:
             found = estimate(episodes, hyper, objective), None
+        if layout is not None:
+            return jax.tree.map(lambda x: x.at[layout].get(mode="fill", fill_value=0.0), found)
         return jax.tree.map(lambda x: x.reshape(shape), found)
 
     @jax.named_scope("train_step")

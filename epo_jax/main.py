@@ -5,6 +5,7 @@
 Read `main` from top to bottom: it is the whole run.
 """
 
+import functools
 import random
 import sys
 import time
@@ -57,7 +58,8 @@ def main(argv: list[str]) -> None:
             copies = [d for i, d in enumerate(demonstrations) if i % times]
             demonstrations = demonstrations[::times] + rename(copies, config.seed)
         if not config.model.path:
-            texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style) for text in pair]
+            window = rollout.window_of(config)
+            texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
             tokenizer = train_tokenizer(texts, config.model.vocab_size, env.phrases)
         tokenizer.save(workdir / "tokenizer")
     if not config.model.path:
@@ -84,22 +86,16 @@ def main(argv: list[str]) -> None:
     first_step = int(state.step)
 
     # ---------------------------------------------------------------- rollout
-    settings = rollout.RolloutConfig(
-        slots=config.rollout.slots,
-        max_turns=config.env.max_turns,
-        max_tokens=config.agent.max_tokens,
-        max_policy_tokens=config.train.rows_policy_tokens,
-        response_tokens=config.agent.response_tokens,
-        style=config.agent.style,
-    )
+    settings = rollout.rollout_config(config)
 
     with EnvPool(config.env.name, env_options, config.env.workers) as pool, MetricWriter(workdir, first_step) as writer:
 
         def evaluate_all(step: int) -> None:
             for split, tasks in eval_tasks.items():
                 row, _ = evaluate(
-                    split, tasks, step, pool, tokenizer, model, state.policy(), settings, config.eval.temperature, config.seed
-                )
+                    split, tasks, step, pool, tokenizer, model, state.policy(), settings,
+                    config.eval.temperature, config.seed, config.eval.top_k, config.eval.top_p,
+                )  # fmt: skip
                 print(evaluation_table(writer.evaluation(row)), flush=True)
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
@@ -139,6 +135,7 @@ def main(argv: list[str]) -> None:
                 config.algo.mini_batches,
                 config.algo.micro_batch_rows,
                 order,
+                *contexts(config),
             )
             state, metrics = train_step(state, batch, hyper)
             metrics = {name: float(value) for name, value in metrics.items()}
@@ -209,6 +206,15 @@ def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Tas
     return chosen
 
 
+def contexts(config) -> tuple[int, int]:
+    """(most contexts of a trajectory, contexts that fit in a row of the learner's however long they are)."""
+    if config.agent.context == "chat":
+        return 1, 1
+    by_tokens = config.train.rows_tokens // config.agent.max_tokens
+    by_policy_tokens = config.train.rows_policy_tokens // config.agent.response_tokens
+    return config.env.max_turns, min(by_tokens, by_policy_tokens)
+
+
 def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
     """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names."""
     folder = hub.resolve(config.model.path)
@@ -227,6 +233,15 @@ def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
     return tokenizer, model, weights.load_params(folder, model)
 
 
+def decoder_of_run(config, vocab_size: int) -> DecoderConfig:
+    """The decoder that a run with this config trains, adapters included, without loading its weights."""
+    if config.model.path:
+        model = hf_config.read_config(hub.resolve(config.model.path), config.model.dtype, config.model.remat)
+    else:
+        model = decoder_config(config.model, vocab_size)
+    return with_adapters(model, config.model) if config.model.lora_rank else model
+
+
 def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.Episode]:
     """`size` episodes of each task, one group a task. With a `number` of its own for each round of a run, no id is used
     twice."""
@@ -237,8 +252,10 @@ def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.
 def clone_experts(config, model, tokenizer, params, demonstrations):
     """The warm start, with a line now and then; returns the cloned parameters."""
     settings = config.warm_start
-    trajectories = [sft.to_trajectory(d, tokenizer, config.agent.style) for d in demonstrations]
-    fitting = [t for t in trajectories if len(t.tokens) <= config.train.rows_tokens]
+    play = rollout.rollout_config(config)
+    fits = functools.partial(rollout.fits, tokenizer, play)
+    trajectories = [sft.to_trajectory(d, tokenizer, play.style, play.window, fits) for d in demonstrations]
+    fitting = [t for t in trajectories if t.longest_context <= config.train.rows_tokens]
     tokens = [len(t.tokens) for t in fitting]
     print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)
     optim = OptimConfig(settings.lr, settings.steps, weight_decay=config.optim.weight_decay, floor_ratio=0.1, b2=0.98)
@@ -306,6 +323,9 @@ def learner_config(config, model, objective: ObjectiveConfig) -> LearnerConfig:
         total_steps=config.train.steps,
         temperature=config.rollout.temperature,
         critic=algo.critic,
+        episode_policy_tokens=(
+            config.env.max_turns * config.agent.response_tokens if config.agent.context == "window" else None
+        ),
     )
 
 

@@ -1,30 +1,38 @@
 """The turn scheduler: episodes in, trajectories out. Host side; owns no maths.
 
-Slots are split over two lanes, each with its own cache. While one lane's actions are being played by the environment
-processes, the other lane's turns are being decoded. A finished episode leaves its row at once and the next one takes it; when
-the queue is empty a lane shrinks to half its rows whenever half would do, so that finished episodes cost nothing.
+Slots are split over lanes (`epo_jax.lane`), each with its own cache, its own share of the episodes and its own turns: while
+one lane's actions are being played by the environment processes, the turns of others are being decoded, and a slow
+environment holds up its own lane only. Inside a lane, a row whose turn ended sends its action off at once while longer
+turns go on in the next block; a finished episode leaves its row at once and the next one, whose reset was sent ahead, takes
+it; and when there is none left, a lane shrinks to half its rows whenever half would do.
+
+What a lane does next depends on what its episodes did and said, never on when. So the same episodes give the same
+trajectories, bit for bit, whatever the workers' number and delays.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from epo_jax.envs import agent
 from epo_jax.envs.base import Observation, Task
 from epo_jax.envs.pool import EnvPool
-from epo_jax.models import generate
+from epo_jax.lane import SMALLEST_LANE, Answer, Lane, Programs, Sampler, Turn
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.trajectory import Trajectory
 
-_LANES = 2
-_PREFILL_BUCKETS = (16, 32, 128, 512)
-_SMALLEST_LANE = 4
+# Lanes at work at the same time. More would not be quicker: one works while another is being read and answered.
+_THREADS = 2
+
+# Seconds between looks at the environments while the device is at work and a lane waits for them.
+_LOOK = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +51,19 @@ class RolloutConfig:
     Attributes:
         slots: episodes in flight at once.
         max_turns: turn limit of an episode.
-        max_tokens: most tokens in an episode's conversation; an episode that would outgrow it ends as truncated.
-        max_policy_tokens: most tokens that the policy may emit in an episode, with the same consequence.
+        max_tokens: most tokens in a context, answer included. An episode whose conversation would outgrow it ends as
+            truncated; a window is cut to fit.
+        max_policy_tokens: most tokens that the policy may emit in an episode, which ends as truncated before it could
+            pass them.
         response_tokens: most tokens in a turn.
         style: prompt style, see `epo_jax.envs.agent`.
+        window: what each turn's prompt repeats of the turns before it; None appends to one conversation instead.
+        lanes: groups of slots that work independently of each other.
+        block: tokens decoded at most before a row whose turn ended can go on.
+        ahead: resets that each lane sends before a slot is free.
+        dtype: of the parameters and the arithmetic while sampling; None keeps the model's.
+        cache_dtype: "int8" stores keys and values in 8 bits; None keeps the arithmetic's.
+        devices: that share every lane's rows, each with a copy of the parameters.
     """
 
     slots: int
@@ -55,11 +72,79 @@ class RolloutConfig:
     max_policy_tokens: int
     response_tokens: int
     style: str
+    window: agent.Window | None = None
+    lanes: int = 2
+    block: int = 64
+    ahead: int = 2
+    dtype: str | None = None
+    cache_dtype: str | None = None
+    devices: int = 1
+
+
+def window_of(config) -> agent.Window | None:
+    """The window that a run's config asks for."""
+    if config.agent.context == "chat":
+        return None
+    return agent.Window(config.agent.history_turns, config.agent.history_actions)
+
+
+def rollout_config(config) -> RolloutConfig:
+    """The settings that a run's config asks for. A conversation is one row of the learner's, a window's turns are many."""
+    window = window_of(config)
+    return RolloutConfig(
+        slots=config.rollout.slots,
+        max_turns=config.env.max_turns,
+        max_tokens=config.agent.max_tokens,
+        max_policy_tokens=(
+            config.train.rows_policy_tokens if window is None else config.env.max_turns * config.agent.response_tokens
+        ),
+        response_tokens=config.agent.response_tokens,
+        style=config.agent.style,
+        window=window,
+        lanes=config.rollout.lanes,
+        block=config.rollout.block,
+        ahead=config.rollout.ahead,
+        dtype=config.rollout.dtype or None,
+        cache_dtype=config.rollout.cache_dtype or None,
+        devices=config.rollout.devices,
+    )
+
+
+def next_prompt(
+    tokenizer: ChatTokenizer,
+    config: RolloutConfig,
+    first: Observation,
+    history: list[tuple[str, str]],
+    observation: Observation,
+) -> list[int]:
+    """Ids of what the agent reads next: the whole of a window's context, or what a conversation grows by.
+
+    Args:
+        first: the observation after the reset.
+        history: (text seen, action taken) of every turn so far.
+        observation: what is seen now; `first` at the first turn.
+    """
+    if config.window is not None:
+        short_enough = functools.partial(fits, tokenizer, config)
+        message = agent.window_message(first, history, observation, config.style, config.window, short_enough)
+        return tokenizer.first(message)
+    if history:
+        return tokenizer.following(agent.next_message(observation, config.style))
+    return tokenizer.first(agent.first_message(observation, config.style))
+
+
+def fits(tokenizer: ChatTokenizer, config: RolloutConfig, message: str) -> bool:
+    """Whether a window's message and its answer fit in a context."""
+    return len(tokenizer.first(message)) + config.response_tokens <= config.max_tokens
 
 
 @dataclasses.dataclass
 class RolloutStats:
-    """Where the wall time of a rollout went (seconds), and what came of it."""
+    """Where the wall time of a rollout went (seconds), and what came of it.
+
+    `prefill_seconds` and `decode_seconds` are summed over lanes, which overlap. `env_wait_seconds` is the time in which no
+    lane had anything to do but wait for its environments.
+    """
 
     seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -76,180 +161,256 @@ class RolloutStats:
 
 @dataclasses.dataclass
 class _Live:
-    """An episode that occupies a row. `prompt` holds ids not yet in the cache."""
+    """An episode that occupies a row.
+
+    Attributes:
+        place: its index among the trajectories.
+        handle: the pool's slot that plays it.
+        first: what it saw after the reset.
+        prompt: ids not in the cache yet, to be read next.
+        fresh: the row must be emptied before it reads them.
+        answer: the turn's tokens so far, with their statistics.
+    """
 
     episode: Episode
+    place: int
     handle: int
     trajectory: Trajectory
+    first: Observation | None = None
     prompt: list[int] = dataclasses.field(default_factory=list)
+    fresh: bool = True
+    answer: Answer = dataclasses.field(default_factory=lambda: Answer([], [], []))
+    policy_tokens: int = 0
 
 
-@dataclasses.dataclass
-class _Lane:
-    cache: generate.Cache
-    rows: list[_Live | None]
-    fresh: np.ndarray  # rows whose cache must be emptied by the next extend
+class _LaneEpisodes:
+    """A lane and its episodes: those in its rows, those whose reset is sent ahead, and the queue.
+
+    `waiting` holds the handles whose observations the next turns need, `later` those that may still come after them.
+    """
+
+    def __init__(self, lane: Lane, queue: list[tuple[int, Episode]]):
+        self.lane = lane
+        self.rows: list[_Live | None] = [None] * lane.size
+        self.queue = collections.deque(queue)
+        self.ahead: collections.deque[_Live] = collections.deque()
+        self.waiting: set[int] = set()
+        self.later: set[int] = set()
 
 
-@jax.jit
-def _keep_rows(cache: generate.Cache, rows: jax.Array) -> generate.Cache:
-    return jax.tree.map(lambda a: a[rows], cache)
+def _deal(episodes: list[Episode], lanes: int) -> list[list[tuple[int, Episode]]]:
+    """Deals episodes, with their places, to lanes in equal shares; neighbours of one group stay together where they can."""
+    share = -(-len(episodes) // lanes)
+    hands: list[list[tuple[int, Episode]]] = [[] for _ in range(lanes)]
+    for _, members in itertools.groupby(enumerate(episodes), key=lambda pair: pair[1].group):
+        members = list(members)
+        while members:
+            # The emptiest lane; one of them always has room, since no share is exceeded.
+            hand = min(hands, key=len)
+            room = share - len(hand)
+            hand += members[:room]
+            members = members[room:]
+    return hands
 
 
 class _Rollout:
     """The state of one `collect` call."""
 
-    def __init__(self, episodes, pool, tokenizer, model, params, key, config, temperature):
-        self.queue = collections.deque(enumerate(episodes))
-        self.pool, self.tokenizer, self.model, self.params = pool, tokenizer, model, params
-        self.key, self.config, self.temperature = key, config, temperature
+    def __init__(self, episodes, pool, tokenizer, model, params, config, sampler):
+        self.pool, self.tokenizer, self.config = pool, tokenizer, config
+        self.stop_tokens = sampler.stop_tokens
         self.done: list[Trajectory | None] = [None] * len(episodes)
-        self.order: dict[int, int] = {}
-        slots = min(config.slots, len(episodes))
-        lanes = min(_LANES, slots)
-        self.free_handles = list(range(slots))
         self.inbox: dict[int, Observation] = {}
+        self.under_way = 0  # requests that the pool has not answered
         self.stats = RolloutStats()
-        capacity = config.max_tokens + config.response_tokens
-        size = -(-slots // lanes)
+        slots = min(config.slots, len(episodes))
+        lanes = max(1, min(config.lanes, slots))
+        # Rows that devices share come in multiples of these.
+        size = -(-slots // (lanes * config.devices)) * config.devices
+        sharding = None
+        if config.dtype is not None:
+            model = dataclasses.replace(model, dtype=config.dtype)
+            params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+        if config.devices > 1:
+            mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: config.devices]), ("slots",))
+            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("slots"))
+            params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        self.free_handles = list(range(min(len(episodes), lanes * (size + config.ahead))))
+        programs = Programs()
         self.lanes = [
-            _Lane(generate.init_cache(model, size, capacity), [None] * size, np.zeros(size, bool)) for _ in range(lanes)
+            _LaneEpisodes(
+                Lane(model, params, size, config.max_tokens, sampler, programs, config.cache_dtype, sharding), hand
+            )
+            for hand in _deal(episodes, lanes)
+            if hand
         ]
+        # Programs that span devices must reach all of them in one order.
+        devices = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
+        self.threads = min(len(self.lanes), _THREADS if len(devices) <= 1 else 1)
 
     def run(self) -> list[Trajectory]:
         started = time.perf_counter()
         for lane in self.lanes:
             self.admit(lane)
-        while any(any(lane.rows) for lane in self.lanes):
-            for lane in self.lanes:
-                self.observe(lane)
-                self.admit(lane)
-                self.shrink(lane)
-                self.act(lane)
+        working: dict[concurrent.futures.Future, _LaneEpisodes] = {}
+        idle = collections.deque(self.lanes)
+        with concurrent.futures.ThreadPoolExecutor(max(1, self.threads)) as executor:
+            while idle or working:
+                for _ in range(len(idle)):
+                    lane = idle.popleft()
+                    if turns := self.next_turns(lane):
+                        working[executor.submit(lane.lane.play, turns)] = lane
+                    elif any(lane.rows):
+                        idle.append(lane)
+                if working:
+                    for future in self.watch(working, len(idle)):
+                        lane = working.pop(future)
+                        self.hear(lane, future.result())
+                        idle.append(lane)
+                elif idle:
+                    waited = time.perf_counter()
+                    self.look(timeout=None)
+                    self.stats.env_wait_seconds += time.perf_counter() - waited
+        for lane in self.lanes:
+            self.stats.prefill_seconds += lane.lane.prefill_seconds
+            self.stats.decode_seconds += lane.lane.decode_seconds
+            self.stats.prompt_tokens += lane.lane.prompt_tokens
         self.stats.seconds = time.perf_counter() - started
         return self.done
 
-    def admit(self, lane: _Lane) -> None:
-        """Gives every empty row the next episode of the queue, whose reset starts at once."""
-        for row, live in enumerate(lane.rows):
-            if live is not None or not self.queue or not self.free_handles:
-                continue
-            place, episode = self.queue.popleft()
-            # Members of a group share a worker where they can: it has loaded their task already.
-            handle = min(self.free_handles, key=lambda h: ((h - episode.group) % self.pool.workers, h))
-            self.free_handles.remove(handle)
-            self.order[handle] = place
-            lane.rows[row] = _Live(episode, handle, Trajectory(task=episode.task, group=episode.group))
-            lane.fresh[row] = True
-            self.pool.reset(handle, episode.task)
+    def watch(self, working: dict, waiting_lanes: int) -> list[concurrent.futures.Future]:
+        """Waits until a lane's work is done, or until a lane that waits for environments could be put to work."""
+        spare = len(working) < self.threads and waiting_lanes > 0
+        done, _ = concurrent.futures.wait(
+            working, _LOOK if spare else None, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        while self.under_way and self.look(timeout=0.0):
+            pass
+        return list(done)
 
-    def observe(self, lane: _Lane) -> None:
-        """Waits for the environments of a lane and turns what they say into prompts; finished episodes leave."""
-        waiting = {live.handle for live in lane.rows if live is not None and not live.prompt}
-        started = time.perf_counter()
-        while not waiting <= self.inbox.keys():
-            handle, observation = self.pool.get(timeout=None)
-            self.inbox[handle] = observation
-        self.stats.env_wait_seconds += time.perf_counter() - started
+    def look(self, timeout: float | None) -> bool:
+        """Takes one observation from the pool; False when none is there."""
+        try:
+            handle, self.inbox[handle] = self.pool.get(timeout)
+        except TimeoutError:
+            return False
+        self.under_way -= 1
+        return True
+
+    def reset(self, place: int, episode: Episode) -> _Live:
+        """Starts an episode; a group's members share a worker where they can: it has loaded their task already."""
+        handle = min(self.free_handles, key=lambda h: ((h - episode.group) % self.pool.workers, h))
+        self.free_handles.remove(handle)
+        self.pool.reset(handle, episode.task)
+        self.under_way += 1
+        return _Live(episode, place, handle, Trajectory(task=episode.task, group=episode.group))
+
+    def admit(self, lane: _LaneEpisodes) -> None:
+        """Gives every empty row an episode: one that was reset ahead, whose first turn comes now, or else the queue's next."""
         for row, live in enumerate(lane.rows):
-            if live is None or live.handle not in waiting:
+            if live is None and lane.ahead:
+                lane.rows[row] = lane.ahead.popleft()
+                lane.waiting.add(lane.rows[row].handle)
+            elif live is None and lane.queue:
+                lane.rows[row] = self.reset(*lane.queue.popleft())
+                lane.later.add(lane.rows[row].handle)
+        while lane.queue and len(lane.ahead) < self.config.ahead:
+            lane.ahead.append(self.reset(*lane.queue.popleft()))
+
+    def next_turns(self, lane: _LaneEpisodes) -> dict[int, Turn] | None:
+        """What the lane's rows are to do next; None while an observation is missing, and when nothing is left."""
+        while True:
+            if not lane.waiting <= self.inbox.keys():
+                return None
+            for row, live in enumerate(lane.rows):
+                if live is not None and live.handle in lane.waiting and self.receive(live, self.inbox.pop(live.handle)):
+                    self.done[live.place] = live.trajectory
+                    self.free_handles.append(live.handle)
+                    lane.rows[row] = None
+            lane.waiting.clear()
+            self.admit(lane)
+            if lane.waiting:
                 continue
-            if self.receive(live, self.inbox.pop(live.handle)):
-                self.done[self.order.pop(live.handle)] = live.trajectory
-                self.free_handles.append(live.handle)
-                lane.rows[row] = None
+            self.shrink(lane)
+            turns = {row: self.turn_of(live) for row, live in enumerate(lane.rows) if live is not None and live.prompt}
+            if turns or not lane.later:
+                return turns
+            lane.waiting, lane.later = lane.later, set()
+
+    def budget_of(self, live: _Live) -> int:
+        """Most tokens in the turn that the episode is at."""
+        return self.config.response_tokens
+
+    def turn_of(self, live: _Live) -> Turn:
+        said = len(live.answer.tokens)
+        budget = min(self.budget_of(live) - said, self.config.block)
+        return Turn(live.prompt, live.fresh, live.episode.id, len(live.trajectory.actions), said, budget)
 
     def receive(self, live: _Live, observation: Observation) -> bool:
         """Books an observation; True when the episode is over."""
-        trajectory, style = live.trajectory, self.config.style
+        trajectory, config = live.trajectory, self.config
+        history = list(zip(trajectory.observations, trajectory.actions, strict=True))
         trajectory.observations.append(observation.text)
         trajectory.won, trajectory.score = observation.won, observation.score
-        if not trajectory.actions:
-            ids = self.tokenizer.first(agent.first_message(observation, style))
-        else:
+        if history:
             trajectory.rewards.append(observation.reward)
             if observation.done:
                 return True
-            ids = self.tokenizer.following(agent.next_message(observation, style))
-        answer = self.config.response_tokens
-        full = len(trajectory.tokens) + len(ids) + answer > self.config.max_tokens
-        silent = trajectory.num_policy_tokens + answer > self.config.max_policy_tokens
-        if full or silent or len(trajectory.actions) == self.config.max_turns:
+        else:
+            live.first = observation
+        ids = next_prompt(self.tokenizer, config, live.first, history, observation)
+        live.fresh = config.window is not None or not history
+        before = 0 if live.fresh else len(trajectory.tokens)
+        answer = config.response_tokens
+        full = before + len(ids) + answer > config.max_tokens
+        silent = live.policy_tokens + answer > config.max_policy_tokens
+        if full or silent or len(history) == config.max_turns:
             trajectory.truncated = True
             return True
-        live.prompt = ids
-        trajectory.append_prompt(ids)
+        # The token that ended the last turn is sampled and not read yet.
+        live.prompt = ids if live.fresh else [trajectory.tokens[-1], *ids]
+        trajectory.append_prompt(ids, new_context=live.fresh)
         return False
 
-    def shrink(self, lane: _Lane) -> None:
+    def shrink(self, lane: _LaneEpisodes) -> None:
         """Halves the lane while its live episodes fit in half of the rows and nobody is waiting for a row."""
         size = len(lane.rows)
         live = [row for row, occupant in enumerate(lane.rows) if occupant is not None]
-        while not self.queue and size // 2 >= max(len(live), _SMALLEST_LANE):
-            size //= 2
+        if live and not lane.queue and not lane.ahead:
+            while size % (2 * self.config.devices) == 0 and size // 2 >= max(len(live), SMALLEST_LANE):
+                size //= 2
         if size < len(lane.rows):
             keep = (live + [row for row in range(len(lane.rows)) if row not in live])[:size]
-            lane.cache = _keep_rows(lane.cache, jnp.array(keep, jnp.int32))
+            lane.lane.keep(keep)
             lane.rows = [lane.rows[row] for row in keep]
-            lane.fresh = lane.fresh[keep]
 
-    def act(self, lane: _Lane) -> None:
-        """Prefills the new prompts of a lane, decodes one turn of each, and sends the actions off."""
-        rows = [(row, live) for row, live in enumerate(lane.rows) if live is not None and live.prompt]
-        if not rows:
-            return
-        started = time.perf_counter()
-        self.prefill(lane, rows)
-        lane.cache.lengths.block_until_ready()
-        self.stats.prefill_seconds += time.perf_counter() - started
+    def hear(self, lane: _LaneEpisodes, answers: dict[int, Answer]) -> None:
+        """Books what the rows of a lane sampled and sends off the actions of turns that ended."""
+        for row, answer in answers.items():
+            live = lane.rows[row]
+            for so_far, more in zip(live.answer, answer, strict=True):
+                so_far += more
+            self.stats.policy_tokens += len(answer.tokens)
+            live.policy_tokens += len(answer.tokens)
+            said = live.answer.tokens
+            live.fresh, live.prompt = False, said[-1:]
+            if said[-1] in self.stop_tokens or len(said) == self.budget_of(live):
+                self.act(live)
+                lane.waiting.add(live.handle)
+        lane.waiting |= lane.later
+        lane.later.clear()
 
-        started = time.perf_counter()
-        size = len(lane.rows)
-        ints = {name: np.zeros(size, np.int32) for name in ("episode", "turn", "budget")}
-        for row, live in rows:
-            ints["episode"][row] = live.episode.id
-            ints["turn"][row] = len(live.trajectory.actions)
-            ints["budget"][row] = self.config.response_tokens
-        lane.cache, sampled = generate.decode(
-            self.model,
-            self.params,
-            lane.cache,
-            self.key,
-            **ints,
-            temperature=np.full(size, self.temperature, np.float32),
-            stop_token=np.int32(self.tokenizer.stop_id),
-            block=self.config.response_tokens,
-        )
-        tokens, log_prob, entropy, counts = (np.asarray(a) for a in sampled)
-        self.stats.decode_seconds += time.perf_counter() - started
-        for row, live in rows:
-            n = int(counts[row])
-            ids = tokens[row, :n].tolist()
-            trajectory = live.trajectory
-            trajectory.append_answer(ids, log_prob[row, :n].tolist(), entropy[row, :n].tolist())
-            parsed = agent.parse_action(self.tokenizer.decode(ids), tags=self.config.style == "tagged")
-            trajectory.actions.append(parsed.action)
-            trajectory.valid.append(parsed.valid)
-            live.prompt = []
-            self.pool.step(live.handle, parsed.action)
-            self.stats.policy_tokens += n
-            self.stats.env_steps += 1
-
-    def prefill(self, lane: _Lane, rows: list[tuple[int, _Live]]) -> None:
-        """Appends the rows' prompts to their slots, in pieces of a few fixed widths so that few programs are compiled."""
-        size, start = len(lane.rows), 0
-        longest = max(len(live.prompt) for _, live in rows)
-        while start < longest:
-            width = next((b for b in _PREFILL_BUCKETS if b >= longest - start), _PREFILL_BUCKETS[-1])
-            tokens, counts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-            for row, live in rows:
-                piece = live.prompt[start : start + width]
-                tokens[row, : len(piece)] = piece
-                counts[row] = len(piece)
-            lane.cache = generate.extend(self.model, self.params, lane.cache, tokens, counts, lane.fresh.copy())
-            lane.fresh[:] = False
-            self.stats.prompt_tokens += int(counts.sum())
-            start += width
+    def act(self, live: _Live) -> None:
+        """Ends a turn: its answer becomes an action, which goes to the environment."""
+        trajectory = live.trajectory
+        parsed = agent.parse_action(self.tokenizer.decode(live.answer.tokens), tags=self.config.style == "tagged")
+        trajectory.append_answer(*live.answer)
+        trajectory.actions.append(parsed.action)
+        trajectory.valid.append(parsed.valid)
+        live.answer, live.prompt = Answer([], [], []), []
+        self.pool.step(live.handle, parsed.action)
+        self.under_way += 1
+        self.stats.env_steps += 1
 
 
 def collect(
@@ -261,13 +422,22 @@ def collect(
     key: jax.Array,
     config: RolloutConfig,
     temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> tuple[list[Trajectory], RolloutStats]:
     """Plays every episode once and returns the trajectories in the order of `episodes`.
 
-    A trajectory depends on `key`, its episode's id and task, the parameters and the temperature; not on timing, on the number
-    of workers, nor on which slot it ran in (up to float reassociation in differently shaped batches).
+    A trajectory depends on `key`, its episode's id and task, the parameters and the sampling settings. With the same
+    episodes and slots it is the same bit for bit, whatever the timing and the number of workers; in other company or
+    another number of slots it is computed in batches of other shapes, which reassociates float sums.
+
+    Args:
+        temperature, top_k, top_p: see `generate.Sampling`; log-probabilities and entropies are those of the truncated
+            distribution, so what is to be trained on is sampled from the whole one.
     """
-    rollout = _Rollout(episodes, pool, tokenizer, model, params, key, config, temperature)
+    block = min(config.block, config.response_tokens)
+    sampler = Sampler(key, (tokenizer.stop_id,), temperature, top_k, top_p, block)
+    rollout = _Rollout(episodes, pool, tokenizer, model, params, config, sampler)
     return rollout.run(), rollout.stats
 
 

@@ -23,21 +23,38 @@ from epo_jax.objectives.head import fused_log_prob_entropy
 from epo_jax.trajectory import TokenBatch, Trajectory, pack
 
 
-def transcript(demonstration: Demonstration, style: str) -> list[tuple[str, str]]:
-    """The (message, answer) pairs of an expert episode as the agent would see and say them."""
-    pairs = []
-    for turn, (text, action) in enumerate(zip(demonstration.observations, demonstration.actions, strict=False)):
+def transcript(
+    demonstration: Demonstration,
+    style: str,
+    window: agent.Window | None = None,
+    fits: Callable[[str], bool] = lambda message: True,
+) -> list[tuple[str, str]]:
+    """The (message, answer) pairs of an expert episode as the agent would see and say them; `fits` cuts a window's messages."""
+    pairs, history = [], []
+    first = Observation(text=demonstration.observations[0], goal=demonstration.goal)
+    for text, action in zip(demonstration.observations, demonstration.actions, strict=False):
         observation = Observation(text=text, goal=demonstration.goal)
-        render = agent.next_message if turn else agent.first_message
-        pairs.append((render(observation, style), agent.expert_answer(action, style)))
+        if window is not None:
+            message = agent.window_message(first, history, observation, style, window, fits)
+        else:
+            message = (agent.next_message if history else agent.first_message)(observation, style)
+        pairs.append((message, agent.expert_answer(action, style)))
+        history.append((text, action))
     return pairs
 
 
-def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, style: str) -> Trajectory:
+def to_trajectory(
+    demonstration: Demonstration,
+    tokenizer: ChatTokenizer,
+    style: str,
+    window: agent.Window | None = None,
+    fits: Callable[[str], bool] = lambda message: True,
+) -> Trajectory:
     """An expert episode as a trajectory whose policy tokens are the expert's answers."""
     trajectory = Trajectory(task=demonstration.task, won=demonstration.won)
-    for turn, (message, answer) in enumerate(transcript(demonstration, style)):
-        trajectory.append_prompt(tokenizer.following(message) if turn else tokenizer.first(message))
+    for turn, (message, answer) in enumerate(transcript(demonstration, style, window, fits)):
+        opening = turn == 0 or window is not None
+        trajectory.append_prompt(tokenizer.first(message) if opening else tokenizer.following(message), opening)
         ids = tokenizer.answer(answer)
         trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
         trajectory.actions.append(demonstration.actions[turn])
@@ -95,7 +112,14 @@ def warm_start(
 
     The yielded params are donated to the next step: keep only the last.
     """
-    packed = pack(trajectories, row_tokens, row_tokens, max(len(t.actions) for t in trajectories))
+    packed = pack(
+        trajectories,
+        row_tokens,
+        row_tokens,
+        max(len(t.actions) for t in trajectories),
+        contexts=max(len(t.contexts) for t in trajectories),
+        contexts_per_row=row_tokens // max(t.longest_context for t in trajectories),
+    )
     pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed._replace(rows=None, returns=None, group=None, anchor=None))
     step = make_cloning_step(model, optim, prompt_weight)
     opt_state = make_optimizer(optim).init(params)

@@ -5,6 +5,7 @@ head, the losses, generalised advantage estimation) then skips them by construct
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ class Trajectory:
     Attributes:
         task: the environment's task.
         group: index of the group (same task) that the episode belongs to.
-        tokens: every token of the conversation, in order.
+        tokens: every token of every context, in order.
+        starts: where in `tokens` each context begins: 0 alone for a conversation, one for each turn with a window.
         turn: for each token, the turn that emitted it; -1 for tokens of prompts and observations.
         log_prob: behaviour log-probability of each policy token (0 elsewhere), nats, float32.
         entropy: entropy of the distribution each policy token was sampled from (0 elsewhere), nats, float32.
@@ -36,6 +38,7 @@ class Trajectory:
     task: Task
     group: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
+    starts: list[int] = dataclasses.field(default_factory=list)
     turn: list[int] = dataclasses.field(default_factory=list)
     log_prob: list[float] = dataclasses.field(default_factory=list)
     entropy: list[float] = dataclasses.field(default_factory=list)
@@ -47,7 +50,10 @@ class Trajectory:
     score: float = 0.0
     truncated: bool = False
 
-    def append_prompt(self, ids: list[int]) -> None:
+    def append_prompt(self, ids: list[int], new_context: bool = False) -> None:
+        """Appends tokens that the policy did not emit; what follows does not see what came before a new context."""
+        if new_context or not self.starts:
+            self.starts.append(len(self.tokens))
         self.tokens += ids
         self.turn += [-1] * len(ids)
         self.log_prob += [0.0] * len(ids)
@@ -60,12 +66,23 @@ class Trajectory:
         self.entropy += entropy
 
     @property
+    def contexts(self) -> list[tuple[int, int]]:
+        """(start, end) of each context in `tokens`."""
+        return list(itertools.pairwise([*self.starts, len(self.tokens)]))
+
+    @property
+    def longest_context(self) -> int:
+        return max((end - start for start, end in self.contexts), default=0)
+
+    @property
     def num_policy_tokens(self) -> int:
         return sum(t >= 0 for t in self.turn)
 
 
 class TokenBatch(NamedTuple):
     """Packed trajectories, split into M mini-batches of at most R rows of T tokens, P policy tokens a row.
+
+    A segment is one context of a trajectory: all of a conversation, or one turn with its window.
 
     Attributes:
         tokens, positions, segment_ids: the decoder's input; segments count from 1, 0 is padding.
@@ -127,22 +144,27 @@ def pack(
     mini_batches: int = 1,
     rows_multiple: int = 1,
     order: np.ndarray | None = None,
+    contexts: int = 1,
+    contexts_per_row: int = 1,
 ) -> TokenBatch:
     """Packs trajectories into a `TokenBatch` whose shapes depend on the arguments alone, never on the lengths.
 
     Args:
-        trajectories: at most `row_tokens` tokens and `row_policy_tokens` policy tokens each.
+        trajectories: at most `row_tokens` tokens and `row_policy_tokens` policy tokens in each context.
         row_tokens: T.
         row_policy_tokens: P.
         max_turns: U.
-        mini_batches: M; the trajectories are dealt to them in `order`.
+        mini_batches: M; the trajectories are dealt to them in `order`, all contexts of one together.
         rows_multiple: R is a multiple of this (the micro-batch size).
         order: a permutation of the trajectories; as given when None.
+        contexts: most contexts of a trajectory.
+        contexts_per_row: contexts that fit in a row however long they are.
     """
     n = len(trajectories)
     order = np.arange(n) if order is None else order
     per_mini = -(-n // mini_batches)
-    num_rows = -(-per_mini // rows_multiple) * rows_multiple
+    # First fit opens a row only when each other row holds at least `contexts_per_row`.
+    num_rows = -(-per_mini * contexts // (contexts_per_row * rows_multiple)) * rows_multiple
     wide, narrow = (mini_batches, num_rows, row_tokens), (mini_batches, num_rows, row_policy_tokens)
     ints = {k: np.zeros(wide, np.int32) for k in ("tokens", "positions", "segment_ids")}
     ints |= {k: np.zeros(narrow, np.int32) for k in ("index", "label", "trajectory", "turn")}
@@ -156,32 +178,37 @@ def pack(
         for u, observation in enumerate(trajectory.observations[: len(trajectory.actions)]):
             anchor[i, u] = seen.setdefault((trajectory.group, observation), len(seen))
     for m in range(mini_batches):
-        members = order[m * per_mini : (m + 1) * per_mini]
-        sizes = [(len(trajectories[i].tokens), trajectories[i].num_policy_tokens) for i in members]
+        members = [
+            (i, slice(start, end))
+            for i in map(int, order[m * per_mini : (m + 1) * per_mini])
+            for start, end in trajectories[i].contexts
+        ]
+        turns = [np.asarray(trajectories[i].turn[of], np.int64) for i, of in members]
+        sizes = [(len(turn), int((turn >= 0).sum())) for turn in turns]
         bins = first_fit(sizes, (row_tokens, row_policy_tokens))
         rows[m] = len(bins)
         for r, content in enumerate(bins):
             start = policy_start = 0
-            for segment, i in enumerate((int(members[j]) for j in content), start=1):
+            for segment, j in enumerate(content, start=1):
+                (i, of), turn = members[j], turns[j]
                 t = trajectories[i]
-                length = len(t.tokens)
+                length = len(turn)
                 span = (m, r, slice(start, start + length))
-                ints["tokens"][span] = t.tokens
+                ints["tokens"][span] = t.tokens[of]
                 ints["positions"][span] = np.arange(length)
                 ints["segment_ids"][span] = segment
-                turn = np.asarray(t.turn, np.int64)
                 where = np.flatnonzero(turn >= 0)
                 last_of_turn = np.append(turn[where][1:] != turn[where][:-1], True)
                 policy_span = (m, r, slice(policy_start, policy_start + len(where)))
                 ints["index"][policy_span] = start + where - 1
-                ints["label"][policy_span] = np.asarray(t.tokens, np.int64)[where]
+                ints["label"][policy_span] = np.asarray(t.tokens[of], np.int64)[where]
                 ints["trajectory"][policy_span] = i
                 ints["turn"][policy_span] = turn[where]
                 floats["policy_mask"][policy_span] = 1.0
                 floats["reward"][policy_span] = np.asarray(t.rewards)[turn[where]] * last_of_turn
                 floats["valid"][policy_span] = np.asarray(t.valid)[turn[where]]
-                floats["behaviour_log_prob"][policy_span] = np.asarray(t.log_prob)[where]
-                floats["behaviour_entropy"][policy_span] = np.asarray(t.entropy)[where]
+                floats["behaviour_log_prob"][policy_span] = np.asarray(t.log_prob[of])[where]
+                floats["behaviour_entropy"][policy_span] = np.asarray(t.entropy[of])[where]
                 start += length
                 policy_start += len(where)
     return TokenBatch(

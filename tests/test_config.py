@@ -36,6 +36,7 @@ def test_paper_is_the_default_and_holds_the_papers_table():
     alfworld, scienceworld = flatten(preset("alfworld", None)), flatten(preset("scienceworld", None))
     both = {"epo.lam": 0.001, "epo.kappa_l": 0.0, "epo.kappa_r": 2.0, "epo.gamma": 3.0, "rollout.temperature": 1.0}
     both |= {"rollout.groups": 16, "rollout.group_size": 8, "optim.lr": 5e-6, "eval.every": 5, "eval.temperature": 0.4}
+    both |= {"agent.context": "window", "agent.history_turns": 2, "agent.max_tokens": 2048 + 512}
     both |= {"agent.response_tokens": 512, "epo.penalty": "hinge", "optim.weight_decay": 0.01, "algo.dual_clip": 3.0}
     for key, value in both.items():
         assert alfworld[key] == scienceworld[key] == value, key

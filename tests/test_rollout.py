@@ -3,20 +3,24 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax import rollout
-from epo_jax.envs import agent, toy
+from epo_jax import lane, rollout
+from epo_jax.envs import agent, base, toy
 from epo_jax.envs.pool import EnvPool
+from epo_jax.learner import Inputs, policy_statistics
 from epo_jax.models import generate
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
-from epo_jax.trajectory import Trajectory
+from epo_jax.trajectory import Trajectory, pack
+from tests.envs import wander_env
 
 OPTIONS = {"name": "toy"}
 TASKS = toy.list_tasks("train", OPTIONS)
-TOKENIZER = train_tokenizer([f"red blue green {i} {toy.GOAL} you see a door. the number is" for i in range(10)], 400)
+TEXTS = [f"red blue green {i} {toy.GOAL} you see a door. the number is" for i in range(10)]
+TOKENIZER = train_tokenizer([*TEXTS, wander_env.GOAL, " ".join(wander_env.WORDS)], 400)
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
 SETTINGS = rollout.RolloutConfig(
     slots=8, max_turns=2, max_tokens=160, max_policy_tokens=64, response_tokens=5, style="bare"
@@ -29,6 +33,13 @@ def params():
     return init_params(MODEL, jax.random.key(0))
 
 
+@pytest.fixture(scope="module")
+def stirred(params):
+    """In fresh parameters attention writes nothing, and what the cache holds would not matter; these answer at some length."""
+    stirred = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    return {**stirred, "embedding": stirred["embedding"].at[TOKENIZER.stop_id].multiply(3.0)}
+
+
 def play(params, workers=1, settings=SETTINGS, episodes=EPISODES, key=0):
     with EnvPool("toy", OPTIONS, workers) as pool:
         return rollout.collect(episodes, pool, TOKENIZER, MODEL, params, jax.random.key(key), settings, 1.0)
@@ -36,6 +47,163 @@ def play(params, workers=1, settings=SETTINGS, episodes=EPISODES, key=0):
 
 def ids(trajectories):
     return [t.tokens for t in trajectories]
+
+
+# Episodes of one to nine turns in fewer slots, so that slots are used again; answers longer than a block; short prompts and
+# long ones.
+CHAT = dataclasses.replace(SETTINGS, max_turns=5, max_tokens=256, max_policy_tokens=64, block=3, ahead=1)
+WINDOW = dataclasses.replace(CHAT, window=agent.Window(2))
+WANDERERS = [rollout.Episode(7 * i, {"id": f"w{i // 3}", "type": "t"}, i // 3) for i in range(18)]
+
+
+@pytest.fixture
+def wander(stirred, monkeypatch):
+    monkeypatch.setitem(base.ENVIRONMENTS, "wander", "tests.envs.wander_env")
+
+    def play(settings, workers=1, delay=0.0, episodes=WANDERERS, **sampling):
+        with EnvPool("wander", {"delay": delay}, workers) as pool:
+            key = jax.random.key(3)
+            return rollout.collect(episodes, pool, TOKENIZER, MODEL, stirred, key, settings, 1.0, **sampling)
+
+    return play
+
+
+def record(trajectories):
+    """Everything about trajectories, floats to the last bit."""
+    return [dataclasses.asdict(t) for t in trajectories]
+
+
+@pytest.mark.parametrize("settings", [CHAT, WINDOW], ids=["chat", "window"])
+def test_worker_count_and_delays_change_no_bit(wander, settings):
+    """One worker at full speed, two and four with answers that come up to 30 ms late, in any order."""
+    quick, _ = wander(settings)
+    assert len({len(t.actions) for t in quick}) > 2 and {t.truncated for t in quick} == {True, False}
+    for workers in (2, 4):
+        late, stats = wander(settings, workers, delay=0.03)
+        assert record(late) == record(quick)
+        assert stats.env_steps == sum(len(t.actions) for t in quick)
+
+
+@pytest.mark.parametrize("settings", [CHAT, WINDOW], ids=["chat", "window"])
+def test_the_number_of_slots_changes_float_sums_only(wander, settings):
+    """4, 8 and 16 slots compute in batches of other shapes: the same tokens, statistics equal to 1e-5 nats."""
+    want = wander(settings)[0]
+    for slots in (4, 16):
+        got = wander(dataclasses.replace(settings, slots=slots))[0]
+        for a, b in zip(want, got, strict=True):
+            assert (a.tokens, a.turn, a.actions, a.rewards) == (b.tokens, b.turn, b.actions, b.rewards)
+            np.testing.assert_allclose(a.log_prob, b.log_prob, atol=1e-5)
+            np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [CHAT, WINDOW], ids=["chat", "window"])
+def test_the_learner_scores_what_was_sampled(wander, stirred, settings):
+    """Packed rows without a cache against decode with one: many turns, slots used again, prompts shared, turns in blocks."""
+    trajectories, _ = wander(settings)
+    contexts = (settings.max_turns, 2) if settings.window else (1, 1)
+    batch = pack(trajectories, 256, 64, 5, 2, 1, None, *contexts)
+    worst, seen = 0.0, 0
+    for m in range(2):
+        rows = Inputs(*(jnp.asarray(x[m]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
+        log_prob, entropy = policy_statistics(MODEL, stirred, rows, 1.0)
+        mask = batch.policy_mask[m] > 0
+        np.testing.assert_allclose(log_prob[mask], batch.behaviour_log_prob[m][mask], atol=1e-4)
+        np.testing.assert_allclose(entropy[mask], batch.behaviour_entropy[m][mask], atol=1e-4)
+        ratio = np.exp(np.asarray(log_prob)[mask] - batch.behaviour_log_prob[m][mask])
+        worst, seen = max(worst, np.abs(ratio - 1.0).max()), seen + mask.sum()
+    assert worst < 1e-4 and seen == sum(t.num_policy_tokens for t in trajectories)
+
+
+def test_a_window_is_the_prompt_of_its_turn(wander):
+    """Every turn is a context of its own that reads as the agent's message for it, cut to fit; nothing else is in it."""
+    for settings in (WINDOW, dataclasses.replace(WINDOW, max_tokens=48)):
+        fits = lambda message, s=settings: rollout.fits(TOKENIZER, s, message)  # noqa: E731
+        trajectories, _ = wander(settings)
+        lengths = []
+        for t in trajectories:
+            first = base.Observation(text=t.observations[0], goal=wander_env.GOAL)
+            assert len(t.contexts) == len(t.actions) == len(t.valid)
+            for turn, (start, end) in enumerate(t.contexts):
+                seen = base.Observation(text=t.observations[turn], goal=wander_env.GOAL)
+                past = list(zip(t.observations[:turn], t.actions[:turn], strict=True))
+                prompt = TOKENIZER.first(agent.window_message(first, past, seen, "bare", settings.window, fits))
+                assert t.tokens[start : start + len(prompt)] == prompt
+                assert t.turn[start:end] == [-1] * len(prompt) + [turn] * (end - start - len(prompt))
+                lengths.append(end - start)
+        assert max(lengths) <= settings.max_tokens
+    assert max(lengths) > 40, "no window was cut"
+
+
+def test_a_prompt_that_a_group_shares_is_read_once(wander):
+    """A lane of four with three members of a group and one of another: two first prompts are read."""
+    settings = dataclasses.replace(CHAT, slots=4, lanes=1, max_turns=1, response_tokens=3)
+    trajectories, stats = wander(settings, episodes=WANDERERS[:4])
+    opening = [t.turn.index(0) for t in trajectories]
+    assert opening[0] == opening[1] == opening[2] and stats.prompt_tokens == opening[0] + opening[3]
+
+
+def test_shapes_come_from_a_small_table(wander, max_traces):
+    """However many turns are played, the programs are those of the table; and a second rollout compiles none."""
+    settings = dataclasses.replace(CHAT, slots=10, max_tokens=512)  # shapes that no other test has compiled
+    table = lane.most_programs(5, 512)
+    assert table == 1 * 2 * (1 + 2 * 4)  # sizes, capacities, one decode, widths for all rows and for a quarter
+    max_traces(generate.decode, 2)
+    max_traces(generate.extend, table - 2)
+    for max_turns in (2, 5, 8):
+        wander(dataclasses.replace(settings, max_turns=max_turns))
+
+
+def test_truncated_sampling_keeps_to_the_likeliest_tokens(wander):
+    """With top_k = 1 every token is certain, whatever the temperature."""
+    for t in wander(CHAT, top_k=1)[0]:
+        assert not any(t.entropy) and not any(t.log_prob)
+    free, narrow = ([h for t in wander(CHAT, top_p=p)[0] for h in t.entropy] for p in (1.0, 0.5))
+    assert np.mean(narrow) < np.mean(free)
+
+
+@pytest.mark.parametrize(
+    ("options", "nats"),
+    [({"dtype": "bfloat16"}, 0.1), ({"cache_dtype": "int8"}, 0.1)],
+)
+def test_sampling_in_fewer_bits_moves_log_probabilities_by_so_much(wander, stirred, options, nats):
+    """What the learner (float32) says of tokens that were sampled in fewer bits: close, and measurably not the same."""
+    trajectories, _ = wander(dataclasses.replace(CHAT, **options))
+    batch = pack(trajectories, 256, 64, 5)
+    rows = Inputs(*(jnp.asarray(x[0]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
+    mask = batch.policy_mask[0] > 0
+    gap = np.abs(np.asarray(policy_statistics(MODEL, stirred, rows, 1.0)[0]) - batch.behaviour_log_prob[0])[mask]
+    assert 1e-5 < gap.max() < nats
+
+
+def test_devices_that_share_the_rows_sample_the_same(wander):
+    want = wander(CHAT)[0]
+    got = wander(dataclasses.replace(CHAT, devices=4))[0]
+    for a, b in zip(want, got, strict=True):
+        assert (a.tokens, a.actions) == (b.tokens, b.actions)
+        np.testing.assert_allclose(a.log_prob, b.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("lanes", range(1, 8))
+def test_episodes_are_dealt_to_lanes_whole_and_evenly(lanes):
+    for sizes in ([8, 8, 8, 8], [1] * 13, [20], [3, 9, 1, 5]):
+        groups = [g for g, n in enumerate(sizes) for _ in range(n)]
+        episodes = [rollout.Episode(i, {"id": "t"}, g) for i, g in enumerate(groups)]
+        hands = rollout._deal(episodes, lanes)
+        assert sorted(place for hand in hands for place, _ in hand) == list(range(len(episodes)))
+        assert max(map(len, hands)) <= -(-len(episodes) // lanes)
+    assert [len({e.group for _, e in hand}) for hand in rollout._deal(
+        [rollout.Episode(i, {"id": "t"}, i // 8) for i in range(32)], 4)] == [1] * 4  # fmt: skip
+
+
+def test_pieces_read_every_prompt_to_its_end_at_little_cost():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = sorted(rng.integers(1, 400, rng.integers(1, 16)).tolist())
+        widths = lane.pieces(tuple(lengths), 16)
+        assert sum(widths) >= max(lengths) and sum(widths[:-1]) < max(lengths)
+    assert lane.pieces((9,) * 14 + (20, 30), 16) == (16, 16)
+    assert lane.pieces((60,) * 16, 16) == (64,)
+    assert len(lane.pieces((5000,), 16)) < 12
 
 
 def test_worker_count_and_slots_do_not_change_the_trajectories(params):
@@ -94,8 +262,8 @@ def test_fault_6_a_finished_episode_generates_nothing(params):
 
 def test_a_second_rollout_compiles_nothing(params, max_traces):
     play(params)
-    max_traces(generate.decode, 0)
-    max_traces(generate.extend, 0)
+    for function in (generate.decode, generate.extend, generate.take_slots):
+        max_traces(function, 0)
     play(params, key=5)
 
 

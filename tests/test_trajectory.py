@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from epo_jax.trajectory import Trajectory, first_fit, pack
 
 
-def make(rng, turns, group=0):
+def make(rng, turns, group=0, window=False):
     trajectory = Trajectory(task={"id": "t", "type": "t"}, group=group)
     for turn in range(turns):
-        trajectory.append_prompt(rng.integers(1, 50, rng.integers(1, 6)).tolist())
+        trajectory.append_prompt(rng.integers(1, 50, rng.integers(1, 6)).tolist(), new_context=window)
         n = int(rng.integers(1, 4))
         trajectory.append_answer(rng.integers(1, 50, n).tolist(), (-rng.random(n)).tolist(), rng.random(n).tolist())
         trajectory.observations.append(f"room {turn % 2}")
@@ -21,12 +21,14 @@ def make(rng, turns, group=0):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 999))
-def test_every_policy_token_is_found_again(turns, mini_batches, seed):
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 999), st.booleans())
+def test_every_policy_token_is_found_again(turns, mini_batches, seed, window):
     rng = np.random.default_rng(seed)
-    trajectories = [make(rng, n) for n in turns]
+    trajectories = [make(rng, n, window=window) for n in turns]
     order = rng.permutation(len(trajectories))
-    batch = pack(trajectories, 50, 20, 5, mini_batches, 2, order)
+    # With a window, up to five contexts of at most 8 tokens and 3 of the policy each.
+    limits = (18, 6, 5, mini_batches, 2, order, 5, 2) if window else (50, 20, 5, mini_batches, 2, order)
+    batch = pack(trajectories, *limits)
     seen = {i: [] for i in range(len(trajectories))}
     for m in range(mini_batches):
         assert not batch.segment_ids[m, batch.rows[m] :].any()
@@ -38,11 +40,14 @@ def test_every_policy_token_is_found_again(turns, mini_batches, seed):
                 assert batch.segment_ids[m, r, column] == batch.segment_ids[m, r, column - 1] > 0
                 assert batch.positions[m, r, column] == batch.positions[m, r, column - 1] + 1
                 at = m, r, p
-                seen[int(batch.trajectory[at])].append(
-                    (batch.positions[m, r, column], batch.turn[at], batch.reward[at], batch.valid[at],
+                owner = int(batch.trajectory[at])
+                start = trajectories[owner].starts[int(batch.turn[at]) if window else 0]
+                seen[owner].append(
+                    (start + batch.positions[m, r, column], batch.turn[at], batch.reward[at], batch.valid[at],
                      batch.behaviour_log_prob[at], batch.behaviour_entropy[at])
                 )  # fmt: skip
     for i, t in enumerate(trajectories):
+        seen[i].sort()
         where = [p for p, turn in enumerate(t.turn) if turn >= 0]
         assert [s[0] for s in seen[i]] == where
         assert [s[1] for s in seen[i]] == [t.turn[p] for p in where]

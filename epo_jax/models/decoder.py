@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from epo_jax.models import kv_cache
 from epo_jax.models.attention import SAVED, cached_attention, packed_attention
+from epo_jax.models.kv_cache import LayerCache
 from epo_jax.models.rope import rotary, rotate
 
 Params = dict
-LayerCache = tuple[Float[Array, "S K d C"], Float[Array, "S K C d"]]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -243,13 +244,15 @@ class Decoder(nnx.Module):
         self,
         layers: list["Block"],
         cache: tuple[LayerCache, ...],
-        tokens: Int[Array, "S T"],
-        lengths: Int[Array, " S"],
-        counts: Int[Array, " S"],
-    ) -> tuple[Float[Array, "S T D"], tuple[LayerCache, ...]]:
-        """Appends `counts[s]` of the `tokens[s]` to slot s, whose cache holds `lengths[s]` tokens already.
+        tokens: Int[Array, "R T"],
+        lengths: Int[Array, " R"],
+        counts: Int[Array, " R"],
+        slots: Int[Array, " R"] | None = None,
+    ) -> tuple[Float[Array, "R T D"], tuple[LayerCache, ...]]:
+        """Appends `counts[r]` of the `tokens[r]` to slot r, or to slot `slots[r]`, whose cache holds `lengths[r]` tokens already.
 
-        Returns the hidden states of the new tokens (garbage past `counts`) and the cache; nothing is written past `counts`.
+        A row whose slot is past the last one is padding. Returns the hidden states of the new tokens (garbage past `counts`)
+        and the cache; nothing is written past `counts`.
         """
         c = self.config
         offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -257,20 +260,19 @@ class Decoder(nnx.Module):
         capacity = cache[0][0].shape[-1]
         # An index past the end is dropped by the scatter: that is how padding stays out of the cache.
         write = jnp.where(offsets < counts[:, None], positions, capacity)
-        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+        rows = (jnp.arange(tokens.shape[0], dtype=jnp.int32) if slots is None else slots)[:, None]
         kept = jnp.arange(capacity, dtype=jnp.int32)[None, None]
         mask = kept <= positions[:, :, None]
         rope = self.rope(positions)
         x = self.embedding[...][tokens.ravel()].astype(c.dtype)
         grown = []
-        for block, (keys, values), window in zip(layers, cache, c.layer_windows(), strict=True):
+        for block, layer, window in zip(layers, cache, c.layer_windows(), strict=True):
             with jax.named_scope("block"):
                 q, k, v = block.qkv(x, rope)
-                keys = keys.at[rows, :, :, write].set(k.astype(keys.dtype), mode="drop")
-                values = values.at[rows, :, write].set(v.astype(values.dtype), mode="drop")
+                layer = kv_cache.append(layer, rows, write, k, v)
                 seen = mask if window is None else mask & (kept > positions[:, :, None] - window)
-                x = block.output(x, cached_attention(q, keys, values, seen))
-                grown.append((keys, values))
+                x = block.output(x, cached_attention(q, *kv_cache.read(layer, slots, x.dtype), seen))
+                grown.append(layer)
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1), tuple(grown)
 
     def unstacked_layers(self) -> list["Block"]:

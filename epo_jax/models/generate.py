@@ -1,7 +1,8 @@
 """Sampling with a key/value cache that lives across turns: `extend` appends given tokens, `decode` samples new ones.
 
-Both are pure functions of (params, cache, ...) with static shapes. A slot is a row of the cache that holds one episode; slots
-have their own lengths, temperatures and budgets, all traced, so one program serves every turn of every episode.
+Both are pure functions of (params, cache, ...) with static shapes, and both may be mapped over a leading axis of params and
+cache. A slot is a row of the cache that holds one episode; slots have their own lengths, temperatures, truncations and
+budgets, all traced, so one program serves every turn of every episode.
 """
 
 import functools
@@ -11,7 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from epo_jax.models.decoder import DecoderConfig, LayerCache, Params, bind
+from epo_jax.models import kv_cache
+from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.kv_cache import LayerCache
+
+# Words summed at once when a token is looked up by its cumulative probability.
+_SUM_BLOCK = 64
 
 
 class Cache(NamedTuple):
@@ -22,12 +28,27 @@ class Cache(NamedTuple):
     hidden: Float[Array, "S D"]
 
 
+class Sampling(NamedTuple):
+    """The distribution that each slot samples from: softmax(logits / temperature), truncated to the `top_k` likeliest
+    tokens and then to the fewest of them that hold `top_p` of the mass (ties with the last one stay), and renormalised.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; what is recorded is then the distribution of temperature 1, whole.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all.
+    """
+
+    temperature: Float[Array, " S"]
+    top_k: Int[Array, " S"]
+    top_p: Float[Array, " S"]
+
+
 class Generated(NamedTuple):
     """What `decode` sampled; columns at or past `counts` are zero.
 
     Attributes:
         tokens: sampled ids, a stop token included.
-        log_prob: log-probability of each under the distribution it was sampled from (after the temperature), nats.
+        log_prob: log-probability of each under the distribution it was sampled from, nats.
         entropy: entropy of that distribution, nats.
         counts: number of tokens sampled in each slot.
     """
@@ -38,23 +59,21 @@ class Generated(NamedTuple):
     counts: Int[Array, " S"]
 
 
-def init_cache(config: DecoderConfig, slots: int, capacity: int) -> Cache:
-    """An empty cache for `slots` episodes of at most `capacity` tokens.
-
-    Keys are laid out [slot, head, width, position] and values [slot, head, position, width], the orders in which a decode
-    step reads them; on a CPU this is two to five times faster than one common order.
-    """
-    kv, d = config.num_kv_heads, config.head_dim
-    dtype = jnp.dtype(config.dtype)
-
-    def layer():
-        return jnp.zeros((slots, kv, d, capacity), dtype), jnp.zeros((slots, kv, capacity, d), dtype)
-
+def init_cache(config: DecoderConfig, slots: int, capacity: int, dtype: str | None = None) -> Cache:
+    """An empty cache for `slots` episodes of at most `capacity` tokens, in the compute dtype or in `dtype` ("int8")."""
+    shape = slots, config.num_kv_heads, config.head_dim, capacity
     return Cache(
-        layers=tuple(layer() for _ in range(config.num_layers)),
+        layers=tuple(kv_cache.init_layer(*shape, dtype or config.dtype) for _ in range(config.num_layers)),
         lengths=jnp.zeros((slots,), jnp.int32),
-        hidden=jnp.zeros((slots, config.d_model), dtype),
+        hidden=jnp.zeros((slots, config.d_model), config.dtype),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def take_slots(cache: Cache, slots: Int[Array, " R"], capacity: int) -> Cache:
+    """The cache of the given slots alone, each with room for `capacity` tokens; a slot may be given twice."""
+    layers = tuple(kv_cache.take(layer, slots, capacity) for layer in cache.layers)
+    return Cache(layers, cache.lengths[slots], cache.hidden[slots])
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -62,35 +81,85 @@ def extend(
     config: DecoderConfig,
     params: Params,
     cache: Cache,
-    tokens: Int[Array, "S n"],
-    counts: Int[Array, " S"],
-    fresh: Bool[Array, " S"],
+    tokens: Int[Array, "R n"],
+    counts: Int[Array, " R"],
+    fresh: Bool[Array, " R"],
+    slots: Int[Array, " R"] | None = None,
 ) -> Cache:
-    """Appends the first `counts[s]` of `tokens[s]` to slot s; `fresh` slots are emptied first."""
+    """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]` (slot r where `slots` is None, with R = S).
+
+    Only the R rows given are computed. A `fresh` row's slot is emptied first. A row of padding has a slot past the last one.
+    """
     model = bind(config, params)
-    lengths = jnp.where(fresh, 0, cache.lengths)
-    hidden, layers = model.extend(model.unstacked_layers(), cache.layers, tokens, lengths, counts)
+    known = cache.lengths if slots is None else cache.lengths.at[slots].get(mode="clip")
+    lengths = jnp.where(fresh, 0, known)
+    hidden, layers = model.extend(model.unstacked_layers(), cache.layers, tokens, lengths, counts, slots)
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return Cache(layers, lengths + counts, jnp.where(counts[:, None] > 0, last, cache.hidden))
+    if slots is None:
+        return Cache(layers, lengths + counts, jnp.where(counts[:, None] > 0, last, cache.hidden))
+    before = cache.hidden.at[slots].get(mode="clip")
+    return Cache(
+        layers,
+        cache.lengths.at[slots].set(lengths + counts, mode="drop"),
+        cache.hidden.at[slots].set(jnp.where(counts[:, None] > 0, last, before), mode="drop"),
+    )
 
 
 def sample(
-    keys: Key[Array, " S"], logits: Float[Array, "S V"], temperature: Float[Array, " S"]
+    keys: Key[Array, " S"], logits: Float[Array, "S V"], sampling: Sampling
 ) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
-    """A token for each row with its log-probability and the distribution's entropy, in nats, float32.
-
-    Temperature 0 takes the most probable token; log-probability and entropy are then those of temperature 1.
-    """
-    greedy = temperature <= 0
-    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)[:, None]
-    log_probs = jax.nn.log_softmax(scaled, axis=-1)
-    sampled = jax.vmap(jax.random.categorical)(keys, scaled)
-    tokens = jnp.where(greedy, jnp.argmax(scaled, axis=-1), sampled).astype(jnp.int32)
-    log_prob = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
-    # A probability that underflowed contributes 0, not 0 * -inf.
-    probs = jnp.exp(log_probs)
-    entropy = -jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1)
+    """A token for each row with its log-probability and the entropy of the distribution it came from, nats, float32."""
+    greedy = sampling.temperature <= 0
+    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    whole = greedy | ((sampling.top_k <= 0) & (sampling.top_p >= 1.0))
+    # A sort of the vocabulary for every token is worth avoiding where nobody truncates.
+    scaled = jax.lax.cond(
+        jnp.all(whole), lambda x: x, lambda x: jnp.where(whole[:, None], x, _truncated(x, sampling)), scaled
+    )
+    weights = jnp.exp(scaled)
+    tokens, total = _drawn(keys, weights)
+    tokens = jnp.where(greedy, jnp.argmax(scaled, axis=-1), tokens).astype(jnp.int32)
+    log_z = jnp.log(total)
+    log_prob = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_z
+    # -sum p log p; a probability that is 0 contributes 0, not 0 * -inf.
+    entropy = log_z - jnp.sum(weights * jnp.where(weights > 0, scaled, 0.0), axis=-1) / total
     return tokens, log_prob, entropy
+
+
+def _truncated(scaled: Float[Array, "S V"], sampling: Sampling) -> Float[Array, "S V"]:
+    """Logits with -inf outside each row's support."""
+    vocabulary = scaled.shape[-1]
+    ordered = jnp.flip(jnp.sort(scaled, axis=-1), axis=-1)
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocabulary), vocabulary)
+    kth = jnp.take_along_axis(ordered, k[:, None] - 1, axis=-1)
+    probs = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    kept = ((before < sampling.top_p[:, None]) | (sampling.top_p >= 1.0)[:, None]) & (ordered >= kth)
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scaled >= least, scaled, -jnp.inf)
+
+
+def _drawn(keys: Key[Array, " S"], weights: Float[Array, "S V"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+    """A token in proportion to its weight, by the inverse of the cumulative sum, and the sum of the weights.
+
+    One random number a row: the Gumbel trick needs one for every word, which on a CPU costs as much as the forward pass of
+    a small model. The sum is taken in blocks, so that only one of them is looked through word by word.
+    """
+    slots, vocabulary = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocabulary % _SUM_BLOCK))).reshape(slots, -1, _SUM_BLOCK)
+    upto = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    total = upto[:, -1]
+    uniform = jax.vmap(jax.random.uniform)(keys)
+    # Rounding must not carry the threshold past the last word that has any weight.
+    threshold = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))[:, None]
+    block = jnp.argmax(upto > threshold, axis=-1)[:, None]
+    words = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+    before = jnp.where(block > 0, jnp.take_along_axis(upto, jnp.maximum(block - 1, 0), axis=-1), 0.0)
+    reached = (before + jnp.cumsum(words, axis=-1) > threshold) & (words > 0)
+    last = _SUM_BLOCK - 1 - jnp.argmax(words[:, ::-1] > 0, axis=-1)
+    word = jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), last)
+    return block[:, 0] * _SUM_BLOCK + word, total
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block"), donate_argnames=("cache",))
@@ -101,18 +170,23 @@ def decode(
     key: Key[Array, ""],
     episode: Int[Array, " S"],
     turn: Int[Array, " S"],
+    position: Int[Array, " S"],
     budget: Int[Array, " S"],
-    temperature: Float[Array, " S"],
-    stop_token: Int[Array, ""],
+    sampling: Sampling,
+    stop_tokens: Int[Array, " K"],
     block: int,
 ) -> tuple[Cache, Generated]:
-    """Samples one turn in every slot with a positive `budget`, until its stop token or its budget of tokens.
+    """Samples up to `block` tokens in every slot with a positive `budget`, fewer where a stop token or the budget ends it.
 
-    The key of a token is fold_in(fold_in(fold_in(key, episode), turn), position): a trajectory depends on its episode and the
-    parameters, not on which slot holds it nor on what the other slots do.
+    The last token of each slot is sampled and not yet appended: it belongs in front of what the next `extend` brings, where
+    it costs nothing. The key of a token is fold_in(fold_in(fold_in(key, episode), turn), position): a trajectory depends on
+    its episode and the parameters, not on which slot holds it, on what the other slots do, nor on how its turn is cut into
+    blocks.
 
     Args:
-        budget: most tokens to sample in each slot; 0 leaves the slot alone. At most `block`.
+        position: tokens that the turn has sampled already, in an earlier block.
+        budget: most tokens to sample in each slot from here on; 0 leaves the slot alone.
+        stop_tokens: each of them ends a turn; ids that no token has, such as -1, are allowed.
         block: static width of the result.
     """
     model = bind(config, params)
@@ -121,25 +195,32 @@ def decode(
     row_keys = jax.vmap(lambda e, t: jax.random.fold_in(jax.random.fold_in(key, e), t))(episode, turn)
     slots = budget.shape[0]
 
-    def unfinished(carry):
-        return jnp.any(carry[0])
-
-    def step(carry):
-        live, position, cache, out = carry
+    def draw(live, i, cache, out):
+        """Samples token i of the live slots; (slots that go on, the tokens, out)."""
         with jax.named_scope("sample"):
-            logits = (head @ cache.hidden.T).T  # this orientation streams the [V, D] table once, as it is stored
-            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, position)
-            token, log_prob, entropy = sample(keys, logits, temperature)
+            # This orientation streams the [V, D] table once, as it is stored.
+            logits = jnp.matmul(head, cache.hidden.T, preferred_element_type=jnp.float32).T
+            keys = jax.vmap(jax.random.fold_in)(row_keys, position + i)
+            token, log_prob, entropy = sample(keys, logits, sampling)
         out = Generated(
-            tokens=out.tokens.at[:, position].set(jnp.where(live, token, 0)),
-            log_prob=out.log_prob.at[:, position].set(jnp.where(live, log_prob, 0.0)),
-            entropy=out.entropy.at[:, position].set(jnp.where(live, entropy, 0.0)),
+            tokens=out.tokens.at[:, i].set(jnp.where(live, token, 0)),
+            log_prob=out.log_prob.at[:, i].set(jnp.where(live, log_prob, 0.0)),
+            entropy=out.entropy.at[:, i].set(jnp.where(live, entropy, 0.0)),
             counts=out.counts + live,
         )
+        stopped = jnp.any(token[:, None] == stop_tokens[None], axis=1)
+        return live & ~stopped & (i + 1 < budget), token, out
+
+    def unfinished(carry):
+        live, _, i, _, _ = carry
+        return jnp.any(live) & (i < block)
+
+    def step(carry):
+        live, token, i, cache, out = carry
         hidden, grown = model.extend(layers, cache.layers, token[:, None], cache.lengths, live.astype(jnp.int32))
         cache = Cache(grown, cache.lengths + live, jnp.where(live[:, None], hidden[:, 0], cache.hidden))
-        live = live & (token != stop_token) & (position + 1 < budget)
-        return live, position + 1, cache, out
+        live, token, out = draw(live, i, cache, out)
+        return live, token, i + 1, cache, out
 
     out = Generated(
         tokens=jnp.zeros((slots, block), jnp.int32),
@@ -147,5 +228,6 @@ def decode(
         entropy=jnp.zeros((slots, block), jnp.float32),
         counts=jnp.zeros((slots,), jnp.int32),
     )
-    _, _, cache, out = jax.lax.while_loop(unfinished, step, (budget > 0, jnp.int32(0), cache, out))
+    live, token, out = draw(budget > 0, jnp.int32(0), cache, out)
+    *_, cache, out = jax.lax.while_loop(unfinished, step, (live, token, jnp.int32(1), cache, out))
     return cache, out

@@ -1,0 +1,226 @@
+"""What a policy says: to a prompt, in a chat, or in its game.
+
+    python -m epo_jax.generate --checkpoint=runs/first --play                     it plays; --interactive: you may cut in
+    python -m epo_jax.generate --checkpoint=/models/Qwen2.5-3B-Instruct --prompt="Where would you look for an apple?"
+    python -m epo_jax.generate --checkpoint=/models/Qwen2.5-3B-Instruct           a chat, one line a turn
+
+`--checkpoint` is a run folder (its newest checkpoint, or that of --step) or a Hugging Face model folder or hub name.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from epo_jax import checkpoint, rollout
+from epo_jax.command import read_config, run
+from epo_jax.config import base_config
+from epo_jax.envs import agent
+from epo_jax.envs.base import SPLITS, Observation, Task, environment
+from epo_jax.errors import UserError
+from epo_jax.lane import Lane, Programs, Sampler, Turn
+from epo_jax.main import decoder_of_run, load_pretrained
+from epo_jax.models import lora
+from epo_jax.models.decoder import DecoderConfig, Params, init_params
+from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
+
+
+class Policy(NamedTuple):
+    """A model with its words; `config` is the run's, where it comes from one."""
+
+    tokenizer: ChatTokenizer
+    model: DecoderConfig
+    params: Params
+    config: object | None
+
+
+def main(argv: list[str]) -> None:
+    options = _parse(argv[1:])
+    policy = load(options.checkpoint, options.step, options.dtype)
+    sampler = Sampler(
+        jax.random.key(options.seed), (policy.tokenizer.stop_id,), options.temperature, options.top_k, options.top_p,
+        block=options.max_tokens,
+    )  # fmt: skip
+    if options.play or options.interactive:
+        if policy.config is None:
+            raise UserError(f"--play: {options.checkpoint} is no run folder, so it has no game; use --prompt.")
+        play(policy, sampler, options.split, options.task, options.interactive)
+    elif options.prompt is not None:
+        speaker = Speaker(policy, sampler, options.max_tokens)
+        print(speaker.answer(policy.tokenizer.first(options.prompt), fresh=True))
+    else:
+        chat(policy, sampler, options.max_tokens)
+
+
+def load(path: str, step: int | None, dtype: str) -> Policy:
+    """The policy of a run folder or of a model folder.
+
+    Raises:
+        UserError: it is neither, or what it holds cannot be read.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        config = base_config()
+        config.model.update(path=path, dtype=dtype)
+        return Policy(*load_pretrained(config), None)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = decoder_of_run(config, tokenizer.vocab_size)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    base, params = lora.split(params) if model.lora else ({}, params)
+    with checkpoint.open_manager(folder, config.checkpoint.keep) as manager:
+        if step is not None and step not in manager.all_steps():
+            held = ", ".join(map(str, sorted(manager.all_steps())))
+            raise UserError(f"--step={step}: {folder} has checkpoints of the steps {held}.")
+        fields = checkpoint.restore_fields(manager, {"base": base, "params": params}, step)
+        return Policy(tokenizer, model, lora.join(fields["base"], fields["params"]), config)
+
+
+class Speaker:
+    """One conversation with a policy: what it has read stays in the cache."""
+
+    def __init__(self, policy: Policy, sampler: Sampler, response_tokens: int, max_tokens: int = 1 << 15, episode: int = 0):
+        self._tokenizer, self._episode, self._budget = policy.tokenizer, episode, response_tokens
+        self._max_tokens = max_tokens
+        self._lane = Lane(policy.model, policy.params, 1, max_tokens, sampler._replace(block=response_tokens), Programs())
+        self._unread: list[int] = []
+        self._held = 0
+        self.turn = 0
+
+    def answer(self, ids: list[int], fresh: bool = False) -> str:
+        """Reads `ids`, in a new context where `fresh`, and answers."""
+        ids = ids if fresh else self._unread + ids
+        self._held = len(ids) + (0 if fresh else self._held)
+        if self._held + self._budget > self._max_tokens:
+            raise UserError(f"The conversation no longer fits in {self._max_tokens} tokens; begin a new one.")
+        said = self._lane.play({0: Turn(ids, fresh, self._episode, self.turn, 0, self._budget)})[0].tokens
+        self.turn += 1
+        self._held += len(said) - 1
+        self._unread = said[-1:]
+        return self._tokenizer.decode(said)
+
+    def hear(self, ids: list[int], fresh: bool) -> None:
+        """Takes `ids` as read and said by somebody else in the policy's place."""
+        self._unread = ids if fresh else self._unread + ids
+        self._held = 0 if fresh else self._held
+        self.turn += 1
+
+
+def chat(policy: Policy, sampler: Sampler, response_tokens: int) -> None:
+    """Answers lines from standard input until it ends."""
+    speaker = Speaker(policy, sampler, response_tokens)
+    tokenizer = policy.tokenizer
+    for line in _lines("you: "):
+        ids = tokenizer.following(line) if speaker.turn else tokenizer.first(line)
+        print(f"policy: {speaker.answer(ids, fresh=speaker.turn == 0)}", flush=True)
+
+
+def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, interactive: bool) -> None:
+    """Plays an episode of the run's environment: what is seen, said, done and got at each turn.
+
+    Sampled as `evaluate` samples the same task: with its seed and settings, the episode is the one that it counted.
+    """
+    config = policy.config
+    env, env_options = environment(config.env.name), config.env.to_dict()
+    env.prepare(env_options)
+    number, task = _task(env.list_tasks(split, env_options), split, wanted)
+    settings = rollout.rollout_config(config)
+    speaker = Speaker(policy, sampler, settings.response_tokens, settings.max_tokens, episode=number)
+    game = env.make_env(env_options)
+    try:
+        first = observation = game.reset(task)
+        print(f"task {task['id']}\n{observation.goal}")
+        history: list[tuple[str, str]] = []
+        lines = _lines("act (Enter: the agent): ") if interactive else None
+        while not observation.done and len(history) < settings.max_turns:
+            print(f"\n[{len(history) + 1}] {observation.text}")
+            given = "" if lines is None else next(lines, None)
+            if given is None:
+                return
+            answer, parsed = _act(policy.tokenizer, settings, speaker, first, history, observation, given)
+            print(f"answer: {answer}\naction: {parsed.action or '(none)'}", flush=True)
+            history.append((observation.text, parsed.action))
+            observation = game.step(parsed.action)
+            print(f"reward: {observation.reward:g}", flush=True)
+        outcome = "won" if observation.won else "not won"
+        print(f"\n{observation.text}\n{outcome}, score {observation.score:g}, {len(history)} turns")
+    finally:
+        game.close()
+
+
+def _act(tokenizer, settings, speaker: Speaker, first: Observation, history, observation: Observation, given: str):
+    """(answer, parsed action) of a turn: the policy's, or `given` in its place."""
+    ids = rollout.next_prompt(tokenizer, settings, first, history, observation)
+    fresh = settings.window is not None or not history
+    if given:
+        answer = agent.expert_answer(given, settings.style)
+        speaker.hear(ids + tokenizer.answer(answer), fresh)
+    else:
+        answer = speaker.answer(ids, fresh)
+    return answer, agent.parse_action(answer, tags=settings.style == "tagged")
+
+
+def _task(tasks: list[Task], split: str, wanted: str | None) -> tuple[int, Task]:
+    """A task with its number in the split, by number or id; the first one when None."""
+    wanted = "0" if wanted is None else wanted
+    for number, task in enumerate(tasks):
+        if wanted in (str(number), task["id"]):
+            return number, task
+    raise UserError(f"--task={wanted}: {split} has tasks 0 to {len(tasks) - 1}; give one of these or a task's id.")
+
+
+def _lines(prompt: str):
+    """Lines from standard input until it ends; the prompt is shown to a person only."""
+    while True:
+        if sys.stdin.isatty():
+            print(prompt, end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.strip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}.")
+
+
+def _number(kind: Callable, holds: Callable, rule: str):
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}") from None
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+        return value
+
+    return read
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m epo_jax.generate", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    count = _number(int, lambda value: value >= 0, "a whole number, zero or positive")
+    parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
+    parser.add_argument("--step", type=count, help="RL steps of the run's checkpoint; the newest if left out")
+    parser.add_argument("--prompt", help="one message to answer")
+    parser.add_argument("--play", action="store_true", help="play an episode of the run's environment")
+    parser.add_argument("--interactive", action="store_true", help="play, asking before each turn for an action of yours")
+    parser.add_argument("--split", default="valid_unseen", choices=SPLITS)
+    parser.add_argument("--task", help="number in the split, or id; the first if left out")
+    parser.add_argument("--temperature", default=0.4, type=_number(float, lambda v: v >= 0, "zero or positive"))
+    parser.add_argument("--top_k", default=0, type=count, help="0 = all tokens")
+    parser.add_argument("--top_p", default=1.0, type=_number(float, lambda v: 0 < v <= 1, "in (0, 1]"))
+    parser.add_argument("--max_tokens", default=512, type=_number(int, lambda v: v > 0, "a positive whole number"),
+                        help="of an answer, outside a game")  # fmt: skip
+    parser.add_argument("--seed", default=0, type=count)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of a model folder's arithmetic")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,257 @@
+"""A lane: the rows of one cache that are prefilled and decoded together, in shapes from a small table.
+
+What a lane does depends on the turns that it is given and on nothing else, so two plays of the same turns agree bit for bit.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from epo_jax.models import generate
+from epo_jax.models.decoder import DecoderConfig, Params
+
+# Every compiled shape is a choice from these: columns of an extend, tokens a row has room for, and rows (all of the lane's,
+# or a quarter of them); a lane halves its rows down to the smallest.
+WIDTHS = (16, 64, 256, 1024)
+SMALLEST_CAPACITY = 256
+SMALLEST_LANE = 4
+
+# A call of a compiled program costs about as much as this many tokens more.
+_CALL_TOKENS = 64
+
+
+class Turn(NamedTuple):
+    """What a row is to do: read `prompt`, emptied first where `fresh`, then sample up to `budget` tokens.
+
+    `position` tokens of turn `turn` of episode `episode` are sampled already; the three seed the sampling.
+    """
+
+    prompt: list[int]
+    fresh: bool
+    episode: int
+    turn: int
+    position: int
+    budget: int
+
+
+class Answer(NamedTuple):
+    """What a row sampled: ids, and for each its log-probability and the entropy of its distribution, nats."""
+
+    tokens: list[int]
+    log_prob: list[float]
+    entropy: list[float]
+
+
+class Programs:
+    """Lets threads call compiled functions together, but a new shape one after the other: it is compiled once."""
+
+    def __init__(self):
+        self._known: set[Hashable] = set()
+        self._lock = threading.Lock()
+
+    def call(self, shape: Hashable, function: Callable, *args, **kwargs):
+        if shape in self._known:
+            return function(*args, **kwargs)
+        with self._lock:
+            result = function(*args, **kwargs)
+            self._known.add(shape)
+            return result
+
+
+class Sampler(NamedTuple):
+    """How every row samples, see `generate.Sampling`, and how many tokens one call of `decode` samples at most."""
+
+    key: jax.Array
+    stop_tokens: tuple[int, ...]
+    temperature: float
+    top_k: int
+    top_p: float
+    block: int
+
+
+class Lane:
+    """Some rows of a cache. `size` is their number, which `keep` reduces.
+
+    Args:
+        cache_dtype: "int8", or None for the compute dtype.
+        sharding: of everything that has rows, where several devices share them.
+
+    Attributes:
+        prefill_seconds, decode_seconds: wall time of the work so far.
+        prompt_tokens: tokens that were read; those of a prompt that rows share count once.
+    """
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        params: Params,
+        size: int,
+        max_tokens: int,
+        sampler: Sampler,
+        programs: Programs,
+        cache_dtype: str | None = None,
+        sharding: jax.sharding.Sharding | None = None,
+    ):
+        self._cache_dtype, self._sharding = cache_dtype, sharding
+        self._model, self._params, self._sampler, self._programs = model, params, sampler, programs
+        self._max_tokens = max_tokens
+        self._cache: generate.Cache | None = None
+        self._capacity = 0
+        self._lengths = np.zeros(size, np.int64)
+        self.size = size
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prompt_tokens = 0
+
+    def keep(self, rows: list[int]) -> None:
+        """Leaves only these rows, in this order."""
+        if self._cache is not None:
+            self._cache = self._take(rows, self._capacity)
+        self._lengths, self.size = self._lengths[rows], len(rows)
+
+    def play(self, turns: dict[int, Turn]) -> dict[int, Answer]:
+        """Reads every row's prompt and samples its answer, or one block of it."""
+        started = time.perf_counter()
+        for row, turn in turns.items():
+            if turn.fresh:
+                self._lengths[row] = 0
+        self._make_room(max(self._lengths[row] + len(turn.prompt) + turn.budget for row, turn in turns.items()))
+        self._prefill(turns)
+        self._cache.lengths.block_until_ready()
+        prefilled = time.perf_counter()
+        answers = self._decode(turns)
+        self.prefill_seconds += prefilled - started
+        self.decode_seconds += time.perf_counter() - prefilled
+        return answers
+
+    def _call(self, function, *args, shape=(), **kwargs):
+        key = function, self.size, self._capacity, shape
+        return self._programs.call(key, function, *args, **kwargs)
+
+    def _take(self, rows: list[int], capacity: int) -> generate.Cache:
+        slots = np.asarray(rows, np.int32)
+        return self._placed(self._call(generate.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity)))
+
+    def _placed(self, cache: generate.Cache) -> generate.Cache:
+        return cache if self._sharding is None else jax.device_put(cache, self._sharding)
+
+    def _make_room(self, tokens: int) -> None:
+        capacity = capacity_for(tokens, self._max_tokens)
+        if self._cache is None:
+            self._cache = self._placed(generate.init_cache(self._model, self.size, capacity, self._cache_dtype))
+        elif capacity > self._capacity:
+            self._cache = self._take(list(range(self.size)), capacity)
+        self._capacity = max(self._capacity, capacity)
+
+    def _prefill(self, turns: dict[int, Turn]) -> None:
+        """Appends the prompts. Rows that start with the same prompt take it from the first of them."""
+        source, first = list(range(self.size)), {}
+        for row, turn in turns.items():
+            if turn.fresh:
+                source[row] = first.setdefault(tuple(turn.prompt), row)
+        readers = {row: turn for row, turn in turns.items() if source[row] == row}
+        start = 0
+        for width in pieces(tuple(sorted(len(turn.prompt) for turn in readers.values())), self.size):
+            here = [row for row, turn in readers.items() if len(turn.prompt) > start]
+            self._extend(here, readers, start, width)
+            start += width
+        if source != list(range(self.size)):
+            self._cache = self._take(source, self._capacity)
+        for row, turn in turns.items():
+            self._lengths[row] += len(turn.prompt)
+
+    def _extend(self, rows: list[int], turns: dict[int, Turn], start: int, width: int) -> None:
+        count = _rows_for(len(rows), self.size)
+        chosen = count < self.size
+        slots = np.full(count, self.size, np.int32)
+        tokens, counts, fresh = np.zeros((count, width), np.int32), np.zeros(count, np.int32), np.zeros(count, bool)
+        for i, row in enumerate(rows):
+            at = i if chosen else row
+            piece = turns[row].prompt[start : start + width]
+            tokens[at, : len(piece)], counts[at], slots[at] = piece, len(piece), row
+            fresh[at] = turns[row].fresh and start == 0
+        given = (tokens, counts, fresh, slots) if chosen else (tokens, counts, fresh)
+        self._cache = self._call(
+            generate.extend, self._model, self._params, self._cache, *given, shape=(count, width)
+        )
+        self.prompt_tokens += int(counts.sum())
+
+    def _decode(self, turns: dict[int, Turn]) -> dict[int, Answer]:
+        sampler, size = self._sampler, self.size
+        ints = {name: np.zeros(size, np.int32) for name in ("episode", "turn", "position", "budget")}
+        for row, turn in turns.items():
+            for name, values in ints.items():
+                values[row] = getattr(turn, name)
+        sampling = generate.Sampling(
+            np.full(size, sampler.temperature, np.float32),
+            np.full(size, sampler.top_k, np.int32),
+            np.full(size, sampler.top_p, np.float32),
+        )
+        self._cache, sampled = self._call(
+            generate.decode, self._model, self._params, self._cache, sampler.key, **ints, sampling=sampling,
+            stop_tokens=np.asarray(sampler.stop_tokens, np.int32), block=sampler.block,
+        )  # fmt: skip
+        tokens, log_prob, entropy, counts = (np.asarray(a) for a in sampled)
+        answers = {}
+        for row in turns:
+            n = int(counts[row])
+            self._lengths[row] += n - 1  # the last token comes with the next prompt
+            answers[row] = Answer(*(a[row, :n].tolist() for a in (tokens, log_prob, entropy)))
+        return answers
+
+
+def capacity_for(tokens: int, most: int) -> int:
+    """The smallest capacity of the table that holds `tokens`: doubling up to `most`."""
+    capacity = SMALLEST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    return min(capacity, most)
+
+
+def _rows_for(count: int, size: int) -> int:
+    """Rows that are computed for `count` rows with something new: a quarter of the lane where that is enough."""
+    return size // 4 if 0 < count <= size // 4 else size
+
+
+@functools.lru_cache(maxsize=4096)
+def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The widths of successive extends that read prompts of these lengths at the least cost.
+
+    Each extend reads the next columns of every prompt that is not read to its end; a few long prompts are then read in a
+    quarter of the rows.
+
+        lengths 9, 10, ..., 10, 20 in a lane of 16: 16 columns of all rows and 16 more of four
+    """
+    longest = max(lengths, default=0)
+    best: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def cheapest(start: int) -> tuple[int, tuple[int, ...]]:
+        if start >= longest:
+            return 0, ()
+        if start not in best:
+            rows = _rows_for(sum(n > start for n in lengths), size)
+            enough = next((i for i, width in enumerate(WIDTHS) if width >= longest - start), len(WIDTHS) - 1)
+            options = []
+            for width in WIDTHS[: enough + 1]:
+                cost, rest = cheapest(start + width)
+                options.append((cost + rows * width + _CALL_TOKENS, (width, *rest)))
+            best[start] = min(options)
+        return best[start]
+
+    # From the end on, so that no long prompt recurses deeply.
+    for start in range(longest - longest % WIDTHS[0], 0, -WIDTHS[0]):
+        cheapest(start)
+    return cheapest(0)[1]
+
+
+def most_programs(size: int, max_tokens: int) -> int:
+    """Upper bound on the programs that a lane of `size` rows can ask for, whatever is played in it."""
+    sizes, capacities = [size], {capacity_for(n, max_tokens) for n in range(1, max_tokens + 1)}
+    while sizes[-1] // 2 >= SMALLEST_LANE:
+        sizes.append(sizes[-1] // 2)
+    widths = [w for i, w in enumerate(WIDTHS) if i == 0 or WIDTHS[i - 1] < max_tokens]
+    return len(sizes) * len(capacities) * (1 + 2 * len(widths))
