@@ -217,7 +217,7 @@ def _scienceworld() -> ConfigDict:
 
 
 def _own(name: str, options: dict[str, Any]) -> ConfigDict:
-    return ConfigDict({"name": name, "workers": 2, "max_turns": 50, **options})  # in the words of the others
+    return ConfigDict({"name": name, "workers": 2, "max_turns": 50, **options})  # with the meaning they have elsewhere
 
 
 ENV_SECTIONS = {"alfworld": _alfworld, "scienceworld": _scienceworld}
