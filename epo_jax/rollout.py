@@ -298,9 +298,8 @@ class _Rollout:
         return True
 
     def reset(self, place: int, episode: Episode) -> _Live:
-        """Starts an episode; a group's members share a worker where they can: it has loaded their task already."""
-        handle = min(self.free_handles, key=lambda h: ((h - episode.group) % self.pool.workers, h))
-        self.free_handles.remove(handle)
+        """Starts an episode."""
+        handle = self.free_handles.pop()
         self.pool.reset(handle, episode.task)
         self.under_way += 1
         return _Live(episode, place, handle, Trajectory(task=episode.task, group=episode.group))
