@@ -234,11 +234,11 @@ def test_batch_scope_compares_the_mean_of_the_batch():
 
 def test_record_appends_the_sampled_entropy_of_this_step():
     rows = pack(trajectories(0), PACKED, 60)
-    history = record(past(BASE), rows["old_entropy"], rows["mask"], rows["turn"], HYPER, BASE)
+    history = record(past(BASE), rows["old_entropy"], rows["mask"], rows["trajectory"], rows["turn"], HYPER, BASE)
     assert history.count == 3
     np.testing.assert_allclose(history.values[2, 0], by_token(rows["old_entropy"], rows).mean(), rtol=1e-5)
     by_turn = dataclasses.replace(BASE, history_index="turn")
-    history = record(past(by_turn), rows["old_entropy"], rows["mask"], rows["turn"], HYPER, by_turn)
+    history = record(past(by_turn), rows["old_entropy"], rows["mask"], rows["trajectory"], rows["turn"], HYPER, by_turn)
     last = np.asarray(rows["old_entropy"])[(rows["turn"] == 2) & (rows["mask"] > 0)].mean()
     np.testing.assert_allclose(history.values[2, 2], last, rtol=1e-5)
 
