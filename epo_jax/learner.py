@@ -310,8 +310,8 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
         estimated, given_weight = advantages(batch, data, hyper, key)
 
         # A corridor is built from earlier steps alone; the release has the current one in it.
-        flat = (x.reshape(-1, x.shape[-1]) for x in (data["old_entropy"], batch.policy_mask, batch.turn))
-        history = record(state.history, *flat, hyper, objective)
+        by_token = (data["old_entropy"], batch.policy_mask, batch.trajectory, batch.turn)
+        history = record(state.history, *(x.reshape(-1, x.shape[-1]) for x in by_token), hyper, objective)
         seen = history if objective.released else state.history
 
         def update(carry, step_and_mini):

@@ -5,7 +5,7 @@ Four places where a control can act, each with one signature, so that `registry`
     shaper(advantage, episodes, hyper, objective) -> advantage                           once, before training
     token control(rows, key, hyper) -> rows                                              once per mini-batch
     entropy term(entropy, rows, smoothing, hyper, objective) -> (loss, penalty)          in the loss
-    coefficient(history, hyper) -> lam                                                   once per RL step
+    coefficient(history, batch_entropy, hyper) -> lam                                    once per mini-batch
 
 Anything that a whole mini-batch decides (a mean inside a square, a quantile) is decided from the entropies as they were
 sampled, so the loss stays a sum over tokens and no split into micro-batches changes it.
@@ -13,7 +13,7 @@ sampled, so the loss stays a sum over tokens and no split into micro-batches cha
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from epo_jax.objectives import policy
 from epo_jax.objectives.advantages import turn_sums
@@ -57,18 +57,29 @@ def epo_term(
 def siren_term(
     entropy: Float[Array, "B T"], rows: LossRows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
 ) -> TermAndPenalty:
-    """SIREN (arXiv 2509.25133): lam * (mean entropy - anchor)^2 over the tokens of peak entropy, whose anchor is the
-    first step's mean (history `initial`). The square is linearised at the mean as sampled."""
+    """SIREN (arXiv 2509.25133): lam * (mean entropy - anchor)^2 over each episode's tokens of peak entropy, whose anchor
+    is the first step's mean (history `initial`). The square is linearised at the mean as sampled."""
     gap = (smoothing.batch_entropy - smoothing.center[0]) * smoothing.known[0]
     square = jnp.square(gap) + 2.0 * gap * (entropy - smoothing.batch_entropy)
     return smoothing.lam * (rows.entropy_weight * square).sum(), jnp.zeros_like(entropy)
 
 
 def peak_mask(
-    entropy: Float[Array, "B T"], policy_mask: Float[Array, "B T"], quantile: Float[Array, ""] | float
+    entropy: Float[Array, "B T"],
+    policy_mask: Float[Array, "B T"],
+    trajectory: Int[Array, "B T"],
+    num_trajectories: int,
+    quantile: Float[Array, ""] | float,
 ) -> Float[Array, "B T"]:
-    """1 on the policy tokens at or above the given quantile of entropy."""
-    return largest(entropy, policy_mask, 1.0 - quantile)
+    """1 on each trajectory's policy tokens at or above its own quantile of entropy, at least one (with ties, all)."""
+    owner = jnp.where(policy_mask > 0, trajectory, num_trajectories).ravel()
+    size = jax.ops.segment_sum(jnp.ones(owner.size, jnp.int32), owner, num_trajectories + 1)
+    order = jnp.lexsort((-entropy.ravel(), owner))
+    rank = jnp.arange(owner.size) - (jnp.cumsum(size) - size)[owner[order]]
+    count = jnp.maximum(jnp.floor((1.0 - quantile) * size + 1e-4).astype(jnp.int32), 1)[owner[order]]
+    ordered = jnp.where(rank < count, entropy.ravel()[order], jnp.inf)
+    least = jax.ops.segment_min(ordered, owner[order], num_trajectories + 1)
+    return jnp.where((entropy.ravel() >= least[owner]) & (owner < num_trajectories), 1.0, 0.0).reshape(entropy.shape)
 
 
 def largest(x: Float[Array, "B T"], mask: Float[Array, "B T"], fraction: Float[Array, ""] | float):
@@ -81,27 +92,27 @@ def largest(x: Float[Array, "B T"], mask: Float[Array, "B T"], fraction: Float[A
 # Coefficients
 
 
-def fixed_coefficient(history: EntropyHistory, hyper: Hyper) -> Float[Array, ""]:
+def fixed_coefficient(history: EntropyHistory, batch_entropy: Float[Array, ""], hyper: Hyper) -> Float[Array, ""]:
     """lam, the same at every step."""
     return jnp.asarray(hyper.lam, jnp.float32)
 
 
-def target_coefficient(history: EntropyHistory, hyper: Hyper) -> Float[Array, ""]:
+def target_coefficient(history: EntropyHistory, batch_entropy: Float[Array, ""], hyper: Hyper) -> Float[Array, ""]:
     """Adaptive coefficient (Skywork-OR1, arXiv 2505.22312): from `lam`, up by `target_delta` after a step whose entropy
-    was below `target_entropy`, down after one above, never negative, and off while the last entropy is above.
+    was below `target_entropy`, down after one above, kept in [0, `target_cap`]; off while the mini-batch's own entropy, as
+    sampled, is above the target.
 
     A function of the history alone: a resumed run continues with the same coefficient and there is no other state.
     """
 
     def move(coefficient, entry):
         mean, observed = entry
-        moved = jnp.maximum(coefficient + hyper.target_delta * jnp.sign(hyper.target_entropy - mean), 0.0)
-        return jnp.where(observed > 0, moved, coefficient), None
+        moved = coefficient + hyper.target_delta * jnp.sign(hyper.target_entropy - mean)
+        return jnp.where(observed > 0, jnp.clip(moved, 0.0, hyper.target_cap), coefficient), None
 
     means = (history.values * history.observed).sum(1) / jnp.maximum(history.observed.sum(1), 1.0)
     coefficient, _ = jax.lax.scan(move, jnp.asarray(hyper.lam, jnp.float32), (means, history.observed.max(1)))
-    above = means[jnp.maximum(history.count - 1, 0)] > hyper.target_entropy
-    return jnp.where((history.count > 0) & above, 0.0, coefficient)
+    return jnp.where(batch_entropy > hyper.target_entropy, 0.0, coefficient)
 
 
 # Shapers
@@ -121,7 +132,7 @@ def empg(
     """EMPG (arXiv 2509.09265): confident turns weigh more, and turns that lead to a confident one get a bonus.
 
     With h the turn's mean entropy scaled to [0, 1] over the batch: A g(h_t) + empg_bonus f(h_{t+1}), f(h) =
-    exp(-empg_sharpness h), g = f over its mean, then centred over policy tokens. The last turn has no bonus.
+    exp(-empg_sharpness h), g = f over its mean, then centred over turns. The last turn has no bonus.
     """
     shape, index = (objective.num_trajectories, objective.max_turns), (episodes.trajectory, episodes.turn)
     tokens = turn_sums(episodes.policy_mask, *index, shape)
@@ -133,8 +144,8 @@ def empg(
     scale = clarity * present.sum().astype(jnp.float32) / (clarity.sum() + 1e-8)
     bonus = jnp.pad(clarity[:, 1:], ((0, 0), (0, 1)))
     shaped = advantage * scale[index] + hyper.empg_bonus * bonus[index]
-    mean = (shaped * episodes.policy_mask).sum() / jnp.maximum(episodes.policy_mask.sum(), 1.0)
-    return shaped - mean
+    by_turn = turn_sums(shaped * episodes.policy_mask, *index, shape) / jnp.maximum(tokens, 1.0)
+    return shaped - by_turn.sum() / jnp.maximum(present.sum(), 1)
 
 
 # Token controls
@@ -146,16 +157,29 @@ def covariance(rows: LossRows) -> Float[Array, "B T"]:
     return log_prob * (rows.advantage - (rows.advantage * rows.mean_weight).sum())
 
 
+def lots(rows: LossRows, key: Array) -> Float[Array, "B T"]:
+    """A uniform number for every policy token, a function of the token's episode and place in it: packing moves none."""
+    before = jnp.cumsum(rows.policy_mask, axis=1) - rows.policy_mask
+    starts = jnp.diff(rows.trajectory, axis=1, prepend=-1) != 0
+    place = (before - jax.lax.cummax(jnp.where(starts, before, 0.0), axis=1)).astype(jnp.int32)
+
+    def draw(trajectory, place):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, trajectory), place))
+
+    return jax.vmap(jax.vmap(draw))(rows.trajectory, place)
+
+
 def clip_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
     """Clip-Cov: a random `cov_fraction` of the tokens, drawn from those with covariance in (cov_low, cov_high), gives
     no policy gradient."""
     share = covariance(rows)
     band = jnp.where((share > hyper.cov_low) & (share < hyper.cov_high), rows.policy_mask, 0.0)
-    drawn = largest(jax.random.uniform(key, band.shape) * band, rows.policy_mask, hyper.cov_fraction) * band
+    drawn = largest(lots(rows, key) * band, rows.policy_mask, hyper.cov_fraction) * band
     return rows._replace(surrogate_weight=rows.surrogate_weight * (1.0 - drawn))
 
 
 def kl_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
-    """KL-Cov: the `cov_fraction` of tokens with the largest covariance pays `cov_coef` * |log pi - log pi_old|."""
+    """KL-Cov: the `cov_fraction` of tokens with the largest covariance pays `cov_coef` * |log pi - log pi_old|. The arm
+    opens PPO's clip, which this divergence replaces."""
     chosen = largest(covariance(rows), rows.policy_mask, hyper.cov_fraction)
     return rows._replace(divergence_weight=rows.weight * chosen * hyper.cov_coef)

@@ -28,13 +28,14 @@ def init_history(num_steps: int, num_turns: int | None = None) -> EntropyHistory
 
 
 def step_entropy(
-    entropy: Float[Array, "B T"], mask: Float[Array, "B T"], turn: Int[Array, "B T"], num_turns: int | None = None
+    entropy: Float[Array, "B T"], weight: Float[Array, "B T"], turn: Int[Array, "B T"], num_turns: int | None = None
 ) -> tuple[Float[Array, " I"], Float[Array, " I"]]:
-    """Mean entropy of one RL step's policy tokens as they were sampled: (mean [I], observed [I]), ready to append."""
+    """Mean entropy of one RL step's tokens as they were sampled, each with its weight (the policy mask: all alike):
+    (mean [I], observed [I]), ready to append."""
     index = turn.ravel() if num_turns else jnp.zeros(turn.size, jnp.int32)
-    tokens = jax.ops.segment_sum(mask.ravel(), index, num_turns or 1)
-    total = jax.ops.segment_sum((entropy * mask).ravel(), index, num_turns or 1)
-    return total / jnp.maximum(tokens, 1.0), (tokens > 0).astype(jnp.float32)
+    share = jax.ops.segment_sum(weight.ravel(), index, num_turns or 1)
+    total = jax.ops.segment_sum((entropy * weight).ravel(), index, num_turns or 1)
+    return total / jnp.where(share > 0, share, 1.0), (share > 0).astype(jnp.float32)
 
 
 def append(history: EntropyHistory, mean: Float[Array, " I"], observed: Float[Array, " I"]) -> EntropyHistory:

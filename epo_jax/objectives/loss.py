@@ -88,7 +88,7 @@ def loss_rows(
         surrogate_weight=surrogate_weight,
         divergence_weight=jnp.zeros_like(weight),
         entropy_weight=weights(
-            _regularised(behaviour_entropy, policy_mask, hyper, objective),
+            _regularised(behaviour_entropy, policy_mask, trajectory, hyper, objective),
             objective.entropy_aggregation, hyper.turn_decay,
         ),
         mean_weight=weights(policy_mask, "token-mean"),
@@ -108,12 +108,13 @@ def smoothing_terms(
     """The corridor and its weight at RL step `step` (from 0) of `total_steps`, from earlier steps' entropies alone."""
     center, known = entropy.center(history, objective.history, hyper.window, hyper.ema_decay)
     total = jnp.maximum(rows.entropy_weight.sum(), 1e-30)
+    batch_entropy = jax.lax.stop_gradient((behaviour_entropy * rows.entropy_weight).sum() / total)
     return Smoothing(
         center=center,
         known=known,
         beta=entropy.phase_weight(objective.phase, step, objective.phase_steps or total_steps, hyper.gamma),
-        lam=registry.COEFFICIENTS[objective.coefficient](history, hyper),
-        batch_entropy=jax.lax.stop_gradient((behaviour_entropy * rows.entropy_weight).sum() / total),
+        lam=registry.COEFFICIENTS[objective.coefficient](history, batch_entropy, hyper),
+        batch_entropy=batch_entropy,
     )
 
 
@@ -162,19 +163,29 @@ def record(
     history: EntropyHistory,
     behaviour_entropy: Float[Array, "B T"],
     policy_mask: Float[Array, "B T"],
+    trajectory: Int[Array, "B T"],
     turn: Int[Array, "B T"],
     hyper: Hyper,
     objective: ObjectiveConfig,
 ) -> EntropyHistory:
-    """The history with this RL step's mean entropy, of the data as it was sampled, for the steps to come."""
-    mask = _regularised(behaviour_entropy, policy_mask, hyper, objective)
+    """The history with this RL step's mean entropy over policy tokens, of the data as it was sampled, for the steps to
+    come. SIREN's is the mean that its own term takes."""
+    weight = policy_mask
+    if objective.entropy_term == "siren":
+        peaks = _regularised(behaviour_entropy, policy_mask, trajectory, hyper, objective)
+        shape = objective.num_trajectories, objective.max_turns
+        weight = policy.token_weights(
+            peaks, trajectory, turn, *shape, objective.entropy_aggregation, hyper.turn_decay, objective.max_tokens
+        )
     num_turns = objective.max_turns if objective.history_index == "turn" else None
-    step = entropy.step_entropy(behaviour_entropy, mask, turn, num_turns)
+    step = entropy.step_entropy(behaviour_entropy, weight, turn, num_turns)
     return entropy.append(history, *(released_rows.left_padded(*step) if objective.released else step))
 
 
-def _regularised(behaviour_entropy, policy_mask, hyper, objective):
+def _regularised(behaviour_entropy, policy_mask, trajectory, hyper, objective):
     """Mask of the tokens whose entropy is regularised: all, or with SIREN those of peak entropy."""
     if objective.entropy_term == "siren":
-        return controls.peak_mask(behaviour_entropy, policy_mask, hyper.peak_quantile)
+        return controls.peak_mask(
+            behaviour_entropy, policy_mask, trajectory, objective.num_trajectories, hyper.peak_quantile
+        )
     return policy_mask

@@ -105,14 +105,17 @@ def ppo_surrogate(
     log_ratio = jnp.clip(log_ratio, -20.0, 20.0)
     ratio = jnp.exp(log_ratio)
     plain = -advantage * ratio
-    clipped = -advantage * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    loss = jnp.maximum(plain, clipped)
+    clipped = -advantage * jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
     bound = -advantage * dual_clip
+    # Selections, not maximum(): a token whose clip decides has gradient 0 whatever its weight, were it NaN.
+    by_clip = clipped > plain
+    loss = jnp.where(by_clip, clipped, plain)
+    by_bound = (loss > bound) & (advantage < 0)
     return Surrogate(
-        loss=jnp.where(advantage < 0, jnp.minimum(loss, bound), loss),
+        loss=jnp.where(by_bound, bound, loss),
         log_ratio=log_ratio,
-        clipped=(clipped > plain).astype(jnp.float32),
-        dual_clipped=((loss > bound) & (advantage < 0)).astype(jnp.float32),
+        clipped=by_clip.astype(jnp.float32),
+        dual_clipped=by_bound.astype(jnp.float32),
     )
 
 

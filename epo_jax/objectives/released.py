@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from epo_jax.objectives import advantages, policy
 from epo_jax.objectives.entropy import corridor_penalty, phase_weight
@@ -37,8 +37,9 @@ def centred(x: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Float[Ar
 
 
 def whiten(x: Float[Array, "*shape"], mask: Float[Array, "*shape"], shift_mean: bool = True) -> Float[Array, "*shape"]:
-    """Unlike ours, leaves (shifted and scaled) values off the mask."""
+    """Unlike ours, leaves (shifted and scaled) values off the mask. NaN with fewer than two entries."""
     whitened = centred(x, mask) * jax.lax.rsqrt(masked_var(x, mask) + 1e-8)
+    whitened = jnp.where(mask.sum() > 1, whitened, jnp.nan)
     return whitened if shift_mean else whitened + masked_mean(x, mask)
 
 
@@ -88,7 +89,8 @@ def outcome_advantage(
     every_row: bool = True,
     normalise: bool = True,
 ) -> Float[Array, "B T"]:
-    """Each row's score (the sum of its rewards) against its group, spread over the row's tokens."""
+    """Each row's score (the sum of its rewards) against its group, spread over the row's tokens. In a group of one pass@k
+    is NaN."""
     scores = rewards.sum(-1)
     deviation, std, size = row_statistics(scores, group, trajectory, every_row)
     match name:
@@ -102,6 +104,7 @@ def outcome_advantage(
         case "pass@k":
             row = best_margin(scores, group, jnp.ones_like(scores) if every_row else first_rows(trajectory))
             row = row / (std + advantages.EPSILON) if normalise else row
+            row = jnp.where(size > 1, row, jnp.nan)
     return row[:, None] * mask
 
 
@@ -173,13 +176,13 @@ class PenaltyConfig(NamedTuple):
 
 
 def outside_corridor(
-    entropy: Float[Array, "B T"], center: Float[Array, " B"], penalty: PenaltyConfig
-) -> Bool[Array, "B T"]:
-    """Where the token's entropy, or with `scope="seq"` its row's mean over all columns, padding included, lies outside
-    the corridor around its turn's past entropy."""
+    entropy: Float[Array, "B T"], history: Float[Array, " S"], turn: Int[Array, " B"], penalty: PenaltyConfig
+) -> Float[Array, "B T"]:
+    """1 where the token's entropy, or with `scope="seq"` its row's mean over all columns, padding included, lies outside
+    the corridor around its turn's past entropy, else 0; NaN for a turn beyond the history."""
     measured = entropy if penalty.scope == "token" else jnp.broadcast_to(entropy.mean(1, keepdims=True), entropy.shape)
-    center = jnp.broadcast_to(center[:, None], entropy.shape)
-    return corridor_penalty(measured, center, penalty.low, penalty.high, "indicator") > 0
+    center = jnp.broadcast_to(history.at[turn].get(mode="fill", fill_value=jnp.nan)[:, None], entropy.shape)
+    return corridor_penalty(measured, center, penalty.low, penalty.high, "indicator") + 0.0 * center
 
 
 def surrogate(
@@ -221,16 +224,19 @@ def actor_loss(
     """The loss of one micro-batch of turn rows; the release averages these over micro-batches, each counting alike.
 
     `history` is the mean entropy per turn index of this batch and earlier ones, left-padded with zeros. The corridor
-    term is a constant of the parameters: with or without it the gradient is that of a plain entropy bonus.
+    term is a constant of the parameters: with or without it the gradient is that of a plain entropy bonus. Raises
+    ValueError for a penalty without any history.
     """
     loss, metrics = surrogate(log_prob, old_log_prob, advantage, mask, hyper, mode)
     bonus = aggregate(entropy, mask, mode)
     if penalty is not None:
+        if not history.size:
+            raise ValueError("The release's penalty needs a history of one entropy per turn; this one is empty.")
         open_gate = (turn >= penalty.first_turn)[:, None]
-        outside = outside_corridor(entropy, history[turn], penalty)
+        outside = outside_corridor(entropy, history, turn, penalty)
         weight = phase_weight("released", epoch, PHASE_STEPS) if epoch_weight else 1.0
-        bonus -= weight * penalty.coef * aggregate(jnp.where(outside & open_gate, penalty.outside, 0.0), mask, mode)
-        metrics["entropy_mask_ratio"] = (~outside & open_gate).astype(jnp.float32).mean()
+        bonus -= weight * penalty.coef * aggregate(jnp.where(open_gate, penalty.outside * outside, 0.0), mask, mode)
+        metrics["entropy_mask_ratio"] = jnp.where(open_gate, 1.0 - outside, 0.0).mean()
     loss -= hyper.lam * bonus
     if kl != "none":
         metrics["kl_loss"] = aggregate(policy.kl_estimate(log_prob, ref_log_prob, kl), mask, mode)

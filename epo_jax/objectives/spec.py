@@ -58,9 +58,10 @@ class Hyper(NamedTuple):
     cov_low: Scalar = 1.0  # Clip-Cov: band of covariances it draws from
     cov_high: Scalar = 5.0
     cov_coef: Scalar = 1.0  # KL-Cov: weight of its divergence
-    peak_quantile: Scalar = 0.8  # SIREN: only tokens above this quantile of entropy are regularised
+    peak_quantile: Scalar = 0.8  # SIREN: only tokens above this quantile of their episode's entropy are regularised
     target_entropy: Scalar = 0.2  # nats; adaptive coefficient
-    target_delta: Scalar = 0.0005
+    target_delta: Scalar = 1e-4  # per RL step
+    target_cap: Scalar = 0.005
 
 
 @dataclasses.dataclass(frozen=True)

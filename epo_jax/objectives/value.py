@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -22,6 +23,6 @@ def value_loss(
 
     Aggregate with `policy.token_weights`.
     """
-    kept = jnp.clip(value, old_value - clip, old_value + clip)
+    kept = jax.lax.stop_gradient(jnp.clip(value, old_value - clip, old_value + clip))
     plain, clipped = jnp.square(value - returns), jnp.square(kept - returns)
-    return ValueLoss(jnp.maximum(plain, clipped), (clipped > plain).astype(jnp.float32))
+    return ValueLoss(jnp.where(clipped > plain, clipped, plain), (clipped > plain).astype(jnp.float32))

@@ -1,9 +1,9 @@
 """The release's recorded outputs: `tests/golden/`, or the folder named by EPO_GOLDEN_DIR.
 
 `check(function, reproduce)` runs every recorded case of a function through `reproduce(inputs, **kwargs) -> outputs` and
-compares every output, and every recorded gradient with the gradient of ours. String inputs (group, trajectory and
-observation names) arrive as integers. NaN equals NaN; but where the loss itself is NaN (an empty row), torch and JAX
-differ on whether that row's clipped tokens get 0 or NaN, so such rows' gradients are not compared.
+compares every output, and every recorded gradient with the gradient of ours; it fails where one is left out. String inputs
+(group, trajectory and observation names) arrive as integers. NaN equals NaN. `test_golden_coverage.py` sees to it that
+every recorded function is checked.
 """
 
 import functools
@@ -66,24 +66,35 @@ def _compiled(reproduce, settings: str, with_gradient: tuple[str, ...]):
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def check(function: str, reproduce, rtol: float = 1e-5, atol: float = 1e-6) -> int:
-    """Asserts that every case of `function` is reproduced; returns how many arrays were compared."""
-    failures, compared = [], 0
+def recorded(function: str) -> set[tuple[str, str, str]]:
+    """(case, "out" or "grad", name) of everything that the manifest says was recorded of a function's return."""
+    return {
+        (case["case"], kind, name)
+        for case in cases(function)
+        for kind, field in (("out", "outputs"), ("grad", "grads"))
+        for name, *_ in case[field]
+    }
+
+
+def check(function: str, reproduce, rtol: float = 1e-5, atol: float = 1e-6, compiled: bool = True) -> None:
+    """Asserts that every case of `function` is reproduced, every array of it. With `compiled=False`, `reproduce` runs as it
+    stands and sees all of its keywords."""
+    failures, compared = [], set()
     for case in cases(function):
         expected_out, expected_grad = arrays(case, "out"), arrays(case, "grad")
-        numbers = {k: v for k, v in case["kwargs"].items() if isinstance(v, float)}
-        settings = json.dumps({k: v for k, v in case["kwargs"].items() if k not in numbers}, sort_keys=True)
-        run = _compiled(reproduce, settings, tuple(sorted(expected_grad)))
-        outputs, gradients = jax.device_get(run(inputs(case), numbers))
+        if compiled:
+            numbers = {k: v for k, v in case["kwargs"].items() if isinstance(v, float)}
+            settings = json.dumps({k: v for k, v in case["kwargs"].items() if k not in numbers}, sort_keys=True)
+            run = _compiled(reproduce, settings, tuple(sorted(expected_grad)))
+            outputs, gradients = jax.device_get(run(inputs(case), numbers))
+        else:
+            outputs, gradients = reproduce(inputs(case), **case["kwargs"]), {}
         for kind, expected, found in (("out", expected_out, outputs), ("grad", expected_grad, gradients)):
             for name, value in expected.items():
-                compared += 1
-                if kind == "grad" and np.isnan(next(iter(expected_out.values()))).any():
-                    value = np.where(np.isnan(value).any(-1, keepdims=True), np.nan, value)
+                compared.add((case["case"], kind, name))
                 try:
                     np.testing.assert_allclose(found[name], value, rtol=rtol, atol=atol)
                 except (AssertionError, KeyError) as error:
-                    failures.append(f"{case['case']} {kind} {name} ({case['note']}, {case['kwargs']}): {error}")
-    assert not failures, f"{len(failures)} of {compared} arrays of {function} differ:\n" + "\n".join(failures[:3])
-    assert compared, f"{FOLDER} holds no case of {function}."
-    return compared
+                    failures.append(f"{case['case']} {kind} {name} ({case['note']}, {case['kwargs']}): {error!r}")
+    assert not failures, f"{len(failures)} of {len(compared)} arrays of {function} differ:\n" + "\n".join(failures[:3])
+    assert compared == recorded(function) != set(), f"{FOLDER}: the arrays of {function} are not those of the manifest."

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.objectives import controls, entropy
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig, loss_rows, smoothing_terms
-from tests.objectives.problems import NUM, PACKED, TURNS, advantages, episodes_of, pack, trajectories
+from epo_jax.objectives import controls, entropy, registry
+from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episodes_of, pack, trajectories
 
 OBJECTIVE = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS)
 
@@ -53,7 +53,8 @@ def test_empg_against_loops(rows, batch, advantage):
         here = (rows["trajectory"] == i) & (rows["turn"] == t) & (rows["mask"] > 0)
         expected[here] = advantages(0)[i] * clear[i, t] / scale + 0.2 * clear.get((i, t + 1), 0.0)
     keep = np.asarray(rows["mask"]) > 0
-    np.testing.assert_allclose(np.asarray(found)[keep], expected[keep] - expected[keep].mean(), rtol=1e-4, atol=1e-5)
+    center = np.mean([expected[(rows["trajectory"] == i) & (rows["turn"] == t) & keep].mean() for i, t in clear])
+    np.testing.assert_allclose(np.asarray(found)[keep], expected[keep] - center, rtol=1e-4, atol=1e-5)
 
 
 def covariances(rows, advantage):
@@ -71,6 +72,19 @@ def test_kl_cov_charges_the_tokens_of_largest_covariance(rows, advantage):
     np.testing.assert_array_equal(found.surrogate_weight, found.weight)
 
 
+def test_the_divergence_of_kl_cov_takes_the_place_of_every_clip(rows, advantage):
+    objective, hyper = registry.arm("grpo+kl_cov", OBJECTIVE, Hyper(kl_coef=0.0, cov_fraction=0.1))
+    part = table(rows, advantage, hyper, objective)
+    smoothing = smoothing_terms(entropy.init_history(4), 0, 4, rows["old_entropy"], part, hyper, objective)
+    log_ratio = 5.0 * (rows["log_prob"] - rows["old_log_prob"])  # far beyond what PPO keeps
+    loss, sums = epo_loss(rows["old_log_prob"] + log_ratio, rows["entropy"], part, smoothing, hyper, objective)
+    share, keep = covariances(rows, advantage)
+    charged = share >= np.sort(share.ravel())[-int(0.1 * keep.sum())]
+    expected = np.mean((-advantage * np.exp(log_ratio) + charged * np.abs(log_ratio))[keep])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert sums["clip_fraction"] == sums["dual_clip_fraction"] == 0.0
+
+
 def test_clip_cov_silences_some_tokens_of_the_band(rows, advantage):
     share, keep = covariances(rows, advantage)
     hyper = Hyper(cov_fraction=0.1, cov_low=0.1, cov_high=1.0)
@@ -84,20 +98,45 @@ def test_clip_cov_silences_some_tokens_of_the_band(rows, advantage):
     assert (silenced[0] != silenced[1]).any()
 
 
+def test_clip_covs_lots_follow_the_token_wherever_it_is_packed():
+    key, found = jax.random.key(3), []
+    for layout, length in ((ONE_PER_ROW, 24), (PACKED, 60)):
+        rows = pack(trajectories(0), layout, length)
+        drawn = controls.lots(table(rows, jnp.zeros_like(rows["mask"]), Hyper()), key)
+        found.append([np.asarray(drawn)[(rows["trajectory"] == i) & (rows["mask"] > 0)] for i in range(NUM)])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    values = np.concatenate(found[0])
+    assert len(set(values.tolist())) == values.size and 0.3 < values.mean() < 0.7
+
+
 def test_clip_cov_with_an_empty_band_silences_nothing(rows, advantage):
     hyper = Hyper(cov_low=1e6, cov_high=2e6)
     found = controls.clip_cov(table(rows, advantage, hyper), jax.random.key(0), hyper)
     np.testing.assert_array_equal(found.surrogate_weight, found.weight)
 
 
+def peaks_by_hand(rows, quantile):
+    """The top share of each episode's tokens by sampled entropy, at least one."""
+    h, peak = np.asarray(rows["old_entropy"]), np.zeros(rows["mask"].shape, bool)
+    for i in range(NUM):
+        own = np.asarray((rows["trajectory"] == i) & (rows["mask"] > 0))
+        peak |= own & (h >= np.sort(h[own])[-max(int((1 - quantile) * own.sum() + 1e-4), 1)])
+    return peak
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.6, 0.8, 1.0])
+def test_peak_tokens_are_the_top_of_each_episode(rows, quantile):
+    found = controls.peak_mask(rows["old_entropy"], rows["mask"], rows["trajectory"], NUM, quantile)
+    np.testing.assert_array_equal(found, peaks_by_hand(rows, quantile))
+
+
 def test_siren_pulls_peak_tokens_towards_the_first_step(rows, advantage):
-    """Gradient 2 lam (mean - anchor) / count on the top fifth of the tokens by entropy, nothing elsewhere."""
-    objective = ObjectiveConfig(
-        num_trajectories=NUM, max_turns=TURNS, entropy_term="siren", history="initial", entropy_aggregation="token-mean"
-    )
-    hyper = Hyper(lam=0.5, peak_quantile=0.8)
-    history = entropy.append(entropy.init_history(4), jnp.array([0.6]), jnp.ones(1))
-    history = entropy.append(history, jnp.array([99.0]), jnp.ones(1))
+    """lam (mean - anchor)^2 over the mean over episodes of the mean over peak tokens; the first step's same mean is the
+    anchor; tokens that are no peak have no gradient."""
+    objective, hyper = registry.arm("grpo+siren", OBJECTIVE, Hyper(lam=0.5, peak_quantile=0.6))
+    first = entropy.append(entropy.init_history(4), jnp.array([0.6]), jnp.ones(1))
+    history = entropy.append(first, jnp.array([99.0]), jnp.ones(1))
     part = table(rows, advantage, hyper, objective)
     smoothing = smoothing_terms(history, 2, 4, rows["old_entropy"], part, hyper, objective)
 
@@ -105,19 +144,24 @@ def test_siren_pulls_peak_tokens_towards_the_first_step(rows, advantage):
         return controls.siren_term(h, part, smoothing, hyper, objective)[0]
 
     value, slope = jax.value_and_grad(term)(rows["old_entropy"])
-    h, keep = np.asarray(rows["old_entropy"]), np.asarray(rows["mask"]) > 0
-    peak = keep & (h >= np.sort(h[keep])[-int(0.2 * keep.sum() + 1e-4)])
-    gap = h[peak].mean() - 0.6
-    np.testing.assert_allclose(value, 0.5 * gap**2, rtol=1e-4)
-    np.testing.assert_allclose(slope, np.where(peak, 0.5 * 2 * gap / peak.sum(), 0.0), rtol=1e-4, atol=1e-7)
+    h, peak = np.asarray(rows["old_entropy"]), peaks_by_hand(rows, 0.6)
+    own = [peak & np.asarray(rows["trajectory"] == i) for i in range(NUM)]
+    mean = np.mean([h[o].mean() for o in own])
+    share = sum(o / (NUM * o.sum()) for o in own)
+    np.testing.assert_allclose(value, 0.5 * (mean - 0.6) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(slope, 0.5 * 2 * (mean - 0.6) * share, rtol=1e-4, atol=1e-7)
+    anchored = record(
+        entropy.init_history(4), rows["old_entropy"], rows["mask"], rows["trajectory"], rows["turn"], hyper, objective
+    )
+    np.testing.assert_allclose(anchored.values[0, 0], mean, rtol=1e-5)
 
 
 def test_adaptive_coefficient_follows_the_history():
-    """Target 1: up after 0.5, down twice after 2 (never below 0), off while the last entropy is above the target."""
-    hyper = Hyper(lam=0.01, target_entropy=1.0, target_delta=0.01)
-    history, found = entropy.init_history(4), []
-    for value in (None, 0.5, 2.0, 2.0, 0.5):
-        if value is not None:
-            history = entropy.append(history, jnp.array([value]), jnp.ones(1))
-        found.append(controls.target_coefficient(history, hyper))
-    np.testing.assert_allclose(found, [0.01, 0.02, 0.0, 0.0, 0.01], atol=1e-7)
+    """Target 1: up after 0.5 (never above the cap), down after 2 (never below 0), off while the batch is above."""
+    hyper = Hyper(lam=0.01, target_entropy=1.0, target_delta=0.01, target_cap=0.025)
+    history, found = entropy.init_history(8), [controls.target_coefficient(entropy.init_history(8), jnp.float32(0.9), hyper)]
+    for value in (0.5, 0.5, 2.0, 2.0, 2.0, 0.5):
+        history = entropy.append(history, jnp.array([value]), jnp.ones(1))
+        found.append(controls.target_coefficient(history, jnp.float32(0.9), hyper))
+        assert controls.target_coefficient(history, jnp.float32(1.1), hyper) == 0.0
+    np.testing.assert_allclose(found, [0.01, 0.02, 0.025, 0.015, 0.005, 0.0, 0.01], atol=1e-7)

@@ -52,7 +52,7 @@ def test_4a_the_corridor_never_sees_the_current_step():
         assert smoothing.known[0] == (k > 0)
         if k:
             np.testing.assert_allclose(smoothing.center, [np.mean(means)], rtol=1e-5)
-        history = record(history, sampled, rows["mask"], rows["turn"], Hyper(), SHAPES)
+        history = record(history, sampled, rows["mask"], rows["trajectory"], rows["turn"], Hyper(), SHAPES)
         means.append((sampled * rows["mask"]).sum() / rows["mask"].sum())
 
 

@@ -1,7 +1,7 @@
 """Policy, value, KL and entropy losses of the release, forward and backward."""
 
 import jax.numpy as jnp
-import numpy as np
+import pytest
 
 from epo_jax.objectives import policy, released, value
 from epo_jax.objectives.head import log_prob_entropy_from_logits
@@ -18,69 +18,59 @@ def surrogate(a, cliprange=0.2, cliprange_low=None, cliprange_high=None, clip_ra
     return released.surrogate(log_prob, old, advantage, mask, hyper, loss_agg_mode, a.get("entropy_mask"))[1]
 
 
-def test_policy_loss():
-    golden.check("compute_policy_loss", surrogate)
+def value_loss(a, cliprange_value, loss_agg_mode):
+    part = value.value_loss(a["vpreds"], a["values"], a["returns"], cliprange_value)
+    mask = a["response_mask"]
+    return {
+        "vf_loss": released.aggregate(part.loss, mask, loss_agg_mode),
+        "vf_clipfrac": released.masked_mean(part.clipped, mask),
+    }
 
 
-def test_policy_loss_with_entropy_mask():
-    golden.check("compute_policy_loss_with_entropy_mask", surrogate)
+def kl(a, kl_penalty):
+    return {"kl": policy.kl_estimate(a["logprob"], a["ref_logprob"], KL_NAMES.get(kl_penalty, kl_penalty))}
 
 
-def test_value_loss():
-    def loss(a, cliprange_value, loss_agg_mode):
-        part = value.value_loss(a["vpreds"], a["values"], a["returns"], cliprange_value)
-        mask = a["response_mask"]
-        return {
-            "vf_loss": released.aggregate(part.loss, mask, loss_agg_mode),
-            "vf_clipfrac": released.masked_mean(part.clipped, mask),
-        }
-
-    golden.check("compute_value_loss", loss)
+def kl_in_reward(a, kl_ratio):
+    difference = policy.kl_estimate(a["old_log_prob"], a["ref_log_prob"], "k1")
+    return {"rewards": a["token_level_scores"] - kl_ratio * difference}
 
 
-def test_kl_penalty():
-    def kl(a, kl_penalty):
-        return {"kl": policy.kl_estimate(a["logprob"], a["ref_logprob"], KL_NAMES.get(kl_penalty, kl_penalty))}
-
-    golden.check("kl_penalty", kl)
-
-
-def test_kl_in_reward():
-    def rewards(a, kl_ratio):
-        kl = policy.kl_estimate(a["old_log_prob"], a["ref_log_prob"], "k1")
-        return {"rewards": a["token_level_scores"] - kl_ratio * kl}
-
-    golden.check("compute_rewards", rewards)
-
-
-def test_adaptive_kl_controller():
-    (case,) = golden.cases("AdaptiveKLController.update")
-    a, settings = golden.arrays(case, "in"), case["kwargs"]
-    coef, values = settings["init_kl_coef"], []
-    for kl, samples in zip(a["current_kl"].tolist(), a["n_steps"].tolist(), strict=True):
-        coef = policy.adaptive_kl_coef(coef, kl, settings["target_kl"], settings["horizon"], samples)
+def adaptive_kl(a, init_kl_coef, target_kl, horizon):
+    coef, values = init_kl_coef, []
+    for measured, samples in zip(a["current_kl"], a["n_steps"], strict=True):
+        samples = samples.astype(jnp.float32)
+        coef = policy.adaptive_kl_coef(coef, measured, target_kl, horizon, samples)
         values.append(coef)
-    np.testing.assert_allclose(values, golden.arrays(case, "out")["value"], rtol=1e-5)
+    return {"value": jnp.stack(values)}
 
 
-def test_entropy_from_logits():
-    def entropy(a):
-        return {"entropy": log_prob_entropy_from_logits(a["logits"], jnp.zeros(a["logits"].shape[:-1], jnp.int32))[1]}
-
-    golden.check("entropy_from_logits", entropy, rtol=1e-4)
+def entropy(a):
+    return {"entropy": log_prob_entropy_from_logits(a["logits"], jnp.zeros(a["logits"].shape[:-1], jnp.int32))[1]}
 
 
-def test_log_prob_from_logits():
-    def log_prob(a):
-        return {"logprobs": log_prob_entropy_from_logits(a["logits"], a["labels"])[0]}
-
-    golden.check("logprobs_from_logits", log_prob, rtol=1e-4)
+def log_prob(a):
+    return {"logprobs": log_prob_entropy_from_logits(a["logits"], a["labels"])[0]}
 
 
-def test_entropy_loss():
-    def loss(a, loss_agg_mode):
-        labels = jnp.zeros(a["logits"].shape[:-1], jnp.int32)
-        entropy = log_prob_entropy_from_logits(a["logits"], labels)[1]
-        return {"loss": released.aggregate(entropy, a["response_mask"], loss_agg_mode)}
+def entropy_loss(a, loss_agg_mode):
+    return {"loss": released.aggregate(entropy(a)["entropy"], a["response_mask"], loss_agg_mode)}
 
-    golden.check("compute_entropy_loss", loss, rtol=1e-4)
+
+REPRODUCED = {
+    "compute_policy_loss": surrogate,
+    "compute_policy_loss_with_entropy_mask": surrogate,
+    "compute_value_loss": value_loss,
+    "kl_penalty": kl,
+    "compute_rewards": kl_in_reward,
+    "AdaptiveKLController.update": adaptive_kl,
+    "entropy_from_logits": entropy,
+    "logprobs_from_logits": log_prob,
+    "compute_entropy_loss": entropy_loss,
+}
+OVER_VOCABULARY = ("entropy_from_logits", "logprobs_from_logits", "compute_entropy_loss")
+
+
+@pytest.mark.parametrize("function", REPRODUCED)
+def test_golden_losses(function):
+    golden.check(function, REPRODUCED[function], rtol=1e-4 if function in OVER_VOCABULARY else 1e-5)
