@@ -28,7 +28,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
 def _laptop(config: ConfigDict) -> None:
     config.env.update(
-        max_turns=16, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8, hesitation=0.8
+        max_turns=20, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8, hesitation=0.75
     )
     config.env.hints = "none"
     config.agent.update(style="bare", context="chat", response_tokens=12, max_tokens=384)
@@ -53,10 +53,10 @@ def _laptop(config: ConfigDict) -> None:
     # A model of this size feels the paper's lam and alpha too little to be held in any corridor: above it, entropy is only
     # pushed back where alpha * beta exceeds 1 (docs/method.md).
     config.epo.update(lam=0.01, alpha=5.0, kappa_r=1.5, scope="trajectory")
-    config.optim.update(lr=3e-4, b2=0.98)
-    config.train.update(steps=90, rows_tokens=384, rows_policy_tokens=160)
-    config.eval.update(every=30)
-    config.checkpoint.update(every=30)
+    config.optim.update(lr=3e-4, b2=0.98, warmup_ratio=0.03)
+    config.train.update(steps=120, rows_tokens=384, rows_policy_tokens=160)
+    config.eval.update(every=40)
+    config.checkpoint.update(every=40)
 
 
 def _smoke(config: ConfigDict) -> None:
