@@ -109,6 +109,7 @@ def base_config(env: str = "alfworld") -> ConfigDict:
     algo.critic_lr = 1e-5
     algo.format_penalty = 0.1  # for a turn that holds no action
     algo.format_penalty_place = "after"  # taken from its advantage; "before": from its reward, before normalisation (release)
+    algo.gigpo_weight = 1.0  # of gigpo's step advantage, beside its episode advantage
     algo.aggregation = "token-mean"  # how the policy loss is averaged
     algo.released_micro_turns = 32  # turns of a micro-batch of the release, whose means arms with "+released" average
 
@@ -128,6 +129,20 @@ def base_config(env: str = "alfworld") -> ConfigDict:
     epo.turn_gate = False  # True: penalty only from the middle turn on
     epo.aggregation = "trajectory"  # mean over episodes of mean over turns of mean over tokens (Eq. 2)
     epo.turn_decay = 0.0  # turn t weighs exp(-turn_decay t / max_turns) inside that mean; 0 = all alike
+
+    config.control = control = ConfigDict()  # coefficients of the entropy controls beside EPO, read by their own arms
+    control.shaping_scale = 0.4  # +ea: the bonus per nat of entropy ...
+    control.shaping_kappa = 2.0  # ... and the share 1 / kappa of the advantage that it may reach
+    control.empg_sharpness = 1.0  # +empg: how much more a confident turn weighs
+    control.empg_bonus = 0.1  # for a turn that leads to a confident one
+    control.cov_fraction = 0.0002  # +clip_cov, +kl_cov: share of the policy tokens that are treated
+    control.cov_low = 1.0  # +clip_cov: the band of covariances that it draws from
+    control.cov_high = 5.0
+    control.cov_coef = 1.0  # +kl_cov: weight of the divergence
+    control.peak_quantile = 0.8  # +siren: of an episode's entropies, above which they are regularised
+    control.target_entropy = 0.2  # +target: nats per policy token; epo.lam is where the coefficient starts
+    control.target_delta = 1e-4  # its move per RL step
+    control.target_cap = 0.005  # the most it may become
 
     config.optim = optim = ConfigDict()
     optim.lr = 5e-6
@@ -207,6 +222,10 @@ def _validate_pairs(config: ConfigDict) -> None:
     epo, model, algo, rollout, agent = config.epo, config.model, config.algo, config.rollout, config.agent
     if epo.kappa_l > epo.kappa_r:
         raise UserError(f"config.epo.kappa_l={epo.kappa_l} must not exceed config.epo.kappa_r={epo.kappa_r}.")
+    if config.control.cov_low >= config.control.cov_high:
+        raise UserError(
+            f"config.control.cov_low={config.control.cov_low} must be below config.control.cov_high={config.control.cov_high}."
+        )
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"config.model.num_heads={model.num_heads} must be a multiple of "
@@ -275,19 +294,25 @@ _RANGES = (
     ),
     (
         "seed env.seed rollout.resample warm_start.episodes warm_start.steps eval.every algo.kl_coef algo.value_clip "
-        "algo.value_coef algo.importance_cap algo.format_penalty epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma "
+        "algo.value_coef algo.importance_cap algo.format_penalty algo.gigpo_weight control.shaping_scale "
+        "control.empg_sharpness control.empg_bonus control.cov_coef control.target_entropy control.target_delta "
+        "control.target_cap epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma "
         "epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay",
         lambda value: value >= 0,
         "zero or positive",
     ),
     (
         "model.rope_theta model.norm_eps warm_start.lr rollout.temperature algo.critic_lr optim.lr optim.clip_norm "
-        "algo.clip_low algo.clip_high algo.kl_target algo.kl_horizon",
+        "algo.clip_low algo.clip_high algo.kl_target algo.kl_horizon control.shaping_kappa",
         lambda value: value > 0,
         "positive",
     ),
     ("eval.temperature", lambda value: value >= 0, "zero (always the likeliest token) or positive"),
-    ("algo.gamma algo.gae_lambda optim.warmup_ratio optim.floor_ratio", lambda value: 0 <= value <= 1, "in [0, 1]"),
+    (
+        "algo.gamma algo.gae_lambda optim.warmup_ratio optim.floor_ratio control.cov_fraction control.peak_quantile",
+        lambda value: 0 <= value <= 1,
+        "in [0, 1]",
+    ),
     ("optim.b1 optim.b2 epo.ema_decay env.hesitation", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("algo.clip_low", lambda value: value < 1, "below 1"),
     ("algo.dual_clip", lambda value: value > 1, "above 1"),

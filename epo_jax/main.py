@@ -271,7 +271,7 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         turn_tokens=config.agent.response_tokens,
         micro_turns=algo.released_micro_turns,
     )
-    coefficients = {**epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
+    coefficients = {**config.control.to_dict(), **epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
     hyper = Hyper(**{name: value for name, value in coefficients.items() if name in Hyper._fields})
     objective, hyper = registry.arm(algo.name, objective, hyper)
     return objective, jax.tree.map(np.float32, hyper)

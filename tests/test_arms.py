@@ -13,7 +13,8 @@ from tests import tiny
 
 ARMS = (*registry.BASES, "ppo+epo", *(f"grpo+{overlay}" for overlay in registry.OVERLAYS))
 # Strong enough for each arm's own term to show after three steps on a policy of this size.
-STRONG = {"alpha": 2.0, "kappa_l": 0.95, "kappa_r": 1.05, "cov_fraction": 0.2, "cov_low": 0.05, "target_delta": 0.05}
+STRONG = {"alpha": 2.0, "kappa_l": 0.95, "kappa_r": 1.05, "cov_fraction": 0.2, "cov_low": 0.05, "target_delta": 0.05,
+          "target_entropy": 9.0, "target_cap": 1.0}  # fmt: skip
 
 
 @functools.cache

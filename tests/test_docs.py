@@ -28,7 +28,7 @@ def test_functions_exist():
 
 
 def test_every_coefficient_and_every_arm_is_explained():
-    keys = {key for key in flatten(base_config()) if key.startswith(("epo.", "algo."))}
+    keys = {key for key in flatten(base_config()) if key.startswith(("epo.", "algo.", "control."))}
     mechanics = {"algo.epochs", "algo.mini_batches", "algo.micro_batch_rows"}
     assert keys - mechanics <= set(NAMES), keys - mechanics - set(NAMES)
     for arm in (*registry.BASES, *registry.OVERLAYS):

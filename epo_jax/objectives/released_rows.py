@@ -10,8 +10,9 @@ token:
     entropy history                       one mean per turn index, right-aligned, the current step's among them
 
 Two things differ: a mini-batch holds whole episodes (the release: a fixed number of turn rows, wherever that cuts an
-episode), and its copies are drawn and its last micro-batch filled within it. What the release's sampler does wrong
-(finished episodes play on and count in the history; contexts are cut) is not the objective's and not reproduced.
+episode), and copies fill each up to whole micro-batches (the release: the batch, up to whole mini-batches). What the
+release's sampler does wrong (finished episodes play on and count in the history; contexts are cut) is not the objective's
+and not reproduced.
 """
 
 from typing import NamedTuple

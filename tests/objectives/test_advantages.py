@@ -7,11 +7,11 @@ from epo_jax.objectives import advantages, released
 from epo_jax.objectives.loss import estimate
 from epo_jax.objectives.registry import ESTIMATORS
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_of, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, QUICK, TURNS, episodes_of, pack, trajectories
 
 RETURNS = np.array([1.0, 0.0, 0.0, 2.0, 2.0, 2.0])
 GROUP = np.array([0, 0, 0, 1, 1, 1])
-estimate_ = jax.jit(estimate, static_argnums=2, compiler_options={"xla_backend_optimization_level": 0})
+estimate_ = jax.jit(estimate, static_argnums=2, compiler_options=QUICK)
 
 
 def objective(**settings):

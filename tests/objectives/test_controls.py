@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from epo_jax.objectives import controls, entropy, registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig, loss_rows, record, smoothing_terms
+from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episodes_of, pack, trajectories
 
 OBJECTIVE = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS)
@@ -70,6 +70,19 @@ def test_kl_cov_charges_the_tokens_of_largest_covariance(rows, advantage):
     expected = share >= np.sort(share.ravel())[-count]
     np.testing.assert_allclose(found.divergence_weight, 2.0 * found.weight * expected, rtol=1e-6)
     np.testing.assert_array_equal(found.surrogate_weight, found.weight)
+
+
+def test_the_divergence_of_kl_cov_takes_the_place_of_every_clip(rows, advantage):
+    objective, hyper = registry.arm("grpo+kl_cov", OBJECTIVE, Hyper(kl_coef=0.0, cov_fraction=0.1))
+    part = table(rows, advantage, hyper, objective)
+    smoothing = smoothing_terms(entropy.init_history(4), 0, 4, rows["old_entropy"], part, hyper, objective)
+    log_ratio = 5.0 * (rows["log_prob"] - rows["old_log_prob"])  # far beyond what PPO keeps
+    loss, sums = epo_loss(rows["old_log_prob"] + log_ratio, rows["entropy"], part, smoothing, hyper, objective)
+    share, keep = covariances(rows, advantage)
+    charged = share >= np.sort(share.ravel())[-int(0.1 * keep.sum())]
+    expected = np.mean((-advantage * np.exp(log_ratio) + charged * np.abs(log_ratio))[keep])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert sums["clip_fraction"] == sums["dual_clip_fraction"] == 0.0
 
 
 def test_clip_cov_silences_some_tokens_of_the_band(rows, advantage):

@@ -67,6 +67,13 @@ def test_center_is_the_mean_of_what_was_appended():
     assert entropy.center(h, "initial").value == pytest.approx([1.0])
 
 
+@pytest.mark.parametrize("mode", ["cumulative", "sliding", "ema", "initial"])
+def test_no_gradient_flows_into_the_center(mode):
+    h = history([1.0, 2.0])
+    slope = jax.grad(lambda values: entropy.center(h._replace(values=values), mode).value.sum())(h.values)
+    assert (slope == 0.0).all()
+
+
 @given(st.lists(nats, min_size=1, max_size=6), nats)
 @few
 def test_a_step_moves_the_center_only_once_it_is_appended(past, now):

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epo_jax.objectives import entropy
+from epo_jax.objectives import entropy, registry, spec
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, pack, trajectories
+from tests.objectives import transcription
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, QUICK, TURNS, advantages, pack, trajectories
 
 STEPS = 8
 PAST = (0.7, 0.9)  # mean entropies of the steps before
 BASE = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, max_tokens=40)
 # Strong enough that every part of the loss matters, with a corridor narrow enough to be left on both sides.
-HYPER = Hyper(lam=0.5, alpha=0.8, kappa_l=0.8, kappa_r=1.2, kl_coef=0.3)
+HYPER = Hyper(
+    lam=0.5, alpha=0.8, kappa_l=0.8, kappa_r=1.2, kl_coef=0.3, window=1.0, ema_decay=0.5, cov_fraction=0.3, peak_quantile=0.6
+)
 few = settings(max_examples=8, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
 
@@ -29,9 +33,7 @@ def past(objective):
     return history
 
 
-@functools.partial(
-    jax.jit, static_argnames=("objective", "split"), compiler_options={"xla_backend_optimization_level": 0}
-)
+@functools.partial(jax.jit, static_argnames=("objective", "split"), compiler_options=QUICK)
 def total(rows, advantage, hyper, objective, split=None, history=None):
     """The mini-batch's (loss, sums), added up over micro-batches of `split` rows; differentiable."""
 
@@ -60,41 +62,6 @@ def by_token(field, rows):
     return np.concatenate([np.asarray(field)[(rows["trajectory"] == i) & (rows["mask"] > 0)] for i in range(NUM)])
 
 
-def written_out(episodes, advantage, hyper, center, beta):
-    """Eq. 2-6 in float64 as loops over episodes, turns and tokens; returns (loss, gradients) by token. Without a history
-    `center` is None."""
-    with jax.enable_x64(True):
-        keep = [e["mask"] > 0 for e in episodes]
-        ends = np.cumsum([k.sum() for k in keep])[:-1]
-
-        def loss(log_prob, token_entropy):
-            surrogate, kls, l_h, l_smooth = [], [], [], []
-            for e, k, a, lp, h in zip(
-                episodes, keep, advantage, jnp.split(log_prob, ends), jnp.split(token_entropy, ends), strict=True
-            ):
-                ratio = jnp.exp(lp - e["old_log_prob"][k])
-                gain = jnp.minimum(a * ratio, a * jnp.clip(ratio, 1 - hyper.clip_low, 1 + hyper.clip_high))
-                surrogate.append(-(jnp.maximum(gain, hyper.dual_clip * a) if a < 0 else gain))
-                difference = e["ref_log_prob"][k] - lp
-                kls.append(jnp.exp(difference) - difference - 1)
-                low, high = (0.0, jnp.inf) if center is None else (hyper.kappa_l * center, hyper.kappa_r * center)
-                penalty = hyper.alpha * (jnp.maximum(low - h, 0.0) + jnp.maximum(h - high, 0.0))
-                turns = [e["turn"][k] == t for t in sorted(set(e["turn"][k]))]
-                if not turns:
-                    continue
-                l_h.append(jnp.stack([h[t].mean() for t in turns]).mean())
-                l_smooth.append(jnp.stack([penalty[t].mean() for t in turns]).mean())
-            return (
-                jnp.concatenate(surrogate).mean()
-                - hyper.lam * (jnp.stack(l_h).mean() - beta * jnp.stack(l_smooth).mean())
-                + hyper.kl_coef * jnp.concatenate(kls).mean()
-            )
-
-        kept = [(e["log_prob"][k], e["entropy"][k]) for e, k in zip(episodes, keep, strict=True)]
-        tokens = [jnp.concatenate(x) for x in zip(*kept, strict=True)]
-        return jax.device_get(jax.value_and_grad(loss, (0, 1))(*tokens))
-
-
 def shortened(episodes):
     """Only the first turn of each."""
     return [{name: value[e["turn"] == 0] for name, value in e.items()} for e in episodes]
@@ -120,39 +87,114 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("layout", [ONE_PER_ROW, PACKED], ids=["rows", "packed"])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_the_paper_written_out_in_float64(name, layout):
-    change, scale, unknown = PROBLEMS[name]
-    episodes, advantage = change(trajectories(0)), scale * advantages(0)
+def agrees_with_the_formula(episodes, advantage, hyper, objective, layout, split=None, empty_history=False):
+    """Loss and gradients by every token, against float64."""
     rows = pack(episodes, layout, 60)
-    history = entropy.init_history(STEPS) if unknown else None
-    loss, _, gradients = total(rows, jnp.asarray(advantage, jnp.float32), HYPER, BASE, history=history)
-    center, beta = None if unknown else np.mean(PAST), 1 + np.exp(-HYPER.gamma * 2 / (STEPS // 2))
-    expected, expected_gradients = written_out(episodes, advantage, HYPER, center, beta)
+    history = entropy.init_history(STEPS) if empty_history else None
+    loss, _, gradients = total(rows, jnp.asarray(advantage, jnp.float32), hyper, objective, split, history)
+    width = past(objective).values.shape[1]
+    steps = np.array(PAST if not empty_history else ())[:, None] * (1.0 + 0.2 * np.arange(width))
+    expected, exact = transcription.value_and_gradients(episodes, advantage, hyper, objective, steps, 2, STEPS)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for found, exact in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(by_token(found, rows), exact, rtol=1e-4, atol=1e-7)
+    for found, gradient in zip(gradients, exact, strict=True):
+        np.testing.assert_allclose(by_token(found, rows), gradient, rtol=1e-4, atol=1e-6)
         assert (np.asarray(found)[rows["mask"] == 0] == 0).all()
 
 
+@pytest.mark.parametrize("layout", [ONE_PER_ROW, PACKED], ids=["rows", "packed"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_paper_written_out_in_float64(name, layout):
+    change, scale, empty = PROBLEMS[name]
+    agrees_with_the_formula(change(trajectories(0)), scale * advantages(0), HYPER, BASE, layout, empty_history=empty)
+
+
+# Fields of ObjectiveConfig and Hyper. Together they hold every value of every choice that the loss knows.
 VARIANTS = {
     "paper": {},
-    "turn scope, turn history, gate": {
+    "turn": {
         "penalty_scope": "turn", "history_index": "turn", "turn_gate": True, "entropy_aggregation": "token-mean",
+        "history": "sliding",
     },
-    "trajectory scope": {"penalty_scope": "trajectory", "entropy_aggregation": "seq-mean-token-mean"},
-    "batch scope": {"penalty_scope": "batch", "aggregation": "seq-mean-token-sum"},
-    "gspo": {"ratio_scope": "trajectory", "aggregation": "seq-mean-token-sum-norm", "truncated_importance": True},
+    "trajectory": {
+        "penalty_scope": "trajectory", "turn_decay": 0.5, "history": "ema", "kl": "k1", "aggregation": "seq-mean-token-mean",
+    },
+    "batch": {
+        "penalty_scope": "batch", "kappa_r": 0.5, "kappa_l": 0.4, "aggregation": "seq-mean-token-sum", "phase": "constant",
+        "kl": "k2",
+    },
+    "indicator": {
+        "penalty": "indicator", "phase": "released", "phase_steps": 3, "entropy_aggregation": "seq-mean-token-sum",
+    },
+    "gspo": {
+        "ratio_scope": "trajectory", "aggregation": "seq-mean-token-sum-norm", "truncated_importance": True, "kl": "abs",
+    },
+    "gspo by turn": {"ratio_scope": "turn", "entropy_aggregation": "seq-mean-token-sum-norm", "penalty_scope": "trajectory"},
+    "clip-cov": {"token_control": "clip_cov", "cov_low": 0.0},
     "kl-cov": {"token_control": "kl_cov", "kl": "none", "aggregation": "trajectory"},
-    "siren": {"entropy_term": "siren", "history": "initial", "kl": "abs"},
+    "siren": {"entropy_term": "siren", "history": "initial", "entropy_aggregation": "seq-mean-token-mean"},
+    "target": {"coefficient": "target", "target_entropy": 3.0, "target_delta": 0.1, "target_cap": 0.65},
 }  # fmt: skip
+
+
+def variant(name):
+    return registry.override(BASE, HYPER, VARIANTS[name])
+
+
+def test_the_variants_hold_every_choice():
+    choices = {
+        "aggregation": get_args(spec.Aggregation), "entropy_aggregation": get_args(spec.Aggregation),
+        "kl": set(get_args(spec.KLKind)) - {"full"},  # test_full_kl_takes_the_place_of_the_estimate
+        "ratio_scope": get_args(spec.Scope), "penalty": get_args(spec.Penalty), "phase": get_args(spec.Phase),
+        "penalty_scope": get_args(spec.PenaltyScope), "history": get_args(spec.HistoryMode),
+        "history_index": ("global", "turn"), "turn_gate": (False, True), "truncated_importance": (False, True),
+        "token_control": registry.TOKEN_CONTROLS, "entropy_term": registry.ENTROPY_TERMS,
+        "coefficient": registry.COEFFICIENTS,
+    }  # fmt: skip
+    for field, values in choices.items():
+        assert {getattr(variant(name)[0], field) for name in VARIANTS} == set(values), field
+
+
+@pytest.mark.parametrize("name", VARIANTS.keys() - {"clip-cov"})  # whose random tokens test_controls has
+def test_every_variant_written_out_in_float64(name):
+    """With an episode that says nothing, packed, in micro-batches. What is linearised at the entropies as sampled is
+    compared there."""
+    objective, hyper = variant(name)
+    episodes = one_silent(trajectories(1))
+    if name in ("batch", "siren"):
+        episodes = [{**e, "entropy": e["old_entropy"]} for e in episodes]
+    agrees_with_the_formula(episodes, advantages(1), hyper, objective, PACKED, split=2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_corridor_never_contains_the_current_step(name):
+    """Whatever this step's entropies are, the centre is the same; the next step's is another."""
+    objective, hyper = variant(name)
+    rows, history = pack(trajectories(0), PACKED, 60), past(objective)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def seen(history, sampled):
+        table = loss_rows(
+            rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"], 0.0 * rows["mask"],
+            hyper, objective, behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=sampled, key=jax.random.key(0),
+        )  # fmt: skip
+        return smoothing_terms(history, 2, STEPS, sampled, table, hyper, objective).center
+
+    @given(st.floats(0.0, 10.0, width=32))
+    @few
+    def check(scale):
+        np.testing.assert_array_equal(seen(history, rows["old_entropy"]), seen(history, scale * rows["old_entropy"]))
+
+    check()
+    place = (rows["mask"], rows["trajectory"], rows["turn"])
+    later = record(history, 3.0 * rows["old_entropy"], *place, hyper, objective)
+    moved = jnp.abs(seen(later, rows["old_entropy"]) - seen(history, rows["old_entropy"]))
+    assert (moved > 0.1).all() or objective.history == "initial"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_split_packing_padding_and_row_order_change_nothing(name):
     """One episode a row, in one piece; or packed in another order between empty rows, two rows at a time."""
-    objective, hyper = dataclasses.replace(BASE, **VARIANTS[name]), HYPER._replace(cov_fraction=0.3)
+    objective, hyper = variant(name)
 
     @given(seeds)
     @settings(few, max_examples=4)
@@ -171,19 +213,19 @@ def test_split_packing_padding_and_row_order_change_nothing(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_vmap_over_coefficients_is_a_loop(name):
     """Every coefficient at once, in every variant: three members whose values all differ."""
-    objective = dataclasses.replace(BASE, **VARIANTS[name])
-    base = HYPER._replace(cov_fraction=0.3, turn_decay=0.5)
+    objective, hyper = variant(name)
+    base = hyper._replace(turn_decay=0.5)
 
     @given(seeds)
     @settings(few, max_examples=2)
     def check(seed):
         rows, advantage = pack(trajectories(seed), PACKED, 60), jnp.asarray(advantages(seed), jnp.float32)
         rng = np.random.default_rng(seed)
-        members = [jax.tree.map(lambda x: jnp.float32(x * rng.uniform(0.8, 1.2)), base) for _ in range(3)]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
-        mapped = jax.vmap(lambda hyper: total(rows, advantage, hyper, objective))(stacked)
+        members = [jax.tree.map(lambda x: x * rng.uniform(0.8, 1.2), base) for _ in range(3)]
+        stacked = jax.tree.map(lambda *x: jnp.float32(x), *members)
+        mapped = jax.vmap(lambda hyper: total(rows, advantage, hyper, objective, split=2))(stacked)
         for m, hyper in enumerate(members):
-            alone = total(rows, advantage, hyper, objective)
+            alone = total(rows, advantage, hyper, objective, split=2)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a[m], b, rtol=1e-5, atol=1e-6), mapped, alone)  # noqa: B023
 
     check()

@@ -4,32 +4,17 @@ import numpy as np
 import pytest
 
 from epo_jax.objectives import policy
+from tests.objectives import transcription
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, pack, trajectories
 
 MODES = ("trajectory", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 weigh = jax.jit(policy.token_weights, static_argnums=(3, 4, 5, 7))
 
 
-def average(per_episode: list, episodes: list[dict], mode: str, max_tokens: int, decay: float = 0.0) -> float:
-    """The average that `mode` names, written as loops."""
-    sequences = []
-    for x, e in zip(per_episode, episodes, strict=True):
-        keep = e["mask"] > 0
-        match mode:
-            case "trajectory":
-                turns = sorted(set(e["turn"][keep]))
-                share = np.array([np.exp(-decay * t / TURNS) for t in turns])
-                means = [x[keep & (e["turn"] == t)].mean() for t in turns]
-                sequences.append((share * means).sum() / share.sum())
-            case "seq-mean-token-mean":
-                sequences.append(x[keep].mean())
-            case "seq-mean-token-sum":
-                sequences.append(x[keep].sum())
-            case "seq-mean-token-sum-norm":
-                sequences.append(x[keep].sum() / max_tokens)
-            case "token-mean":
-                sequences.extend(x[keep])
-    return np.mean(sequences)
+def average(episodes: list[dict], mode: str, max_tokens: int, decay: float = 0.0) -> float:
+    """The average of the entropies that `mode` names, written as loops."""
+    kept = [(e["entropy"][e["mask"] > 0], e["turn"][e["mask"] > 0]) for e in episodes]
+    return transcription.average(*map(list, zip(*kept, strict=True)), mode, max_tokens, TURNS, decay)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -40,7 +25,7 @@ def test_weights_are_the_average_they_name(mode, layout):
         rows = pack(episodes, layout, 60)
         weights = weigh(rows["mask"], rows["trajectory"], rows["turn"], NUM, TURNS, mode, 0.0, 37)
         found = (weights * rows["entropy"]).sum()
-        expected = average([e["entropy"] for e in episodes], episodes, mode, 37)
+        expected = average(episodes, mode, 37)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -48,7 +33,7 @@ def test_turn_decay_prefers_early_turns():
     episodes = trajectories(3)
     rows = pack(episodes, ONE_PER_ROW, 60)
     weights = weigh(rows["mask"], rows["trajectory"], rows["turn"], NUM, TURNS, "trajectory", 2.0, 1)
-    expected = average([e["entropy"] for e in episodes], episodes, "trajectory", 1, decay=2.0)
+    expected = average(episodes, "trajectory", 1, decay=2.0)
     np.testing.assert_allclose((weights * rows["entropy"]).sum(), expected, rtol=1e-5)
     np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-5)
 
