@@ -118,14 +118,10 @@ VARIANTS = {
     "trajectory": {
         "penalty_scope": "trajectory", "turn_decay": 0.5, "history": "ema", "kl": "k1", "aggregation": "seq-mean-token-mean",
     },
-<<<<<<< HEAD
-    "batch": {"penalty_scope": "batch", "aggregation": "seq-mean-token-sum", "phase": "constant", "kl": "k2"},
-=======
     "batch": {
         "penalty_scope": "batch", "kappa_r": 0.5, "kappa_l": 0.4, "aggregation": "seq-mean-token-sum", "phase": "constant",
         "kl": "k2",
     },
->>>>>>> i3
     "indicator": {
         "penalty": "indicator", "phase": "released", "phase_steps": 3, "entropy_aggregation": "seq-mean-token-sum",
     },
