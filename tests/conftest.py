@@ -1,5 +1,6 @@
 """What all tests share: eight fake devices, strict shapes, and a guard against recompilation."""
 
+import gc
 import logging
 import os
 from collections import Counter
@@ -25,6 +26,14 @@ def _count_traces(event: str, _: float, **about) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_traces)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """A compiled program takes memory maps, of which a process may have 65,530; those of all test files are too many."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
