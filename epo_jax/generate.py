@@ -130,25 +130,22 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
     settings = rollout.rollout_config(config)
     speaker = Speaker(policy, sampler, settings.response_tokens, settings.max_tokens, episode=number)
     game = env.make_env(env_options)
-    try:
-        first = observation = game.reset(task)
-        print(f"task {task['id']}\n{observation.goal}")
-        history: list[tuple[str, str]] = []
-        lines = _lines("act (Enter: the agent): ") if interactive else None
-        while not observation.done and len(history) < settings.max_turns:
-            print(f"\n[{len(history) + 1}] {observation.text}")
-            given = "" if lines is None else next(lines, None)
-            if given is None:
-                return
-            answer, parsed = _act(policy.tokenizer, settings, speaker, first, history, observation, given)
-            print(f"answer: {answer}\naction: {parsed.action or '(none)'}", flush=True)
-            history.append((observation.text, parsed.action))
-            observation = game.step(parsed.action)
-            print(f"reward: {observation.reward:g}", flush=True)
-        outcome = "won" if observation.won else "not won"
-        print(f"\n{observation.text}\n{outcome}, score {observation.score:g}, {len(history)} turns")
-    finally:
-        game.close()
+    first = observation = game.reset(task)
+    print(f"task {task['id']}\n{observation.goal}")
+    history: list[tuple[str, str]] = []
+    lines = _lines("act (Enter: the agent): ") if interactive else None
+    while not observation.done and len(history) < settings.max_turns:
+        print(f"\n[{len(history) + 1}] {observation.text}")
+        given = "" if lines is None else next(lines, None)
+        if given is None:
+            return
+        answer, parsed = _act(policy.tokenizer, settings, speaker, first, history, observation, given)
+        print(f"answer: {answer}\naction: {parsed.action or '(none)'}", flush=True)
+        history.append((observation.text, parsed.action))
+        observation = game.step(parsed.action)
+        print(f"reward: {observation.reward:g}", flush=True)
+    outcome = "won" if observation.won else "not won"
+    print(f"\n{observation.text}\n{outcome}, score {observation.score:g}, {len(history)} turns")
 
 
 def _act(tokenizer, settings, speaker: Speaker, first: Observation, history, observation: Observation, given: str):

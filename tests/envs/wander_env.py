@@ -33,9 +33,6 @@ class WanderEnv:
         won = done and digest[31] % 2 == 0
         return Observation(text=text, goal=GOAL, reward=10.0 * won, done=done, won=won)
 
-    def close(self):
-        pass
-
 
 def make_env(options):
     return WanderEnv(options.get("delay", 0.0))
