@@ -24,9 +24,6 @@ class RandomAlfworld:
         self._admissible = observation.admissible
         return observation
 
-    def close(self):
-        self._env.close()
-
 
 def make_env(options):
     return RandomAlfworld(options)
