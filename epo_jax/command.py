@@ -16,6 +16,7 @@ A program is written as
         sys.exit(run(main))
 """
 
+import argparse
 import difflib
 import json
 import os
@@ -33,7 +34,10 @@ from epo_jax.errors import UserError
 from epo_jax.files import write_atomically
 
 # Keys that a resumed run may change: they alter where and how often things happen, never what is learned.
-RESUME_MAY_CHANGE = ("env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep")
+RESUME_MAY_CHANGE = (
+    "env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep", "metrics.trajectories",
+    "metrics.trajectories_every", "metrics.trajectories_megabytes",
+)  # fmt: skip
 
 
 class Command(NamedTuple):
@@ -53,6 +57,13 @@ def run(main: Callable[[list[str]], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """For programs without a config: what it refuses is told as everything else is."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}.")
 
 
 def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None = None) -> Command:

@@ -192,6 +192,12 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     evaluation.splits = ("valid_seen", "valid_unseen")
     evaluation.before = True  # also before the first RL step
 
+    config.metrics = metrics = ConfigDict()
+    # Episodes kept for reading (trajectories.jsonl), of each evaluated split and of each training step that is sampled; 0 = none.
+    metrics.trajectories = 6
+    metrics.trajectories_every = 10  # RL steps between training steps that are sampled; 0 = evaluations only
+    metrics.trajectories_megabytes = 16.0  # bound on the file; past it, steps from its middle go
+
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 10  # RL steps
     checkpoint.keep = 2  # newest ones kept on disk
@@ -343,13 +349,15 @@ _RANGES = (
         "eval.top_k model.lora_rank algo.kl_coef algo.value_clip algo.value_coef algo.importance_cap algo.format_penalty "
         "algo.gigpo_weight control.shaping_scale control.empg_sharpness control.empg_bonus control.cov_coef "
         "control.target_entropy control.target_delta control.target_cap epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma "
-        "epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay",
+        "epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay metrics.trajectories "
+        "metrics.trajectories_every",
         lambda value: value >= 0,
         "zero or positive",
     ),
     (
         "model.rope_theta model.norm_eps model.lora_alpha warm_start.lr rollout.temperature algo.critic_lr optim.lr "
-        "optim.clip_norm algo.clip_low algo.clip_high algo.kl_target algo.kl_horizon control.shaping_kappa",
+        "optim.clip_norm algo.clip_low algo.clip_high algo.kl_target algo.kl_horizon control.shaping_kappa "
+        "metrics.trajectories_megabytes",
         lambda value: value > 0,
         "positive",
     ),

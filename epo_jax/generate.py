@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 
 from epo_jax import checkpoint, rollout
-from epo_jax.command import read_config, run
+from epo_jax.command import ArgumentParser, read_config, run
 from epo_jax.config import base_config
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
@@ -180,11 +180,6 @@ def _lines(prompt: str):
         yield line.strip()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}.")
-
-
 def _number(kind: Callable, holds: Callable, rule: str):
     def read(text: str):
         try:
@@ -199,8 +194,8 @@ def _number(kind: Callable, holds: Callable, rule: str):
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m epo_jax.generate", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = ArgumentParser(prog="python -m epo_jax.generate", description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     count = _number(int, lambda value: value >= 0, "a whole number, zero or positive")
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
     parser.add_argument("--step", type=count, help="RL steps of the run's checkpoint; the newest if left out")

@@ -28,6 +28,7 @@ from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_toke
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 from epo_jax.trajectory import Trajectory, pack
+from epo_jax.trajectory_log import TrajectoryLog
 
 
 def main(argv: list[str]) -> None:
@@ -87,16 +88,19 @@ def main(argv: list[str]) -> None:
 
     # ---------------------------------------------------------------- rollout
     settings = rollout.rollout_config(config)
+    kept = config.metrics
+    log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
     with EnvPool(config.env.name, env_options, config.env.workers) as pool, MetricWriter(workdir, first_step) as writer:
 
         def evaluate_all(step: int) -> None:
             for split, tasks in eval_tasks.items():
-                row, _ = evaluate(
+                row, played = evaluate(
                     split, tasks, step, pool, tokenizer, model, state.policy(), settings,
                     config.eval.temperature, config.seed, config.eval.top_k, config.eval.top_p,
                 )  # fmt: skip
                 print(evaluation_table(writer.evaluation(row)), flush=True)
+                log.write(step, split, played)
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
             return rollout.collect(
@@ -170,6 +174,8 @@ def main(argv: list[str]) -> None:
                     "entropy": metrics["behaviour_entropy"],
                 }
             )
+            if kept.trajectories_every and step % kept.trajectories_every == 0:
+                log.write(step, "train", sampled)
             done = step + 1
             durations.append(updated - started)
             print(progress_line(row, config.train.steps, seconds_left(durations, config.train.steps - done)), flush=True)

@@ -11,7 +11,7 @@ read (a row may hold more):
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,8 +34,8 @@ class MetricWriter:
         workdir = Path(workdir)
         self._metrics = workdir / "metrics.jsonl"
         self._evaluations = workdir / "eval.jsonl"
-        _keep(self._metrics, lambda row: row["step"] < step)
-        _keep(self._evaluations, lambda row: row["step"] <= step)
+        keep_rows(self._metrics, lambda row: row["step"] < step)
+        keep_rows(self._evaluations, lambda row: row["step"] <= step)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step if step else None)
 
     def train(self, row: Mapping[str, Any]) -> Row:
@@ -50,7 +50,7 @@ class MetricWriter:
     def evaluation(self, row: Mapping[str, Any]) -> Row:
         """Adds the row of an evaluated split; replaces the row of the same step and split, if there is one."""
         row = plain(row)
-        _keep(self._evaluations, lambda other: (other["step"], other["split"]) != (row["step"], row["split"]))
+        keep_rows(self._evaluations, lambda other: (other["step"], other["split"]) != (row["step"], row["split"]))
         rows = [*read_rows(self._evaluations), row]
         write_atomically(self._evaluations, "".join(json.dumps(each) + "\n" for each in rows))
         self._scalars(f"eval/{row['split']}", row, row["step"])
@@ -87,7 +87,8 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _keep(path: Path, wanted) -> None:
+def keep_rows(path: Path, wanted: Callable[[Row], bool]) -> None:
+    """Drops the rows of a .jsonl file that are not `wanted`, if there is one."""
     if path.exists():
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if wanted(row)))
 

@@ -357,6 +357,7 @@ class _Rollout:
                 return True
         else:
             live.first = observation
+            trajectory.goal = observation.goal
         ids = next_prompt(self.tokenizer, config, live.first, history, observation)
         live.fresh = config.window is not None or not history
         before = 0 if live.fresh else len(trajectory.tokens)

@@ -20,6 +20,7 @@ class Trajectory:
 
     Attributes:
         task: the environment's task.
+        goal: the task in words.
         group: index of the group (same task) that the episode belongs to.
         tokens: every token of every context, in order.
         starts: where in `tokens` each context begins: 0 alone for a conversation, one for each turn with a window.
@@ -49,6 +50,7 @@ class Trajectory:
     won: bool = False
     score: float = 0.0
     truncated: bool = False
+    goal: str = ""
 
     def append_prompt(self, ids: list[int], new_context: bool = False) -> None:
         """Appends tokens that the policy did not emit; what follows does not see what came before a new context."""

@@ -61,6 +61,8 @@ def check_run_folder(workdir, steps, splits):
     for row in evaluations:
         assert row["low"] <= row["success"] <= row["high"]
         assert sum(n for _, n in row["types"].values()) == row["episodes"]
+    kept = [(row["step"], row["split"]) for row in rows(workdir / "trajectories.jsonl")]
+    assert set(kept) == {(0, "train"), *((k, s) for k in (0, steps) for s in splits)}
     assert (workdir / "tokenizer" / "tokenizer.json").exists()
     assert {path.name for path in (workdir / "figures").glob("*.png")} == {"success.png", "entropy.png"}
     assert list((workdir / "tensorboard").iterdir())
@@ -80,7 +82,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(alfworld_run, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "2")
     done = command(f"--workdir={workdir}", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("metrics.jsonl", "eval.jsonl"):
+    for name in ("metrics.jsonl", "eval.jsonl", "trajectories.jsonl"):
         again, once = ([without_times(row) for row in rows(d / name)] for d in (workdir, alfworld_run[0]))
         assert again == once
     assert (workdir / "checkpoints" / "2").is_dir()
