@@ -13,6 +13,7 @@ nothing.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -70,7 +71,7 @@ def make_mesh(data: int = 0, fsdp: int = 0, tensor: int = 0, devices: Sequence[j
         own = [of_process[: max(1, limit)] for of_process in own]
     available = sum(map(len, own))
     shape = _shape((data, fsdp, tensor), available, len(own[0]), devices[0].platform)
-    size = shape[0] * shape[1] * shape[2]
+    size = math.prod(shape)
     asked = ", ".join(f"config.mesh.{axis}={n}" for axis, n in zip(AXES, (data, fsdp, tensor), strict=True))
     if size > available or size % len(processes) or size < 1:
         raise UserError(
@@ -97,18 +98,22 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec_of(path: tuple) -> P:
-    """The rule of the array at `path` (a key path of `jax.tree_util`).
+def rule(name: str) -> P:
+    """The mesh axes along which the array of this name lies.
 
     Raises:
-        UserError: no rule matches its name.
+        UserError: no rule matches the name.
     """
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    name = next((name for name in reversed(names) if name and not name.isdigit()), "")
     for pattern, spec in RULES:
         if re.fullmatch(pattern, name):
             return spec
-    raise UserError(f"No rule of epo_jax/mesh.py places {jax.tree_util.keystr(path)}; add one to RULES.")
+    raise UserError(f"No rule of epo_jax/mesh.py places an array named {name!r}; add one to RULES.")
+
+
+def spec_of(path: tuple) -> P:
+    """The rule of the array at a key path of `jax.tree_util`: that of the last key which is a name."""
+    keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    return rule(next((key for key in reversed(keys) if isinstance(key, str)), ""))
 
 
 def shardings(mesh: Mesh, tree: PyTree, without: str | None = None) -> PyTree[NamedSharding]:
@@ -170,14 +175,17 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
+def divides(axes: str | tuple[str, ...] | None, length: int) -> bool:
+    """Whether an array's axis of this length can lie along these mesh axes of the mesh that is traced for; False without one."""
+    mesh = _current()
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return mesh is not None and length % math.prod(mesh.shape[name] for name in names) == 0
+
+
 def constrain(x: Array, *spec) -> Array:
     """`x` with its axes laid along these mesh axes, where they divide it; missing ones are whole."""
-    mesh = _current()
-    if mesh is None:
+    if _current() is None or not all(divides(axes, length) for axes, length in zip(spec, x.shape, strict=False)):
         return x
-    for length, axes in zip(x.shape, spec, strict=False):
-        if length % _size(mesh, axes):
-            return x
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
@@ -190,8 +198,8 @@ def as_stored(tree: PyTree) -> PyTree:
 
 def at_use(name: str, weight: Array) -> Array:
     """A weight, one layer's alone, put together along `fsdp`; its gradient is summed and cut along it."""
-    spec = _without(spec_of((jax.tree_util.DictKey(name),)), "fsdp")
-    return constrain(weight, *spec[len(spec) - weight.ndim :] if len(spec) > weight.ndim else spec)
+    spec = _without(rule(name), "fsdp")
+    return constrain(weight, *spec[max(len(spec) - weight.ndim, 0) :])
 
 
 def locally(function: Callable, in_specs, out_specs, axes: tuple[str, ...] = AXES) -> Callable:
@@ -199,13 +207,6 @@ def locally(function: Callable, in_specs, out_specs, axes: tuple[str, ...] = AXE
     if _current() is None:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
-
-
-def _size(mesh, axes) -> int:
-    size = 1
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
-        size *= mesh.shape[axis]
-    return size
 
 
 def _without(spec: P, axis: str | None) -> P:
