@@ -454,7 +454,7 @@ def step_function(config: LearnerConfig) -> TrainStep:
                 gradient, critic_metrics = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
                 critic, critic_opt_state, _, skipped = guarded_update(critic_optimizer, gradient, critic_opt_state, critic)
                 metrics |= critic_metrics
-                metrics["skipped_updates"] += skipped
+                metrics["skipped_updates"] = jnp.maximum(metrics["skipped_updates"], skipped)
             metrics |= {"beta": terms.beta, "lam": terms.lam}
             return (params, opt_state, critic, critic_opt_state), metrics
 

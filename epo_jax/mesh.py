@@ -141,13 +141,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_heads(mesh: Mesh, num_kv_heads: int) -> None:
-    """Raises UserError unless every device along `tensor` can have key/value heads of its own."""
-    if num_kv_heads % mesh.shape["tensor"]:
-        raise UserError(
-            f"config.mesh.tensor={mesh.shape['tensor']} must divide the model's {num_kv_heads} key/value heads; "
-            "give the other devices to config.mesh.fsdp."
-        )
+def check(mesh: Mesh, model, row_tokens: int) -> None:
+    """Raises UserError unless every device gets equal parts of a `DecoderConfig` and whole heads of it."""
+    for axis, of, length in (
+        ("tensor", "key/value heads of the model", model.num_kv_heads),
+        ("tensor", "hidden units of the model", model.d_ff),
+        ("tensor", "tokens of config.train.rows_tokens", row_tokens),
+        ("fsdp", "columns of the model's width", model.d_model),
+    ):
+        if length % mesh.shape[axis]:
+            raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} must divide the {length} {of}; choose a divisor.")
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
