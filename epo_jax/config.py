@@ -85,6 +85,12 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     model.lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
     model.lora_targets = LORA_TARGETS
 
+    # Devices along each axis of the mesh (epo_jax/mesh.py); 0 or -1 = automatic: one CPU, or all GPUs or TPUs.
+    config.mesh = mesh = ConfigDict()
+    mesh.data = 0  # share the rows of a batch, with a copy of the weights each
+    mesh.fsdp = 0  # share the rows and the weights; divides model.d_model
+    mesh.tensor = 0  # share heads, hidden units and words, by which weights and activations of a row take less room
+
     config.warm_start = warm_start = ConfigDict()
     warm_start.episodes = 0  # expert episodes cloned before RL; 0 = none
     warm_start.steps = 0  # updates
@@ -102,7 +108,8 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     rollout.block = 64  # tokens decoded at most before a slot whose turn ended can go on
     rollout.dtype = ""  # of weights and arithmetic while sampling; "" = model.dtype; needs algo.importance_cap where it differs
     rollout.cache_dtype = ""  # "int8": keys and values in 8 bits; "" = as the arithmetic
-    rollout.devices = 1  # devices that share the slots of each lane, each with a copy of the weights
+    # Devices that share the slots of each lane, each with a copy of the weights; where the mesh has several, they do instead.
+    rollout.devices = 1
     rollout.temperature = 1.0
     rollout.resample = 3  # rounds of `groups` more that dapo plays at most while groups of equal returns fill its batch
 
@@ -112,7 +119,8 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     algo.name = "grpo+epo"
     algo.epochs = 1  # passes over the episodes of one RL step
     algo.mini_batches = 8  # optimiser updates per pass
-    algo.micro_batch_rows = 1  # packed rows per forward and backward pass; changes memory, not the result
+    # Packed rows per forward and backward pass of each device (along `data` and `fsdp`); changes memory, not the result.
+    algo.micro_batch_rows = 1
     algo.kl_coef = 0.01  # weight of the divergence from the frozen reference policy; 0 = no reference is kept
     algo.kl_kind = "k3"  # k1, abs, k2 and k3 are estimates from the sampled token; "full" sums over the vocabulary
     algo.kl_place = "loss"  # "reward": taken from each token's reward instead
@@ -181,6 +189,7 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.steps = 150 if env == "alfworld" else 125  # RL steps K
+    train.max_skipped = 3  # RL steps in a row without one finite gradient (such updates are skipped), after which the run ends
     train.rows_tokens = 16384  # length of a packed row; at least agent.max_tokens
     train.rows_policy_tokens = 8192  # policy tokens a packed row has room for; also the most in a conversation
 
@@ -327,6 +336,11 @@ def _validate_pairs(config: ConfigDict) -> None:
         raise UserError("config.model.lora_targets is empty; name a projection, or set config.model.lora_rank=0.")
     if algo.critic == "lora" and not model.lora_rank:
         raise UserError("config.algo.critic='lora' needs the policy's frozen base: set config.model.lora_rank, or choose 'own'.")
+    if rollout.devices > 1 and any(size > 1 for size in config.mesh.values()):
+        raise UserError(
+            f"config.rollout.devices={rollout.devices} must be 1 with a mesh of several devices (config.mesh), which share the "
+            "slots too."
+        )
     for split in config.eval.splits:
         if split not in SPLITS:
             raise UserError(f"config.eval.splits names {split!r}; choose from {', '.join(map(repr, SPLITS))}.")
@@ -340,7 +354,7 @@ _RANGES = (
         "model.head_dim model.d_ff warm_start.batch_tokens rollout.groups rollout.group_size rollout.slots rollout.lanes "
         "rollout.block rollout.devices "
         "algo.epochs algo.mini_batches algo.micro_batch_rows algo.released_micro_turns epo.window train.steps train.rows_tokens "
-        "train.rows_policy_tokens checkpoint.every checkpoint.keep",
+        "train.rows_policy_tokens checkpoint.every checkpoint.keep train.max_skipped",
         lambda value: value >= 1,
         "a whole number of at least 1",
     ),
@@ -361,6 +375,7 @@ _RANGES = (
         lambda value: value > 0,
         "positive",
     ),
+    ("mesh.data mesh.fsdp mesh.tensor", lambda value: value >= -1, "a number of devices, or 0 (or -1) for an automatic one"),
     ("eval.temperature", lambda value: value >= 0, "zero (always the likeliest token) or positive"),
     (
         "algo.gamma algo.gae_lambda optim.warmup_ratio optim.floor_ratio control.cov_fraction control.peak_quantile",

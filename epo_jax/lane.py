@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from epo_jax import mesh
 from epo_jax.models import generate
 from epo_jax.models.decoder import DecoderConfig, Params
 
@@ -79,7 +80,7 @@ class Lane:
 
     Args:
         cache_dtype: "int8", or None for the compute dtype.
-        sharding: of everything that has rows, where several devices share them.
+        on: the mesh of devices that share the rows, each with the weights, or along "tensor" its part of them.
 
     Attributes:
         prefill_seconds, decode_seconds: wall time of the work so far.
@@ -95,9 +96,9 @@ class Lane:
         sampler: Sampler,
         programs: Programs,
         cache_dtype: str | None = None,
-        sharding: jax.sharding.Sharding | None = None,
+        on: jax.sharding.Mesh | None = None,
     ):
-        self._cache_dtype, self._sharding = cache_dtype, sharding
+        self._cache_dtype, self._on = cache_dtype, on
         self._model, self._params, self._sampler, self._programs = model, params, sampler, programs
         self._max_tokens = max_tokens
         self._cache: generate.Cache | None = None
@@ -130,14 +131,15 @@ class Lane:
 
     def _call(self, function, *args, shape=(), **kwargs):
         key = function, self.size, self._capacity, shape
-        return self._programs.call(key, function, *args, **kwargs)
+        with mesh.inside(self._on):
+            return self._programs.call(key, function, *args, **kwargs)
 
     def _take(self, rows: list[int], capacity: int) -> generate.Cache:
         slots = np.asarray(rows, np.int32)
         return self._placed(self._call(generate.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity)))
 
     def _placed(self, cache: generate.Cache) -> generate.Cache:
-        return cache if self._sharding is None else jax.device_put(cache, self._sharding)
+        return cache if self._on is None else jax.device_put(cache, mesh.shardings(self._on, cache))
 
     def _make_room(self, tokens: int) -> None:
         capacity = capacity_for(tokens, self._max_tokens)

@@ -1,22 +1,30 @@
 """One RL step as one compiled program: TrainState in, TrainState out.
 
-    make_train_step(config) -> (state, batch, hyper) -> (state, metrics)
+    make_train_step(config, mesh) -> (state, batch, hyper) -> (state, metrics)
 
 Inside: advantages, then for each epoch and mini-batch a loop over micro-batches that sums gradients, then one optimiser
-update. The loop stops at the last live row, so shapes never change and padding costs nothing.
+update. The loop stops at the last live row, so shapes never change and padding costs nothing. `step_function` is the same
+without jit, donation and mesh: a pure function, to be mapped over members of a sweep.
+
+On a mesh every micro-batch is shared out by rows. What each device keeps of the weights and their moments, `epo_jax.mesh` says;
+advantages and the weights of averages, a few numbers a token, every device computes for itself.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from epo_jax import mesh
 from epo_jax.models import lora
-from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.decoder import DecoderConfig, Params, bind, init_params
 from epo_jax.models.value import CriticKind, init_critic, values
 from epo_jax.objectives import entropy, released_rows
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
@@ -64,7 +72,7 @@ class LearnerConfig:
         optim, critic_optim: optimisers; a critic exists when `critic_optim` is given.
         reference: keep the initial policy for a KL term; with adapters it is the base, which is there anyway.
         epochs: passes over a batch.
-        micro_rows: rows per forward and backward pass.
+        micro_rows: rows per forward and backward pass, those of all devices together.
         total_steps: RL steps of the run (K of the phase schedule).
         temperature: of the sampling distribution.
         critic: which decoder the critic looks at.
@@ -153,11 +161,38 @@ def init_state(config: LearnerConfig, params: Params) -> TrainState:
         opt_state=make_optimizer(config.optim).init(trained),
         critic=critic,
         critic_opt_state=make_optimizer(config.critic_optim).init(critic) if config.critic_optim else (),
-        reference=jax.tree.map(jnp.copy, params) if config.reference and not config.model.lora else {},
+        # The arithmetic would round the weights to its type anyway.
+        reference=(
+            jax.tree.map(lambda x: jnp.array(x, config.model.dtype), params)
+            if config.reference and not config.model.lora
+            else {}
+        ),
         history=entropy.init_history(config.total_steps, per_turn),
         kl_scale=jnp.ones((), jnp.float32),
         base=base,
     )
+
+
+def init_state_on(config: LearnerConfig, params: Params, on: Mesh) -> TrainState:
+    """`init_state` with every array where the mesh has it. `params`, which lie there already, are donated."""
+    make = jax.jit(init_state, static_argnums=0, donate_argnums=1, out_shardings=state_shardings(config, on))
+    return make(config, params)
+
+
+def state_shardings(config: LearnerConfig, on: Mesh) -> TrainState:
+    """Where each array of the state lies."""
+    return mesh.shardings(on, abstract_state(config))
+
+
+def batch_shardings(on: Mesh) -> TokenBatch:
+    """Where each array of a batch lies."""
+    return TokenBatch(*(NamedSharding(on, mesh.rule(name)) for name in TokenBatch._fields))
+
+
+def abstract_state(config: LearnerConfig) -> TrainState:
+    """Shapes and types of the state, nothing computed."""
+    params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_state, config), params)
 
 
 def episode_layout(
@@ -183,24 +218,50 @@ def head_inputs(
     module = bind(model, params)
     hidden = module(rows.tokens, rows.positions, rows.segment_ids)
     chosen = jnp.take_along_axis(hidden, rows.index[..., None], axis=1)
-    return chosen.reshape(-1, chosen.shape[-1]), module.output_embedding().astype(chosen.dtype)
+    head = mesh.at_use("lm_head", module.output_embedding().astype(chosen.dtype))
+    return mesh.constrain(chosen.reshape(-1, chosen.shape[-1]), mesh.ROWS), head
 
 
 def policy_statistics(
     model: DecoderConfig, params: Params, rows: Inputs, temperature: float, top_p: float | None = None
 ) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
     """Log-probability of every policy token and entropy of its distribution (of its nucleus with `top_p`), nats."""
-    flat = fused_log_prob_entropy(*head_inputs(model, params, rows), rows.label.ravel(), temperature, top_p=top_p)
-    return tuple(x.reshape(rows.label.shape) for x in flat)
+    return head_statistics(*head_inputs(model, params, rows), rows.label, temperature, top_p)
+
+
+def head_statistics(
+    hidden: Float[Array, "N D"], head: Float[Array, "V D"], label: Int[Array, "R P"], temperature: float, top_p: float | None
+) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
+    """`fused_log_prob_entropy` of each device's own tokens; gradients of the head are added up once, not chunk by chunk."""
+
+    def own(hidden, head, label):
+        return fused_log_prob_entropy(hidden, head, label, temperature, top_p=top_p)
+
+    flat = mesh.locally(own, (P(mesh.ROWS), P(), P(mesh.ROWS)), P(mesh.ROWS), mesh.ROWS)(hidden, head, label.ravel())
+    return tuple(x.reshape(label.shape) for x in flat)
+
+
+def head_divergence(
+    hidden: Float[Array, "N D"], head: Float[Array, "V D"], ref_hidden: Float[Array, "N D"], ref_head: Float[Array, "V D"],
+    temperature: float,
+) -> Float[Array, " N"]:  # fmt: skip
+    """`fused_full_kl` of each device's own tokens."""
+    own = functools.partial(fused_full_kl, temperature=temperature)
+    specs = P(mesh.ROWS), P(), P(mesh.ROWS), P()
+    return mesh.locally(own, specs, P(mesh.ROWS), mesh.ROWS)(hidden, head, ref_hidden, ref_head)
+
+
+def in_micro_batches(x: Array, micro_rows: int) -> Array:
+    """[R, ...] as [R / micro_rows, micro_rows, ...], each micro-batch shared out by its rows."""
+    return mesh.constrain(x.reshape(-1, micro_rows, *x.shape[1:]), None, mesh.ROWS)
 
 
 def over_micro_batches(fn: Callable, rows, live: Int[Array, ""], micro_rows: int, start):
-    """Folds `carry = fn(carry, micro_batch, first_row)` over the live rows, `micro_rows` at a time."""
+    """Folds `carry = fn(carry, micro_batch, index)` over the live rows, `micro_rows` at a time."""
+    rows = jax.tree.map(lambda x: in_micro_batches(x, micro_rows), rows)
 
     def body(i, carry):
-        first = i * micro_rows
-        micro = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, micro_rows), rows)
-        return fn(carry, micro, first)
+        return fn(carry, jax.tree.map(lambda x: x[i], rows), i)
 
     return jax.lax.fori_loop(0, (live + micro_rows - 1) // micro_rows, body, start)
 
@@ -211,14 +272,52 @@ def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""],
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[:micro_rows], rows))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
+    def stored(found):
+        return mesh.as_stored(found[0]), found[1]
+
     def body(carry, micro, _):
-        return jax.tree.map(jnp.add, carry, gradient(params, micro))
+        return jax.tree.map(jnp.add, carry, stored(gradient(params, micro)))
 
-    return over_micro_batches(body, rows, live, micro_rows, zeros)
+    return over_micro_batches(body, rows, live, micro_rows, stored(zeros))
 
 
-def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]:
-    """The jitted RL step. The state is donated: the one passed in must not be used again."""
+def guarded_update(
+    optimizer: optax.GradientTransformation, gradient: Params, opt_state: optax.OptState, params: Params
+) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
+    """(params, opt_state, norm of the gradient, skipped); where the norm is not finite, nothing changes and `skipped` is 1."""
+    norm = optax.global_norm(gradient)
+    updates, next_state = optimizer.update(gradient, opt_state, params)
+    updated = optax.apply_updates(params, updates), next_state
+    finite = jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (params, opt_state))
+    return params, opt_state, norm, 1.0 - finite
+
+
+TrainStep = Callable[[TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]
+
+
+def make_train_step(config: LearnerConfig, on: Mesh | None = None) -> TrainStep:
+    """The jitted RL step, over the devices of a mesh. The state is donated: the one passed in must not be used again."""
+    step = step_function(config)
+    if on is None:
+        return jax.jit(step, donate_argnums=0)
+
+    @functools.wraps(step)
+    def train_step(state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        with mesh.inside(on):
+            return step(state, batch, hyper)
+
+    state, everywhere = state_shardings(config, on), mesh.replicated(on)
+    return jax.jit(
+        train_step,
+        in_shardings=(state, batch_shardings(on), everywhere),
+        out_shardings=(state, everywhere),
+        donate_argnums=0,
+    )
+
+
+def step_function(config: LearnerConfig) -> TrainStep:
+    """One RL step as a pure function."""
     objective, micro_rows = config.objective, config.micro_rows
     optimizer = make_optimizer(config.optim)
     plain_model = dataclasses.replace(config.model, lora=None)
@@ -231,17 +330,16 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             inputs = (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)
             mini = Inputs(*jax.tree.map(lambda x: x[m], inputs))
 
-            def body(out, micro, first):
-                return jax.tree.map(
-                    lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0), out, fn(micro)
-                )
+            def body(out, micro, i):
+                return jax.tree.map(lambda whole, part: whole.at[i].set(part), out, fn(micro))
 
             shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[:micro_rows], mini))
-            zeros = jax.tree.map(lambda _: jnp.zeros(batch.policy_mask.shape[1:], jnp.float32), shapes)
-            return None, over_micro_batches(body, mini, batch.rows[m], micro_rows, zeros)
+            zeros = jnp.zeros(batch.policy_mask.shape[1:], jnp.float32)
+            start = jax.tree.map(lambda _: in_micro_batches(zeros, micro_rows), shapes)
+            return None, over_micro_batches(body, mini, batch.rows[m], micro_rows, start)
 
         _, out = jax.lax.scan(one_mini, None, jnp.arange(batch.rows.shape[0]))
-        return jax.tree.map(lambda x: x * batch.policy_mask, out)
+        return jax.tree.map(lambda x: mesh.constrain(x.reshape(batch.policy_mask.shape)) * batch.policy_mask, out)
 
     def before_update(state: TrainState, batch: TokenBatch) -> tuple[Float[Array, "M R P"], Float[Array, "M R P"]]:
         """Log-probability and entropy of the data before this step's updates: what the sampler recorded, or where that
@@ -304,6 +402,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
     @jax.named_scope("train_step")
     def train_step(state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         hyper = hyper._replace(kl_coef=hyper.kl_coef * state.kl_scale)
+        batch = batch._replace(**{k: mesh.constrain(x) for k, x in batch._asdict().items() if k not in Inputs._fields})
         data = {"ref_log_prob": reference_log_prob(state, batch), "value": critic_values(state, batch)}
         data["old_log_prob"], data["old_entropy"] = before_update(state, batch)
         key = jax.random.fold_in(jax.random.key(0), state.step)
@@ -333,18 +432,17 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             def policy_objective(params, micro: Rows):
                 label, full_kl = micro.inputs.label, None
                 head = head_inputs(config.model, lora.join(state.base, params), micro.inputs)
-                flat = fused_log_prob_entropy(*head, label.ravel(), config.temperature, top_p=objective.nucleus)
+                log_prob, token_entropy = head_statistics(*head, label, config.temperature, objective.nucleus)
                 if objective.kl == "full":
                     reference = head_inputs(*reference_policy(state), micro.inputs)
-                    full_kl = fused_full_kl(*head, *reference, config.temperature).reshape(label.shape)
-                log_prob, token_entropy = (x.reshape(label.shape) for x in flat)
+                    full_kl = head_divergence(*head, *reference, config.temperature).reshape(label.shape)
                 return epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
 
             policy = lora.join(state.base, params)
             gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
-            metrics["grad_norm"] = optax.global_norm(gradient)
-            updates, opt_state = optimizer.update(gradient, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(
+                optimizer, gradient, opt_state, params
+            )
             if critic_optimizer:
 
                 def critic_objective(critic, micro: Rows):
@@ -354,16 +452,17 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
                     return total, {"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}
 
                 gradient, critic_metrics = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
-                updates, critic_opt_state = critic_optimizer.update(gradient, critic_opt_state, critic)
-                critic = optax.apply_updates(critic, updates)
+                critic, critic_opt_state, _, skipped = guarded_update(critic_optimizer, gradient, critic_opt_state, critic)
                 metrics |= critic_metrics
+                metrics["skipped_updates"] = jnp.maximum(metrics["skipped_updates"], skipped)
             metrics |= {"beta": terms.beta, "lam": terms.lam}
             return (params, opt_state, critic, critic_opt_state), metrics
 
         mini_batches = jnp.tile(jnp.arange(batch.rows.shape[0]), config.epochs)
         carry = (state.params, state.opt_state, state.critic, state.critic_opt_state)
         carry, metrics = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
-        metrics = jax.tree.map(jnp.mean, metrics)
+        skipped = metrics["skipped_updates"].sum()
+        metrics = jax.tree.map(jnp.mean, metrics) | {"skipped_updates": skipped}
 
         center = entropy.center(seen, objective.history, hyper.window, hyper.ema_decay)
         policy_tokens = batch.policy_mask.sum()
@@ -383,4 +482,4 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
                 kl_scale = adaptive_kl_coef(kl_scale, metrics["kl"], target, horizon, objective.num_trajectories)
         return TrainState(state.step + 1, *carry, state.reference, history, kl_scale, state.base), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step

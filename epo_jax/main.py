@@ -12,15 +12,16 @@ import time
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from epo_jax import checkpoint, figures, rollout, sft
+from epo_jax import checkpoint, figures, mesh, rollout, sft
 from epo_jax.command import open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
-from epo_jax.learner import LearnerConfig, OptimConfig, init_state, make_train_step
+from epo_jax.learner import LearnerConfig, OptimConfig, init_state_on, make_train_step
 from epo_jax.metrics import MetricWriter, evaluation_table, progress_line, seconds_left
 from epo_jax.models import hf_config, hub, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
@@ -36,8 +37,12 @@ def main(argv: list[str]) -> None:
     command = parse(argv)
     config, workdir = command.config, command.workdir
     objective, hyper = objective_and_hyper(config)
+    devices = mesh.make_mesh(**config.mesh.to_dict())
     if config.model.path:
-        tokenizer, model, params = load_pretrained(config)
+        tokenizer, model, params = load_pretrained(config, devices)
+    else:
+        model = decoder_config(config.model, config.model.vocab_size)
+    mesh.check(devices, model, config.train.rows_tokens)
     env_options = config.env.to_dict()
     env = environment(config.env.name)
     env.prepare(env_options)
@@ -67,6 +72,9 @@ def main(argv: list[str]) -> None:
         model = decoder_config(config.model, tokenizer.vocab_size)
         params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(config.seed))
         params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
+        params = jax.device_put(params, mesh.shardings(devices, params))
+    if devices.size > 1:
+        print("mesh: " + ", ".join(f"{n} {axis}" for axis, n in devices.shape.items()))
     print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
 
     # ---------------------------------------------------------------- warm start
@@ -76,11 +84,12 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- learner
     if config.model.lora_rank:
         model = with_adapters(model, config.model)
-        params = lora.join(params, lora.init_adapters(model, jax.random.key(config.seed + 2)))
-    learner = learner_config(config, model, objective)
-    state = init_state(learner, params)
+        adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
+        params = lora.join(params, jax.device_put(adapters, mesh.shardings(devices, adapters)))
+    learner = learner_config(config, model, objective, mesh.row_shards(devices))
+    state = init_state_on(learner, params, devices)
     print(f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters are trained")
-    train_step = make_train_step(learner)
+    train_step = make_train_step(learner, devices)
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
     if command.resume:
         state = checkpoint.restore(manager, state)
@@ -119,7 +128,7 @@ def main(argv: list[str]) -> None:
             evaluate_all(0)
         if first_step == 0:
             checkpoint.save(manager, state)
-        durations = []
+        durations, skipped = [], 0
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
             sampled, stats = play(step, 0)
@@ -137,13 +146,19 @@ def main(argv: list[str]) -> None:
                 config.train.rows_policy_tokens,
                 config.env.max_turns,
                 config.algo.mini_batches,
-                config.algo.micro_batch_rows,
+                learner.micro_rows,
                 order,
                 *contexts(config),
             )
             state, metrics = train_step(state, batch, hyper)
             metrics = {name: float(value) for name, value in metrics.items()}
             updated = time.perf_counter()
+            skipped = skipped + 1 if metrics["skipped_updates"] >= config.algo.epochs * config.algo.mini_batches else 0
+            if skipped >= config.train.max_skipped:
+                raise UserError(
+                    f"No update of the last {skipped} RL steps had a finite gradient; the weights are as before them. "
+                    f"Lower config.optim.lr and go on from {manager.directory / str(manager.latest_step())}."
+                )
 
             center = metrics["corridor_center"]
             row = writer.train(
@@ -221,8 +236,8 @@ def contexts(config) -> tuple[int, int]:
     return config.env.max_turns, min(by_tokens, by_policy_tokens)
 
 
-def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
-    """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names."""
+def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer, DecoderConfig, Params]:
+    """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names, over a mesh's devices."""
     folder = hub.resolve(config.model.path)
     model = hf_config.read_config(folder, config.model.dtype, config.model.remat)
     tokenizer = load_tokenizer(folder)
@@ -236,7 +251,8 @@ def load_pretrained(config) -> tuple[ChatTokenizer, DecoderConfig, Params]:
             f"config.agent.max_tokens={config.agent.max_tokens} exceeds the {model.max_positions} positions that {folder} was "
             "trained for; lower it or choose a model with a longer context."
         )
-    return tokenizer, model, weights.load_params(folder, model)
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    return tokenizer, model, weights.load_params(folder, model, mesh.shardings(devices, shapes) if devices else None)
 
 
 def decoder_of_run(config, vocab_size: int) -> DecoderConfig:
@@ -265,7 +281,8 @@ def clone_experts(config, model, tokenizer, params, demonstrations):
     tokens = [len(t.tokens) for t in fitting]
     print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)
     optim = OptimConfig(settings.lr, settings.steps, weight_decay=config.optim.weight_decay, floor_ratio=0.1, b2=0.98)
-    rows = max(1, settings.batch_tokens // config.train.rows_tokens)
+    shards = mesh.row_shards(mesh.mesh_of(params)) if mesh.mesh_of(params) else 1
+    rows = shards * max(1, settings.batch_tokens // config.train.rows_tokens // shards)
     cloning = sft.warm_start(
         params, fitting, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed
     )
@@ -310,8 +327,8 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
     return objective, jax.tree.map(np.float32, hyper)
 
 
-def learner_config(config, model, objective: ObjectiveConfig) -> LearnerConfig:
-    """What is static about the run's train step."""
+def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 1) -> LearnerConfig:
+    """What is static about the run's train step, on a mesh that deals rows to `row_shards`."""
     algo = config.algo
     updates = config.train.steps * algo.epochs * algo.mini_batches
 
@@ -325,7 +342,7 @@ def learner_config(config, model, objective: ObjectiveConfig) -> LearnerConfig:
         critic_optim=optim(algo.critic_lr) if objective.estimator == "gae" else None,
         reference=objective.kl != "none",
         epochs=algo.epochs,
-        micro_rows=algo.micro_batch_rows,
+        micro_rows=algo.micro_batch_rows * row_shards,
         total_steps=config.train.steps,
         temperature=config.rollout.temperature,
         critic=algo.critic,

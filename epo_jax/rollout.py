@@ -18,8 +18,8 @@ import itertools
 import time
 
 import jax
-import numpy as np
 
+from epo_jax import mesh
 from epo_jax.envs import agent
 from epo_jax.envs.base import Observation, Task
 from epo_jax.envs.pool import EnvPool
@@ -63,7 +63,9 @@ class RolloutConfig:
         ahead: resets that each lane sends before a slot is free.
         dtype: of the parameters and the arithmetic while sampling; None keeps the model's.
         cache_dtype: "int8" stores keys and values in 8 bits; None keeps the arithmetic's.
-        devices: that share every lane's rows, each with a copy of the parameters.
+        devices: that share every lane's rows, each with a copy of the parameters. Parameters that lie on a mesh of several
+            devices are sampled from there instead: its rows are shared along "data" and "fsdp", along which the parameters
+            are copied for the time of the rollout.
     """
 
     slots: int
@@ -225,21 +227,22 @@ class _Rollout:
         self.stats = RolloutStats()
         slots = min(config.slots, len(episodes))
         lanes = max(1, min(config.lanes, slots))
+        on = mesh.mesh_of(params)
+        if on is None and config.devices > 1:
+            on = mesh.make_mesh(config.devices, 1, 1, jax.local_devices())
         # Rows that devices share come in multiples of these.
-        size = -(-slots // (lanes * config.devices)) * config.devices
-        sharding = None
+        self.row_shards = mesh.row_shards(on) if on else 1
+        size = -(-slots // (lanes * self.row_shards)) * self.row_shards
         if config.dtype is not None:
             model = dataclasses.replace(model, dtype=config.dtype)
             params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-        if config.devices > 1:
-            mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: config.devices]), ("slots",))
-            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("slots"))
-            params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        if on is not None:
+            params = jax.device_put(params, mesh.shardings(on, params, without="fsdp"))
         self.free_handles = list(range(min(len(episodes), lanes * (size + config.ahead))))
         programs = Programs()
         self.lanes = [
             _LaneEpisodes(
-                Lane(model, params, size, config.max_tokens, sampler, programs, config.cache_dtype, sharding), hand
+                Lane(model, params, size, config.max_tokens, sampler, programs, config.cache_dtype, on), hand
             )
             for hand in _deal(episodes, lanes)
             if hand
@@ -377,7 +380,7 @@ class _Rollout:
         size = len(lane.rows)
         live = [row for row, occupant in enumerate(lane.rows) if occupant is not None]
         if live and not lane.queue and not lane.ahead:
-            while size % (2 * self.config.devices) == 0 and size // 2 >= max(len(live), SMALLEST_LANE):
+            while size % (2 * self.row_shards) == 0 and size // 2 >= max(len(live), SMALLEST_LANE):
                 size //= 2
         if size < len(lane.rows):
             keep = (live + [row for row in range(len(lane.rows)) if row not in live])[:size]

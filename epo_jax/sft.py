@@ -14,12 +14,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from epo_jax import mesh
 from epo_jax.envs import agent
 from epo_jax.envs.base import Demonstration, Observation
-from epo_jax.learner import OptimConfig, make_optimizer
+from epo_jax.learner import OptimConfig, head_statistics, make_optimizer
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.tokenizer import ChatTokenizer
-from epo_jax.objectives.head import fused_log_prob_entropy
 from epo_jax.trajectory import TokenBatch, Trajectory, pack
 
 
@@ -75,25 +75,27 @@ def cloning_loss(
     follows = follows.at[:, -1].set(False).astype(jnp.float32)
     rows = jnp.arange(labels.shape[0])[:, None]
     action = jnp.zeros_like(follows).at[rows, batch.index].max(batch.policy_mask)
-    log_prob, _ = fused_log_prob_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), module.output_embedding().astype(hidden.dtype), labels.ravel()
-    )
-    log_prob = log_prob.reshape(labels.shape)
+    head = mesh.at_use("lm_head", module.output_embedding().astype(hidden.dtype))
+    log_prob, _ = head_statistics(hidden.reshape(-1, hidden.shape[-1]), head, labels, 1.0, None)
     prompt = follows * (1.0 - action)
     on_actions = -(log_prob * action).sum() / jnp.maximum(action.sum(), 1.0)
     on_prompts = -(log_prob * prompt).sum() / jnp.maximum(prompt.sum(), 1.0)
     return on_actions + prompt_weight * on_prompts, on_actions
 
 
-def make_cloning_step(model: DecoderConfig, optim: OptimConfig, prompt_weight: float) -> Callable:
-    """(params, opt_state, rows) -> (params, opt_state, action cross-entropy in nats), jitted, the first two donated."""
+def make_cloning_step(
+    model: DecoderConfig, optim: OptimConfig, prompt_weight: float, on: jax.sharding.Mesh | None = None
+) -> Callable:
+    """(params, opt_state, rows) -> (params, opt_state, action cross-entropy in nats), jitted, the first two donated, over the
+    devices of a mesh."""
     optimizer = make_optimizer(optim)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, rows):
-        gradient, on_actions = jax.grad(lambda p: cloning_loss(model, p, rows, prompt_weight), has_aux=True)(params)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, on_actions
+        with mesh.inside(on):
+            gradient, on_actions = jax.grad(lambda p: cloning_loss(model, p, rows, prompt_weight), has_aux=True)(params)
+            updates, opt_state = optimizer.update(mesh.as_stored(gradient), opt_state, params)
+            return mesh.as_stored(optax.apply_updates(params, updates)), mesh.as_stored(opt_state), on_actions
 
     return step
 
@@ -108,7 +110,8 @@ def warm_start(
     prompt_weight: float,
     seed: int,
 ) -> Iterator[tuple[Params, float]]:
-    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows; yields (params, action cross-entropy).
+    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows (on a mesh, a multiple of
+    its `row_shards`); yields (params, action cross-entropy).
 
     The yielded params are donated to the next step: keep only the last.
     """
@@ -121,7 +124,7 @@ def warm_start(
         contexts_per_row=row_tokens // max(t.longest_context for t in trajectories),
     )
     pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed._replace(rows=None, returns=None, group=None, anchor=None))
-    step = make_cloning_step(model, optim, prompt_weight)
+    step = make_cloning_step(model, optim, prompt_weight, mesh.mesh_of(params))
     opt_state = make_optimizer(optim).init(params)
     rng = np.random.default_rng(seed)
     deck = np.zeros(0, np.int64)

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from epo_jax import mesh
 
 # What attention leaves for its backward pass, by the name that a rematerialisation policy knows it under.
 SAVED = "attention"
@@ -26,13 +29,11 @@ def packed_attention(
     segment_ids: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Attention among the tokens of packed rows, by the kernel of the default backend."""
-    match jax.default_backend():
-        case "gpu":
-            return gpu_attention(q, k, v, segment_ids, window)
-        case "tpu":
-            return tpu_attention(q, k, v, segment_ids, window)
-    return blocked_attention(q, k, v, segment_ids, window)
+    """Attention among the tokens of packed rows, by the kernel of the platform; on a mesh each device has rows and heads."""
+    kernel = {"gpu": gpu_attention, "tpu": tpu_attention}.get(mesh.platform(), blocked_attention)
+    heads = P(mesh.ROWS, None, "tensor")
+    attend = mesh.locally(functools.partial(kernel, window=window), (heads, heads, heads, P(mesh.ROWS)), heads)
+    return attend(q, k, v, segment_ids)
 
 
 def gpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Array, "B T H d"]:

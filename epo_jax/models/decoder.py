@@ -15,8 +15,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from epo_jax import mesh
 from epo_jax.models import kv_cache
 from epo_jax.models.attention import SAVED, cached_attention, packed_attention
 from epo_jax.models.kv_cache import LayerCache
@@ -153,7 +155,7 @@ class Block(nnx.Module):
         """x W + b, and the adapter's share where there is one."""
 
         def weight(key):
-            return getattr(self, key)[...].astype(x.dtype)
+            return mesh.at_use(key, getattr(self, key)[...].astype(x.dtype))
 
         y = x @ weight(name)
         if hasattr(self, _bias(name)):
@@ -161,12 +163,13 @@ class Block(nnx.Module):
         lora = self.config.lora
         if lora and name in lora.targets:
             y = y + (lora.alpha / lora.rank) * ((x @ weight(f"{name}_lora_a")) @ weight(f"{name}_lora_b"))
-        return y
+        # Devices along "tensor" hold either columns of the product or parts of its sum, which is then shared out by tokens.
+        return mesh.constrain(y, mesh.AXES) if name in ("o_proj", "down_proj") else mesh.constrain(y, mesh.ROWS, "tensor")
 
     def qkv(self, x: Float[Array, "N D"], rope) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H d], rotated keys and values [B T K d] of the N = B * T tokens of `rope`'s shape."""
         c = self.config
-        x = rms_norm(x, self.input_norm[...], c.norm_eps)
+        x = mesh.constrain(rms_norm(x, self.input_norm[...], c.norm_eps), mesh.ROWS)
         q, k, v = (
             self.project(name, x).reshape(*rope[0].shape[:2], -1, c.head_dim) for name in ("q_proj", "k_proj", "v_proj")
         )
@@ -177,13 +180,31 @@ class Block(nnx.Module):
     def output(self, x: Float[Array, "N D"], attended: Float[Array, "B T H d"]) -> Float[Array, "N D"]:
         """Adds the attention output and the MLP to the residual stream."""
         x = x + self.project("o_proj", attended.reshape(x.shape[0], -1))
-        y = rms_norm(x, self.post_attention_norm[...], self.config.norm_eps)
+        y = mesh.constrain(rms_norm(x, self.post_attention_norm[...], self.config.norm_eps), mesh.ROWS)
         gated = jax.nn.silu(self.project("gate_proj", y)) * self.project("up_proj", y)
         return x + self.project("down_proj", gated)
 
 
 def _bias(projection: str) -> str:
     return projection.replace("proj", "bias")
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
+    """Rows of the embedding.
+
+    On a mesh a device looks up the tokens of its `fsdp` group, those that are words of its own, in the columns that it
+    keeps; then the rows are added up and put together where their tokens are. No table is ever put together.
+    """
+    if not mesh.divides(mesh.AXES, tokens.shape[0]):
+        return table[tokens]
+
+    def own(table, tokens):
+        ids = jax.lax.all_gather(tokens, "fsdp") - jax.lax.axis_index("tensor") * table.shape[0]
+        found = table.at[jnp.where(ids < 0, table.shape[0], ids)].get(mode="fill", fill_value=0)
+        found = jax.lax.psum_scatter(found, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)[0]
+
+    return mesh.locally(own, (P("tensor", "fsdp"), P(mesh.ROWS)), P(mesh.AXES))(table, tokens)
 
 
 class Decoder(nnx.Module):
@@ -222,7 +243,7 @@ class Decoder(nnx.Module):
         c = self.config
         rope = self.rope(positions)
         graph, stacked = nnx.split(self.layers)
-        x = self.embedding[...][tokens.ravel()].astype(c.dtype)
+        x = embed(self.embedding[...], tokens.ravel()).astype(c.dtype)
         start = 0
         # Layers with the same window are one loop; most models have a single window, or none.
         for window, run in itertools.groupby(c.layer_windows()):
@@ -238,7 +259,7 @@ class Decoder(nnx.Module):
             weights = jax.tree.map(lambda a, i=start, n=length: a[i : i + n] if n < c.num_layers else a, stacked)
             x, _ = jax.lax.scan(layer, x, weights, unroll=length if length <= _UNROLL_LAYERS else 1)
             start += length
-        return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1)
+        return mesh.constrain(rms_norm(x, self.final_norm[...], c.norm_eps), mesh.ROWS).reshape(*tokens.shape, -1)
 
     def extend(
         self,
@@ -264,7 +285,7 @@ class Decoder(nnx.Module):
         kept = jnp.arange(capacity, dtype=jnp.int32)[None, None]
         mask = kept <= positions[:, :, None]
         rope = self.rope(positions)
-        x = self.embedding[...][tokens.ravel()].astype(c.dtype)
+        x = embed(self.embedding[...], tokens.ravel()).astype(c.dtype)
         grown = []
         for block, layer, window in zip(layers, cache, c.layer_windows(), strict=True):
             with jax.named_scope("block"):

@@ -1,0 +1,223 @@
+"""The mesh of devices that a run is spread over, and where every array lies on it.
+
+Three axes, any of which may be 1:
+
+    data     rows of the batch; the weights are copied
+    fsdp     rows of the batch too; each device keeps a slice of every weight and of its optimiser state, and the slices of a
+             layer are put together where the layer is computed
+    tensor   heads, hidden units and words; between layers, tokens
+
+`RULES` places every array of `TrainState`, `TokenBatch` and the sampler's `Cache` by its name. What lies where between them
+is said by the code that computes it (`constrain`, `at_use`, `locally`); without a mesh, or on a mesh of one device, these do
+nothing.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
+
+from epo_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# The axes that share the rows of a batch, and the slots of a lane.
+ROWS = ("data", "fsdp")
+
+# Name of an array -> the mesh axes of its own axes; the first rule that matches the whole name holds. Moments of an optimiser
+# bear the names of their parameters. Arrays under `layers` have the axis of layers in front.
+RULES: tuple[tuple[str, P], ...] = (
+    # parameters
+    ("embedding|lm_head", P("tensor", "fsdp")),
+    ("(q|k|v|gate|up)_proj", P(None, "fsdp", "tensor")),
+    ("(o|down)_proj", P(None, "tensor", "fsdp")),
+    ("(q|k|v|gate|up)_bias", P(None, "tensor")),
+    ("(q|k|v|gate|up)_proj_lora_a|(o|down)_proj_lora_b", P(None, "fsdp", None)),
+    ("(q|k|v|gate|up)_proj_lora_b", P(None, None, "tensor")),
+    ("(o|down)_proj_lora_a", P(None, "tensor", None)),
+    ("(o|down)_bias|.*_norm|value", P()),
+    # the rest of TrainState
+    ("step|kl_scale|count|values|observed", P()),
+    # TokenBatch
+    ("tokens|positions|segment_ids|index|label|policy_mask|trajectory|turn", P(None, ROWS)),
+    ("reward|valid|behaviour_log_prob|behaviour_entropy", P(None, ROWS)),
+    ("rows|returns|group|anchor", P()),
+    # Cache
+    ("layers", P(ROWS, "tensor")),
+    ("lengths|hidden", P(ROWS)),
+)
+
+
+def make_mesh(data: int = 0, fsdp: int = 0, tensor: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of these sizes over all `devices`, or as many as they ask for, the same number of every process.
+
+    A size below 1 is automatic. `tensor` is then 1. On TPUs the rest goes to `fsdp`, on GPUs as much of it as one process
+    has, where the links are fast, and what is left to `data`. A CPU is one device of each process, all in `data`: more are
+    made up for tests, which name the sizes.
+
+    Raises:
+        UserError: there are not enough devices, or they cannot be shared out like this.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    processes = sorted({d.process_index for d in devices})
+    own = [[d for d in devices if d.process_index == process] for process in processes]
+    if devices[0].platform == "cpu" and (data < 1 or fsdp < 1):
+        limit = max(data, 1) * max(fsdp, 1) * max(tensor, 1) // len(processes)
+        own = [of_process[: max(1, limit)] for of_process in own]
+    available = sum(map(len, own))
+    shape = _shape((data, fsdp, tensor), available, len(own[0]), devices[0].platform)
+    size = math.prod(shape)
+    asked = ", ".join(f"config.mesh.{axis}={n}" for axis, n in zip(AXES, (data, fsdp, tensor), strict=True))
+    if size > available or size % len(processes) or size < 1:
+        raise UserError(
+            f"{asked} cannot be made of {available} {devices[0].platform} devices in {len(processes)} processes; "
+            "choose sizes whose product is their number, or 0 for automatic ones."
+        )
+    chosen = [d for of_process in own for d in of_process[: size // len(processes)]]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
+
+
+def _shape(sizes: tuple[int, int, int], available: int, per_process: int, platform: str) -> tuple[int, int, int]:
+    data, fsdp, tensor = sizes
+    tensor = max(tensor, 1)
+    if fsdp < 1:
+        room = available // tensor // max(data, 1)
+        fsdp = {"cpu": 1, "gpu": max(1, min(room, per_process // tensor))}.get(platform, room)
+    if data < 1:
+        data = available // tensor // max(fsdp, 1)
+    return data, fsdp, tensor
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Devices, or groups of them along `tensor`, that rows are dealt to."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def rule(name: str) -> P:
+    """The mesh axes along which the array of this name lies.
+
+    Raises:
+        UserError: no rule matches the name.
+    """
+    for pattern, spec in RULES:
+        if re.fullmatch(pattern, name):
+            return spec
+    raise UserError(f"No rule of epo_jax/mesh.py places an array named {name!r}; add one to RULES.")
+
+
+def spec_of(path: tuple) -> P:
+    """The rule of the array at a key path of `jax.tree_util`: that of the last key which is a name."""
+    keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    return rule(next((key for key in reversed(keys) if isinstance(key, str)), ""))
+
+
+def shardings(mesh: Mesh, tree: PyTree, without: str | None = None) -> PyTree[NamedSharding]:
+    """Where each array of `tree` lies; arrays may be abstract. `without` names an axis along which all are copied instead.
+
+    Raises:
+        UserError: no rule matches an array, or an axis of one cannot be shared out equally.
+    """
+
+    def of(path, leaf) -> NamedSharding:
+        spec = _without(spec_of(path), without)
+        for length, axes in zip(leaf.shape, spec, strict=False):
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                if length % mesh.shape[axis]:
+                    raise UserError(
+                        f"config.mesh.{axis}={mesh.shape[axis]} does not divide the {length} of "
+                        f"{jax.tree_util.keystr(path)} {list(leaf.shape)}; choose a divisor."
+                    )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def check(mesh: Mesh, model, row_tokens: int) -> None:
+    """Raises UserError unless every device gets equal parts of a `DecoderConfig` and whole heads of it."""
+    for axis, of, length in (
+        ("tensor", "key/value heads of the model", model.num_kv_heads),
+        ("tensor", "hidden units of the model", model.d_ff),
+        ("tensor", "tokens of config.train.rows_tokens", row_tokens),
+        ("fsdp", "columns of the model's width", model.d_model),
+    ):
+        if length % mesh.shape[axis]:
+            raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} must divide the {length} {of}; choose a divisor.")
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh that arrays lie on, where it has several devices."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+def inside(mesh: Mesh | None):
+    """Context in which functions are traced for `mesh`: `constrain`, `at_use` and `locally` then take effect."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _current() -> jax.sharding.AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def platform() -> str:
+    """What a function that is being traced will run on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
+
+
+def divides(axes: str | tuple[str, ...] | None, length: int) -> bool:
+    """Whether an array's axis of this length can lie along these mesh axes of the mesh that is traced for; False without one."""
+    mesh = _current()
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return mesh is not None and length % math.prod(mesh.shape[name] for name in names) == 0
+
+
+def constrain(x: Array, *spec) -> Array:
+    """`x` with its axes laid along these mesh axes, where they divide it; missing ones are whole."""
+    if _current() is None or not all(divides(axes, length) for axes, length in zip(spec, x.shape, strict=False)):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def as_stored(tree: PyTree) -> PyTree:
+    """Every array laid out by its rule."""
+    if _current() is None:
+        return tree
+    return jax.tree_util.tree_map_with_path(lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(path)), tree)
+
+
+def at_use(name: str, weight: Array) -> Array:
+    """A weight, one layer's alone, put together along `fsdp`; its gradient is summed and cut along it."""
+    spec = _without(rule(name), "fsdp")
+    return constrain(weight, *spec[max(len(spec) - weight.ndim, 0) :])
+
+
+def locally(function: Callable, in_specs, out_specs, axes: tuple[str, ...] = AXES) -> Callable:
+    """`function`, called on every device with its own part along the mesh axes `axes`; the compiler sees to the others."""
+    if _current() is None:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
+
+
+def _without(spec: P, axis: str | None) -> P:
+    """`spec` without `axis`."""
+
+    def cut(axes):
+        if isinstance(axes, tuple):
+            return tuple(a for a in axes if a != axis) or None
+        return None if axes == axis else axes
+
+    return P(*map(cut, spec))

@@ -1,0 +1,193 @@
+"""Meshes of fake devices: what lies where, what crosses between devices, and that the result is one device's."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from epo_jax import mesh
+from epo_jax.errors import UserError
+from epo_jax.learner import batch_shardings, init_state_on, make_train_step, state_shardings
+from epo_jax.models.decoder import DecoderConfig, Lora, init_params
+from tests import tiny
+
+MODEL = DecoderConfig(40, 16, 1, 8, 4, 4, 32)
+SHAPES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+MICRO_ROWS, ROW = 8, tiny.ROW
+fresh = jax.jit(init_params, static_argnums=0)
+
+
+@functools.cache
+def learner():
+    config, hyper = tiny.learner("grpo+epo", MICRO_ROWS)
+    objective = dataclasses.replace(config.objective, kl="none")
+    optim = dataclasses.replace(config.optim, lr=1e-3)
+    return dataclasses.replace(config, model=MODEL, objective=objective, reference=False, optim=optim), hyper
+
+
+@functools.cache
+def batch():
+    return tiny.batched(tiny.episodes(0), 1, 2 * MICRO_ROWS)
+
+
+@functools.cache
+def programs():
+    """The train step for each mesh, compiled. Compilation lets other threads work; tracing does not."""
+    config, hyper = learner()
+    lowered = {}
+    for shape in SHAPES:
+        on = mesh.make_mesh(*shape)
+        lowered[shape] = make_train_step(config, on).lower(start(on), batch(), hyper)
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        return dict(zip(SHAPES, executor.map(lambda low: low.compile(tiny.QUICK), lowered.values()), strict=True))
+
+
+def start(on):
+    params = fresh(MODEL, jax.random.key(0))
+    return init_state_on(learner()[0], jax.device_put(params, mesh.shardings(on, params)), on)
+
+
+def three_updates(shape):
+    on, (_, hyper) = mesh.make_mesh(*shape), learner()
+    state = start(on)
+    placed = jax.device_put(batch(), batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
+    for _ in range(3):
+        state, metrics = programs()[shape](state, *placed)
+    return state, metrics
+
+
+@functools.cache
+def of_one_device():
+    return jax.tree.map(np.asarray, three_updates(SHAPES[0]))
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_three_updates_are_those_of_one_device(shape):
+    state, metrics = three_updates(shape)
+    alone, alone_metrics = of_one_device()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, alone.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), metrics, alone_metrics)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone.params, jax.tree.map(np.asarray, start(None_mesh()).params))
+    assert max(jax.tree.leaves(moved)) > 2e-3  # three steps of Adam at a rate of 1e-3
+    wanted = state_shardings(learner()[0], mesh.make_mesh(*shape))
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 3]
+    held = {math.prod(x.sharding.shard_shape(x.shape)) * shape[1] * shape[2] for x in moments}
+    assert held == {x.size for x in moments}
+
+
+def None_mesh():
+    return mesh.make_mesh(1, 1, 1)
+
+
+def collectives(text: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(operation, type, dimensions) of every array that an operation between devices takes or makes."""
+    found = []
+    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for line in text.splitlines():
+        if m := re.search(rf"= (.*?) ({names})(?:-start)?\(", line):
+            for kind, dimensions in re.findall(r"(\w+)\[([\d,]*)\]", m[1]):
+                found.append((m[2], kind, tuple(map(int, dimensions.split(","))) if dimensions else ()))
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_what_crosses_between_devices(shape):
+    """Weights are gathered along `fsdp` alone, tokens of activations along `tensor`; logits and the whole vocabulary never."""
+    data, fsdp, tensor = shape
+    seen = collectives(programs()[shape].as_text())
+    assert seen
+    words, policy = MODEL.vocab_size, MICRO_ROWS * tiny.POLICY // (data * fsdp)
+    for operation, kind, dimensions in seen:
+        if operation in ("all-gather", "all-to-all") and tensor > 1:
+            assert words not in dimensions, f"{operation} of {kind}{list(dimensions)} holds all words"
+        # [V / tensor, tokens of a chunk] and anything else with words beside tokens
+        local = words // tensor
+        assert not (local in dimensions and policy in dimensions), f"{operation} of logits {kind}{list(dimensions)}"
+    gathered = {d for operation, kind, d in seen if operation == "all-gather" and kind == "f32"}
+    weights = {d[-2:] for d in gathered if d[-2:] in {(16, 32 // tensor), (32 // tensor, 16)} and d != (1, MICRO_ROWS * 2, 24)}
+    assert bool(weights) == (fsdp > 1), f"{sorted(gathered)}"
+    # Each device keeps to its own rows: an activation of every row of a micro-batch is nowhere.
+    assert not any(MICRO_ROWS * ROW in d for _, kind, d in seen if kind == "f32")
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted():
+    config, hyper = learner()
+    on = None_mesh()
+    state = start(on)
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    poisoned = batch()._replace(behaviour_log_prob=np.where(batch().policy_mask > 0, np.float32(np.nan), 0.0))
+    placed = jax.device_put(poisoned, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
+    state, metrics = programs()[SHAPES[0]](state, *placed)
+    assert metrics["skipped_updates"] == 1.0 and not np.isfinite(metrics["grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+    assert int(state.step) == 1
+    _, metrics = programs()[SHAPES[0]](
+        state, jax.device_put(batch(), placed[0].tokens.sharding and batch_shardings(on)), placed[1]
+    )
+    assert metrics["skipped_updates"] == 0.0
+
+
+@pytest.mark.parametrize("arm", ["grpo+epo", "ppo+epo"])
+@pytest.mark.parametrize("lora", [None, Lora(2, 4.0)])
+def test_every_array_of_every_state_has_a_rule(arm, lora):
+    config, _ = tiny.learner(arm)
+    model = dataclasses.replace(MODEL, lora=lora, tie_embeddings=False, o_bias=True, mlp_bias=True, qk_norm=True)
+    config = dataclasses.replace(config, model=model, reference=True)
+    found = state_shardings(config, mesh.make_mesh(2, 2, 2))
+    moments = [s.spec for s in jax.tree.leaves(found.opt_state)]
+    assert moments == [P(), *2 * [s.spec for s in jax.tree.leaves(found.params)], P()]
+    assert not (jax.tree.leaves(found.reference) and lora)
+
+
+def test_an_array_without_a_rule_is_an_error():
+    with pytest.raises(UserError, match="'router'"):
+        mesh.shardings(None_mesh(), {"layers": {"router": np.zeros((2, 4, 4))}})
+    with pytest.raises(UserError, match=r"config.mesh.tensor=8 does not divide the 12 of \['lm_head'\]"):
+        mesh.shardings(mesh.make_mesh(1, 1, 8), {"lm_head": np.zeros((12, 8))})
+    with pytest.raises(UserError, match="must divide the 4 key/value heads"):
+        mesh.check(mesh.make_mesh(1, 1, 8), MODEL, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What `make_mesh` asks a device."""
+
+    platform: str
+    process_index: int
+    id: int
+
+
+@pytest.mark.parametrize(
+    "platform, processes, each, asked, expected",
+    [
+        ("tpu", 4, 4, (0, 0, 0), (1, 16, 1)),
+        ("tpu", 4, 4, (0, 0, 4), (1, 4, 4)),
+        ("tpu", 4, 4, (2, -1, -1), (2, 8, 1)),
+        ("gpu", 2, 8, (0, 0, 0), (2, 8, 1)),
+        ("gpu", 2, 8, (0, 4, 2), (2, 4, 2)),
+        ("cpu", 1, 8, (0, 0, 0), (1, 1, 1)),
+        ("cpu", 2, 8, (0, 0, 0), (2, 1, 1)),
+        ("cpu", 1, 8, (0, 4, 0), (1, 4, 1)),
+        ("cpu", 1, 8, (2, 2, 2), (2, 2, 2)),
+    ],
+)
+def test_automatic_sizes(monkeypatch, platform, processes, each, asked, expected):
+    made = {}
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, axes, devices, **_: made.update(shape=shape, devices=devices))
+    mesh.make_mesh(*asked, devices=[Device(platform, p, each * p + i) for p in range(processes) for i in range(each)])
+    assert made["shape"] == expected
+    counts = np.bincount([d.process_index for d in made["devices"]], minlength=processes)
+    assert set(counts) == {math.prod(expected) // processes}
+
+
+@pytest.mark.parametrize("asked", [(16, 1, 1), (3, 4, 1), (0, 0, 16)])
+def test_a_mesh_that_the_devices_cannot_make_is_refused(asked):
+    with pytest.raises(UserError, match="config.mesh.data=.* 8 cpu devices|cpu devices"):
+        mesh.make_mesh(*asked)
