@@ -344,7 +344,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
             gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
             metrics["grad_norm"] = optax.global_norm(gradient)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params = optax.apply_updates(params, optax.tree.scale(hyper.lr_scale, updates))
             if critic_optimizer:
 
                 def critic_objective(critic, micro: Rows):
@@ -355,7 +355,7 @@ def make_train_step(config: LearnerConfig) -> Callable[[TrainState, TokenBatch, 
 
                 gradient, critic_metrics = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
                 updates, critic_opt_state = critic_optimizer.update(gradient, critic_opt_state, critic)
-                critic = optax.apply_updates(critic, updates)
+                critic = optax.apply_updates(critic, optax.tree.scale(hyper.critic_lr_scale, updates))
                 metrics |= critic_metrics
             metrics |= {"beta": terms.beta, "lam": terms.lam}
             return (params, opt_state, critic, critic_opt_state), metrics

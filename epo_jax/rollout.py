@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -237,8 +238,8 @@ class _Rollout:
         self.under_way = 0  # requests that the pool has not answered
         self.stats = RolloutStats()
         self.lanes: collections.deque[_LaneEpisodes] = collections.deque()  # that have not begun
-        self.open = 0  # lanes at play at once
-        self.threads = 0
+        self.devices: set[jax.Device] = set()
+        self.open = self.threads = 0  # lanes that may have begun and not ended, and those at work at the same time
         self.free_handles: list[int] = []
         self.handles = itertools.count()
 
@@ -263,10 +264,12 @@ class _Rollout:
                 )
                 self.lanes.append(_LaneEpisodes(lane, players, list(hands)))
         self.stop_tokens = sampler.stop_tokens
-        self.open = max(self.open, lanes)
+        here = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
+        self.devices |= here
         # Programs that span devices must reach all of them in one order.
-        devices = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
-        self.threads = _THREADS if len(devices) <= 1 else 1
+        apart = max(1, len(self.devices)) if len(here) <= 1 else 0
+        self.threads = max(1, _THREADS * apart)
+        self.open = max(self.open, lanes * max(1, apart))
 
     def run(self) -> None:
         started = time.perf_counter()
@@ -487,22 +490,30 @@ def collect_members(
     top_k: int = 0,
     top_p: float = 1.0,
     at_once: int = 1,
+    devices: Sequence[jax.Device] = (),
 ) -> tuple[list[list[Trajectory]], RolloutStats]:
     """`collect` for the members of a sweep, each with its own episodes (which may be none), tokenizer, parameters and key.
 
     What a member plays is what `collect` would play with its parameters, up to the reassociation of float sums.
 
     Args:
-        at_once: members that one call of a compiled program computes. Their lanes play when those of earlier members end.
+        at_once: members that one call of a compiled program computes. On a device their lanes play when those of earlier
+            members end.
+        devices: that play equal shares of the members; () is where the parameters are.
     """
     block = min(config.block, config.response_tokens)
     rollout = _Rollout(pool, model, config)
     players = [_Player(*player) for player in zip(itertools.count(), tokenizers, episodes, strict=False)]
-    for first in range(0, len(players), at_once):
-        some = slice(first, first + at_once)
-        if any(player.episodes for player in players[some]):
-            sampler = Sampler(keys[some], (tokenizers[0].stop_id,), temperature, top_k, top_p, block)
-            rollout.enter(players[some], params.some(first, first + at_once), sampler)
+    share = len(players) // max(1, len(devices))
+    for place in range(0, share, at_once):
+        # Each device's next members, so that the lanes of all of them begin together.
+        for start in range(0, len(players), share):
+            some = slice(start + place, start + min(place + at_once, share))
+            if any(player.episodes for player in players[some]):
+                given = params.some(some), keys[some]
+                given = jax.device_put(given, devices[start // share]) if devices else given
+                sampler = Sampler(given[1], (tokenizers[0].stop_id,), temperature, top_k, top_p, block)
+                rollout.enter(players[some], given[0], sampler)
     rollout.run()
     return [rollout.trajectories(player) for player in players], rollout.stats
 

@@ -85,6 +85,7 @@ def cloning_loss(
     return on_actions + prompt_weight * on_prompts, on_actions
 
 
+@functools.cache
 def make_cloning_step(model: DecoderConfig, optim: OptimConfig, prompt_weight: float) -> Callable:
     """(params, opt_state, rows) -> (params, opt_state, action cross-entropy in nats), jitted, the first two donated."""
     optimizer = make_optimizer(optim)

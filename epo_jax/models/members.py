@@ -26,9 +26,8 @@ class Members(NamedTuple):
     def count(self) -> int:
         return jax.tree.leaves(self.own)[0].shape[0]
 
-    def some(self, first: int, last: int) -> "Members":
-        """Members `first` to `last` - 1."""
-        return Members(self.shared, jax.tree.map(lambda x: x[first:last], self.own))
+    def some(self, which: slice) -> "Members":
+        return Members(self.shared, jax.tree.map(lambda x: x[which], self.own))
 
 
 def init_cache(config: DecoderConfig, members: int, slots: int, capacity: int, dtype: str | None = None) -> Cache:
@@ -78,8 +77,6 @@ def decode(
     """See `generate.decode`. It ends when no member has a slot that goes on."""
 
     def one(own, *given):
-        return generate.decode(
-            config, lora.join(params.shared, own), *given, sampling, stop_tokens, block, mapped_over="member"
-        )
+        return generate.decode(config, lora.join(params.shared, own), *given, sampling, stop_tokens, block, mapped_over="member")
 
     return jax.vmap(one, axis_name="member")(params.own, cache, key, episode, turn, position, budget)
