@@ -92,7 +92,8 @@ def programs(config: ConfigDict) -> list[list[Member]]:
         for values in combinations:
             for seed in sweep.seeds:
                 member = _member(config, {"algo.name": arm, **values, "seed": seed})
-                same = member.objective, tuple(map(float, member.hyper)), seed
+                rates = member.config.optim.lr, member.objective.estimator == "gae" and member.config.algo.critic_lr
+                same = member.objective, tuple(map(float, member.hyper)), rates, seed
                 if same not in seen:
                     grouped.setdefault(member.objective, []).append(member)
                     seen.add(same)

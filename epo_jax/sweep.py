@@ -274,6 +274,8 @@ def train(
         def save_all() -> None:
             for i in np.flatnonzero(alive):
                 checkpoint.save(managers[i], jax.tree.map(lambda x, i=i: x[i], states)._replace(base=base))
+                if jax.tree.leaves(base):
+                    managers[i].wait_until_finished()  # or there would be a copy of the base for each
 
         # ------------------------------------------------------------ the loop
         if found is None:
