@@ -22,7 +22,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +158,9 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     path = Path(workdir) / "config.json"
     try:
-        saved = flatten(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sweep = content.pop("sweep", None)
+        saved = flatten(content)
         config = base_config(saved["env.name"], **_env_options(saved)).lock()
     except FileNotFoundError:
         raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
@@ -170,17 +172,27 @@ def read_config(workdir: Path) -> ConfigDict:
     for key, value in saved.items():
         section, _, leaf = key.rpartition(".")
         try:
-            (config[section] if section else config)[leaf] = tuple(value) if isinstance(value, list) else value
+            (config[section] if section else config)[leaf] = tuples(value)
         except TypeError:
             raise UserError(f"{path}: {key}={value!r} has the wrong type; restore it or begin a new run.") from None
     validate(config)
+    if sweep is not None:
+        with config.unlocked():
+            config.sweep = ConfigDict(tuples(sweep))
     return config
+
+
+def tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a config has."""
+    if isinstance(value, Mapping):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def _env_options(saved: dict[str, Any]) -> dict[str, Any]:
     """The keys that an environment of the user's own brought to the config of a run."""
     env = {key.removeprefix("env."): value for key, value in saved.items() if key.startswith("env.")}
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in env.items() if key != "name"}
+    return {key: tuples(v) for key, v in env.items() if key != "name"}
 
 
 def _check_same_run(config: ConfigDict, saved: ConfigDict) -> None:

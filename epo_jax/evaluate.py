@@ -29,12 +29,21 @@ def evaluate(
 
     The sampling key depends on `seed` alone, so two evaluations of the same parameters agree.
     """
-    episodes = [Episode(id=i, task=task, group=i) for i, task in enumerate(tasks)]
     trajectories, stats = collect(
-        episodes, pool, tokenizer, model, params, jax.random.key(seed), config, temperature, top_k, top_p
+        episodes_of(tasks), pool, tokenizer, model, params, jax.random.key(seed), config, temperature, top_k, top_p
     )
+    return row_of(split, step, trajectories, stats.seconds), trajectories
+
+
+def episodes_of(tasks: list[Task]) -> list[Episode]:
+    """An episode of each task."""
+    return [Episode(id=i, task=task, group=i) for i, task in enumerate(tasks)]
+
+
+def row_of(split: str, step: int, trajectories: list[Trajectory], seconds: float) -> Row:
+    """The row of eval.jsonl that the episodes of a split come to."""
     row = evaluation_row(step, split, [(t.task["type"], t.won) for t in trajectories])
     row["score"] = sum(t.score for t in trajectories) / len(trajectories)
     row["turns"] = sum(len(t.actions) for t in trajectories) / len(trajectories)
-    row["seconds"] = stats.seconds
-    return row, trajectories
+    row["seconds"] = seconds
+    return row

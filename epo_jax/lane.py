@@ -4,6 +4,7 @@ What a lane does depends on the turns that it is given and on nothing else, so t
 """
 
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -13,8 +14,9 @@ import jax
 import numpy as np
 
 from epo_jax import mesh
-from epo_jax.models import generate
+from epo_jax.models import generate, members
 from epo_jax.models.decoder import DecoderConfig, Params
+from epo_jax.models.members import Members
 
 # Every compiled shape is a choice from these: columns of an extend, tokens a row has room for, and rows (all of the lane's,
 # or a quarter of them); a lane halves its rows down to the smallest.
@@ -65,7 +67,10 @@ class Programs:
 
 
 class Sampler(NamedTuple):
-    """How every row samples, see `generate.Sampling`, and how many tokens one call of `decode` samples at most."""
+    """How every row samples, see `generate.Sampling`, and how many tokens one call of `decode` samples at most.
+
+    In a lane of several members there is a key for each.
+    """
 
     key: jax.Array
     stop_tokens: tuple[int, ...]
@@ -76,13 +81,16 @@ class Sampler(NamedTuple):
 
 
 class Lane:
-    """Some rows of a cache. `size` is their number, which `keep` reduces.
+    """Some rows of a cache: `size` of each member, which `keep` reduces. Row r belongs to member r // size.
+
+    A lane of one policy has one member. With `Members` for params, what is computed is mapped over them.
 
     Args:
         cache_dtype: "int8", or None for the compute dtype.
         on: the mesh of devices that share the rows, each with the weights, or along "tensor" its part of them.
 
     Attributes:
+        members: their number.
         prefill_seconds, decode_seconds: wall time of the work so far.
         prompt_tokens: tokens that were read; those of a prompt that rows share count once.
     """
@@ -90,7 +98,7 @@ class Lane:
     def __init__(
         self,
         model: DecoderConfig,
-        params: Params,
+        params: Params | Members,
         size: int,
         max_tokens: int,
         sampler: Sampler,
@@ -100,19 +108,23 @@ class Lane:
     ):
         self._cache_dtype, self._on = cache_dtype, on
         self._model, self._params, self._sampler, self._programs = model, params, sampler, programs
+        mapped = isinstance(params, Members)
+        self.members = params.count if mapped else 1
+        self._compute = members if mapped else generate
+        self._lead = (self.members,) if mapped else ()
         self._max_tokens = max_tokens
         self._cache: generate.Cache | None = None
         self._capacity = 0
-        self._lengths = np.zeros(size, np.int64)
+        self._lengths = np.zeros(self.members * size, np.int64)
         self.size = size
         self.prefill_seconds = self.decode_seconds = 0.0
         self.prompt_tokens = 0
 
     def keep(self, rows: list[int]) -> None:
-        """Leaves only these rows, in this order."""
+        """Leaves only these rows, as many of each member, in this order."""
         if self._cache is not None:
             self._cache = self._take(rows, self._capacity)
-        self._lengths, self.size = self._lengths[rows], len(rows)
+        self._lengths, self.size = self._lengths[rows], len(rows) // self.members
 
     def play(self, turns: dict[int, Turn]) -> dict[int, Answer]:
         """Reads every row's prompt and samples its answer, or one block of it."""
@@ -130,13 +142,13 @@ class Lane:
         return answers
 
     def _call(self, function, *args, shape=(), **kwargs):
-        key = function, self.size, self._capacity, shape
+        key = function, self.members, self.size, self._capacity, shape
         with mesh.inside(self._on):
             return self._programs.call(key, function, *args, **kwargs)
 
     def _take(self, rows: list[int], capacity: int) -> generate.Cache:
-        slots = np.asarray(rows, np.int32)
-        return self._placed(self._call(generate.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity)))
+        slots = np.asarray(rows, np.int32).reshape(*self._lead, -1) % self.size
+        return self._placed(self._call(self._compute.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity)))
 
     def _placed(self, cache: generate.Cache) -> generate.Cache:
         return cache if self._on is None else jax.device_put(cache, mesh.shardings(self._on, cache))
@@ -144,60 +156,76 @@ class Lane:
     def _make_room(self, tokens: int) -> None:
         capacity = capacity_for(tokens, self._max_tokens)
         if self._cache is None:
-            self._cache = self._placed(generate.init_cache(self._model, self.size, capacity, self._cache_dtype))
+            shape = *self._lead, self.size, capacity
+            self._cache = self._placed(self._compute.init_cache(self._model, *shape, self._cache_dtype))
         elif capacity > self._capacity:
-            self._cache = self._take(list(range(self.size)), capacity)
+            self._cache = self._take(list(range(len(self._lengths))), capacity)
         self._capacity = max(self._capacity, capacity)
 
     def _prefill(self, turns: dict[int, Turn]) -> None:
-        """Appends the prompts. Rows that start with the same prompt take it from the first of them."""
-        source, first = list(range(self.size)), {}
+        """Appends the prompts. Rows of a member that start with the same prompt take it from the first of them."""
+        everyone = list(range(len(self._lengths)))
+        source, first = list(everyone), {}
         for row, turn in turns.items():
             if turn.fresh:
-                source[row] = first.setdefault(tuple(turn.prompt), row)
+                source[row] = first.setdefault((row // self.size, *turn.prompt), row)
         readers = {row: turn for row, turn in turns.items() if source[row] == row}
         start = 0
-        for width in pieces(tuple(sorted(len(turn.prompt) for turn in readers.values())), self.size):
+        for width in pieces(self._longest({row: len(turn.prompt) for row, turn in readers.items()}), self.size):
             here = [row for row, turn in readers.items() if len(turn.prompt) > start]
             self._extend(here, readers, start, width)
             start += width
-        if source != list(range(self.size)):
+        if source != everyone:
             self._cache = self._take(source, self._capacity)
         for row, turn in turns.items():
             self._lengths[row] += len(turn.prompt)
 
+    def _longest(self, lengths: dict[int, int]) -> tuple[int, ...]:
+        """The longest prompts of any member, their second longest ones and so on, in ascending order."""
+        ranked = [
+            sorted((n for row, n in lengths.items() if row // self.size == member), reverse=True)
+            for member in range(self.members)
+        ]
+        return tuple(sorted(max(same_rank) for same_rank in itertools.zip_longest(*ranked, fillvalue=0)))
+
     def _extend(self, rows: list[int], turns: dict[int, Turn], start: int, width: int) -> None:
-        count = _rows_for(len(rows), self.size)
+        by_member = [[row for row in rows if row // self.size == member] for member in range(self.members)]
+        count = _rows_for(max(map(len, by_member)), self.size)
         chosen = count < self.size
-        slots = np.full(count, self.size, np.int32)
-        tokens, counts, fresh = np.zeros((count, width), np.int32), np.zeros(count, np.int32), np.zeros(count, bool)
-        for i, row in enumerate(rows):
-            at = i if chosen else row
-            piece = turns[row].prompt[start : start + width]
-            tokens[at, : len(piece)], counts[at], slots[at] = piece, len(piece), row
-            fresh[at] = turns[row].fresh and start == 0
+        shape = self.members, count
+        slots = np.full(shape, self.size, np.int32)
+        tokens, counts, fresh = np.zeros((*shape, width), np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for member, mine in enumerate(by_member):
+            for i, row in enumerate(mine):
+                slot = row % self.size
+                at = member, i if chosen else slot
+                piece = turns[row].prompt[start : start + width]
+                tokens[at][: len(piece)], counts[at], slots[at] = piece, len(piece), slot
+                fresh[at] = turns[row].fresh and start == 0
         given = (tokens, counts, fresh, slots) if chosen else (tokens, counts, fresh)
+        given = [x.reshape(*self._lead, *x.shape[1:]) for x in given]
         self._cache = self._call(
-            generate.extend, self._model, self._params, self._cache, *given, shape=(count, width)
+            self._compute.extend, self._model, self._params, self._cache, *given, shape=(count, width)
         )
         self.prompt_tokens += int(counts.sum())
 
     def _decode(self, turns: dict[int, Turn]) -> dict[int, Answer]:
         sampler, size = self._sampler, self.size
-        ints = {name: np.zeros(size, np.int32) for name in ("episode", "turn", "position", "budget")}
+        ints = {name: np.zeros(len(self._lengths), np.int32) for name in ("episode", "turn", "position", "budget")}
         for row, turn in turns.items():
             for name, values in ints.items():
                 values[row] = getattr(turn, name)
+        ints = {name: values.reshape(*self._lead, size) for name, values in ints.items()}
         sampling = generate.Sampling(
             np.full(size, sampler.temperature, np.float32),
             np.full(size, sampler.top_k, np.int32),
             np.full(size, sampler.top_p, np.float32),
         )
         self._cache, sampled = self._call(
-            generate.decode, self._model, self._params, self._cache, sampler.key, **ints, sampling=sampling,
+            self._compute.decode, self._model, self._params, self._cache, sampler.key, **ints, sampling=sampling,
             stop_tokens=np.asarray(sampler.stop_tokens, np.int32), block=sampler.block,
         )  # fmt: skip
-        tokens, log_prob, entropy, counts = (np.asarray(a) for a in sampled)
+        tokens, log_prob, entropy, counts = (np.asarray(a).reshape(-1, *a.shape[len(self._lead) + 1 :]) for a in sampled)
         answers = {}
         for row in turns:
             n = int(counts[row])

@@ -282,12 +282,16 @@ def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""],
 
 
 def guarded_update(
-    optimizer: optax.GradientTransformation, gradient: Params, opt_state: optax.OptState, params: Params
+    optimizer: optax.GradientTransformation,
+    gradient: Params,
+    opt_state: optax.OptState,
+    params: Params,
+    lr_scale: Float[Array, ""] | float,
 ) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
     """(params, opt_state, norm of the gradient, skipped); where the norm is not finite, nothing changes and `skipped` is 1."""
     norm = optax.global_norm(gradient)
     updates, next_state = optimizer.update(gradient, opt_state, params)
-    updated = optax.apply_updates(params, updates), next_state
+    updated = optax.apply_updates(params, optax.tree.scale(lr_scale, updates)), next_state
     finite = jnp.isfinite(norm)
     params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (params, opt_state))
     return params, opt_state, norm, 1.0 - finite
@@ -441,7 +445,7 @@ def step_function(config: LearnerConfig) -> TrainStep:
             policy = lora.join(state.base, params)
             gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
             params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(
-                optimizer, gradient, opt_state, params
+                optimizer, gradient, opt_state, params, hyper.lr_scale
             )
             if critic_optimizer:
 
@@ -452,7 +456,9 @@ def step_function(config: LearnerConfig) -> TrainStep:
                     return total, {"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}
 
                 gradient, critic_metrics = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
-                critic, critic_opt_state, _, skipped = guarded_update(critic_optimizer, gradient, critic_opt_state, critic)
+                critic, critic_opt_state, _, skipped = guarded_update(
+                    critic_optimizer, gradient, critic_opt_state, critic, hyper.critic_lr_scale
+                )
                 metrics |= critic_metrics
                 metrics["skipped_updates"] = jnp.maximum(metrics["skipped_updates"], skipped)
             metrics |= {"beta": terms.beta, "lam": terms.lam}

@@ -17,18 +17,18 @@ from jax.sharding import Mesh
 from epo_jax import checkpoint, figures, mesh, rollout, sft
 from epo_jax.command import open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
-from epo_jax.envs.base import Task, environment
+from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
 from epo_jax.learner import LearnerConfig, OptimConfig, init_state_on, make_train_step
-from epo_jax.metrics import MetricWriter, evaluation_table, progress_line, seconds_left
+from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, seconds_left
 from epo_jax.models import hf_config, hub, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.trajectory import Trajectory, pack
+from epo_jax.trajectory import TokenBatch, Trajectory, pack
 from epo_jax.trajectory_log import TrajectoryLog
 
 
@@ -52,26 +52,15 @@ def main(argv: list[str]) -> None:
     print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
 
     # ---------------------------------------------------------------- experts, tokenizer, model
-    demonstrations = []
-    if config.warm_start.episodes and not command.resume:
-        chosen = random.Random(config.seed).sample(train_tasks, min(config.warm_start.episodes, len(train_tasks)))
-        times = 1 + config.warm_start.copies
-        demonstrations = env.demonstrations([task for task in chosen for _ in range(times)], env_options)
+    demonstrations = [] if command.resume else expert_demonstrations(config, train_tasks)
     if command.resume:
         tokenizer = load_tokenizer(workdir / "tokenizer")
     else:
-        if config.warm_start.copies:
-            copies = [d for i, d in enumerate(demonstrations) if i % times]
-            demonstrations = demonstrations[::times] + rename(copies, config.seed)
         if not config.model.path:
-            window = rollout.window_of(config)
-            texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
-            tokenizer = train_tokenizer(texts, config.model.vocab_size, env.phrases)
+            tokenizer = own_tokenizer(config, demonstrations)
         tokenizer.save(workdir / "tokenizer")
     if not config.model.path:
-        model = decoder_config(config.model, tokenizer.vocab_size)
-        params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(config.seed))
-        params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
+        model, params = blank_model(config, tokenizer)
         params = jax.device_put(params, mesh.shardings(devices, params))
     if devices.size > 1:
         print("mesh: " + ", ".join(f"{n} {axis}" for axis, n in devices.shape.items()))
@@ -139,17 +128,7 @@ def main(argv: list[str]) -> None:
                 rounds, stats = [*rounds, more], stats + spent
                 trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
             rolled_out = time.perf_counter()
-            order = np.random.default_rng([config.seed, step]).permutation(len(trajectories))
-            batch = pack(
-                trajectories,
-                config.train.rows_tokens,
-                config.train.rows_policy_tokens,
-                config.env.max_turns,
-                config.algo.mini_batches,
-                learner.micro_rows,
-                order,
-                *contexts(config),
-            )
+            batch = step_batch(config, step, trajectories, learner.micro_rows)
             state, metrics = train_step(state, batch, hyper)
             metrics = {name: float(value) for name, value in metrics.items()}
             updated = time.perf_counter()
@@ -160,34 +139,11 @@ def main(argv: list[str]) -> None:
                     f"Lower config.optim.lr and go on from {manager.directory / str(manager.latest_step())}."
                 )
 
-            center = metrics["corridor_center"]
+            seconds = {"rollout_seconds": rolled_out - started, "update_seconds": updated - rolled_out}
             row = writer.train(
-                {
-                    "step": step,
-                    # Of the first round: what the policy does on tasks as they come, not on those chosen by their returns.
-                    "success": np.mean([t.won for t in sampled]),
-                    "reward": np.mean([sum(t.rewards) for t in sampled]),
-                    "score": np.mean([t.score for t in sampled]),
-                    "turns": np.mean([len(t.actions) for t in sampled]),
-                    "invalid_actions": 1.0 - np.mean([v for t in sampled for v in t.valid]),
-                    "tokens": np.mean([len(t.tokens) for t in sampled]),
-                    "truncated": np.mean([t.truncated for t in sampled]),
-                    "rollout_rounds": len(rounds),
-                    "uniform_groups": uniform,
-                    "corridor_low": config.epo.kappa_l * center if step else None,
-                    "corridor_high": config.epo.kappa_r * center if step else None,
-                    "tokens_per_second": stats.policy_tokens / stats.seconds,
-                    "rollout_seconds": rolled_out - started,
-                    "update_seconds": updated - rolled_out,
-                    "prefill_seconds": stats.prefill_seconds,
-                    "decode_seconds": stats.decode_seconds,
-                    "env_wait_seconds": stats.env_wait_seconds,
-                    "env_steps": stats.env_steps,
-                    "env_restarts": pool.restarts,
-                    "rows": int(batch.rows.sum()),
-                    **metrics,
-                    "entropy": metrics["behaviour_entropy"],
-                }
+                step_row(config, step, rounds, uniform, stats, metrics)
+                | seconds
+                | {"env_restarts": pool.restarts, "rows": int(batch.rows.sum())}
             )
             if kept.trajectories_every and step % kept.trajectories_every == 0:
                 log.write(step, "train", sampled)
@@ -204,6 +160,78 @@ def main(argv: list[str]) -> None:
     manager.close()
     for path in figures.draw(workdir):
         print(f"wrote {path}")
+
+
+def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
+    """Expert episodes of tasks drawn by the run's seed, each followed by its renamed copies where they are asked for."""
+    settings, env = config.warm_start, environment(config.env.name)
+    if not settings.episodes:
+        return []
+    chosen = random.Random(config.seed).sample(tasks, min(settings.episodes, len(tasks)))
+    times = 1 + settings.copies
+    demonstrations = env.demonstrations([task for task in chosen for _ in range(times)], config.env.to_dict())
+    if times > 1:
+        copies = [d for i, d in enumerate(demonstrations) if i % times]
+        demonstrations = demonstrations[::times] + rename(copies, config.seed)
+    return demonstrations
+
+
+def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
+    """A tokenizer made from what the experts saw and did."""
+    window = rollout.window_of(config)
+    texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
+    return train_tokenizer(texts, config.model.vocab_size, environment(config.env.name).phrases)
+
+
+def blank_model(config, tokenizer: ChatTokenizer) -> tuple[DecoderConfig, Params]:
+    """A model from scratch, of the sizes in the config."""
+    model = decoder_config(config.model, tokenizer.vocab_size)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(config.seed))
+    params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
+    return model, params
+
+
+def step_batch(config, step: int, trajectories: list[Trajectory], micro_rows: int) -> TokenBatch:
+    """What the learner sees of RL step `step`, in micro-batches of `micro_rows`."""
+    return pack(
+        trajectories,
+        config.train.rows_tokens,
+        config.train.rows_policy_tokens,
+        config.env.max_turns,
+        config.algo.mini_batches,
+        micro_rows,
+        np.random.default_rng([config.seed, step]).permutation(len(trajectories)),
+        *contexts(config),
+    )
+
+
+def step_row(
+    config, step: int, rounds: list[list[Trajectory]], uniform: int, stats: rollout.RolloutStats, metrics: dict[str, float]
+) -> Row:
+    """The row of metrics.jsonl that the episodes and the learner's metrics of an RL step come to."""
+    # Of the first round: what the policy does on tasks as they come, not on those chosen by their returns.
+    sampled, center = rounds[0], metrics["corridor_center"]
+    return {
+        "step": step,
+        "success": np.mean([t.won for t in sampled]),
+        "reward": np.mean([sum(t.rewards) for t in sampled]),
+        "score": np.mean([t.score for t in sampled]),
+        "turns": np.mean([len(t.actions) for t in sampled]),
+        "invalid_actions": 1.0 - np.mean([v for t in sampled for v in t.valid]),
+        "tokens": np.mean([len(t.tokens) for t in sampled]),
+        "truncated": np.mean([t.truncated for t in sampled]),
+        "rollout_rounds": len(rounds),
+        "uniform_groups": uniform,
+        "corridor_low": config.epo.kappa_l * center if step else None,
+        "corridor_high": config.epo.kappa_r * center if step else None,
+        "tokens_per_second": stats.policy_tokens / stats.seconds,
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "env_wait_seconds": stats.env_wait_seconds,
+        "env_steps": stats.env_steps,
+        **metrics,
+        "entropy": metrics["behaviour_entropy"],
+    }
 
 
 def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[rollout.Episode]:

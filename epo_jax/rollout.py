@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -25,10 +27,11 @@ from epo_jax.envs.base import Observation, Task
 from epo_jax.envs.pool import EnvPool
 from epo_jax.lane import SMALLEST_LANE, Answer, Lane, Programs, Sampler, Turn
 from epo_jax.models.decoder import DecoderConfig, Params
+from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.trajectory import Trajectory
 
-# Lanes at work at the same time. More would not be quicker: one works while another is being read and answered.
+# Lanes of a device at work at the same time. More would not be quicker: one works while another is being read and answered.
 _THREADS = 2
 
 # Seconds between looks at the environments while the device is at work and a lane waits for them.
@@ -166,7 +169,8 @@ class _Live:
     """An episode that occupies a row.
 
     Attributes:
-        place: its index among the trajectories.
+        place: (its member, its index among that member's trajectories).
+        tokenizer: its member's.
         handle: the pool's slot that plays it.
         first: what it saw after the reset.
         prompt: ids not in the cache yet, to be read next.
@@ -175,7 +179,8 @@ class _Live:
     """
 
     episode: Episode
-    place: int
+    place: tuple[int, int]
+    tokenizer: ChatTokenizer
     handle: int
     trajectory: Trajectory
     first: Observation | None = None
@@ -186,18 +191,27 @@ class _Live:
 
 
 class _LaneEpisodes:
-    """A lane and its episodes: those in its rows, those whose reset is sent ahead, and the queue.
+    """A lane and its episodes: those in its rows, and of each member those whose reset is sent ahead and the queue.
 
-    `waiting` holds the handles whose observations the next turns need, `later` those that may still come after them.
+    Its rows come in multiples of `shards`. `waiting` holds the handles whose observations the next turns need, `later` those
+    that may still come after them.
     """
 
-    def __init__(self, lane: Lane, queue: list[tuple[int, Episode]]):
-        self.lane = lane
-        self.rows: list[_Live | None] = [None] * lane.size
-        self.queue = collections.deque(queue)
-        self.ahead: collections.deque[_Live] = collections.deque()
+    def __init__(self, lane: Lane, shards: int, players: list["_Player"], hands: list[list[tuple[int, Episode]]]):
+        self.lane, self.shards, self.players = lane, shards, players
+        self.rows: list[_Live | None] = [None] * (lane.members * lane.size)
+        self.queues = [collections.deque(hand) for hand in hands]
+        self.ahead: list[collections.deque[_Live]] = [collections.deque() for _ in hands]
         self.waiting: set[int] = set()
         self.later: set[int] = set()
+
+
+class _Player(NamedTuple):
+    """A member of a rollout, or its only policy."""
+
+    number: int
+    tokenizer: ChatTokenizer
+    episodes: list[Episode]
 
 
 def _deal(episodes: list[Episode], lanes: int) -> list[list[tuple[int, Episode]]]:
@@ -216,55 +230,69 @@ def _deal(episodes: list[Episode], lanes: int) -> list[list[tuple[int, Episode]]
 
 
 class _Rollout:
-    """The state of one `collect` call."""
+    """The state of one `collect` call. Every `enter` brings lanes that some policies share; `run` plays them all."""
 
-    def __init__(self, episodes, pool, tokenizer, model, params, config, sampler):
-        self.pool, self.tokenizer, self.config = pool, tokenizer, config
-        self.stop_tokens = sampler.stop_tokens
-        self.done: list[Trajectory | None] = [None] * len(episodes)
+    def __init__(self, pool: EnvPool, model: DecoderConfig, config: RolloutConfig):
+        self.pool, self.config = pool, config
+        self.model = model if config.dtype is None else dataclasses.replace(model, dtype=config.dtype)
+        self.programs = Programs()
+        self.done: dict[tuple[int, int], Trajectory] = {}
         self.inbox: dict[int, Observation] = {}
         self.under_way = 0  # requests that the pool has not answered
         self.stats = RolloutStats()
-        slots = min(config.slots, len(episodes))
+        self.lanes: collections.deque[_LaneEpisodes] = collections.deque()  # that have not begun
+        self.devices: set[jax.Device] = set()
+        self.open = self.threads = 0  # lanes that may have begun and not ended, and those at work at the same time
+        self.free_handles: list[int] = []
+        self.handles = itertools.count()
+
+    def enter(self, players: list[_Player], params: Params | Members, sampler: Sampler) -> None:
+        """Deals the players' episodes to lanes of their own. `params` and the sampler's keys are one policy's, or the members'
+        in the order of `players`."""
+        config = self.config
+        slots = min(config.slots, max(len(player.episodes) for player in players))
         lanes = max(1, min(config.lanes, slots))
         on = mesh.mesh_of(params)
         if on is None and config.devices > 1:
             on = mesh.make_mesh(config.devices, 1, 1, jax.local_devices())
         # Rows that devices share come in multiples of these.
-        self.row_shards = mesh.row_shards(on) if on else 1
-        size = -(-slots // (lanes * self.row_shards)) * self.row_shards
+        shards = mesh.row_shards(on) if on else 1
+        size = -(-slots // (lanes * shards)) * shards
         if config.dtype is not None:
-            model = dataclasses.replace(model, dtype=config.dtype)
             params = jax.tree.map(lambda x: x.astype(config.dtype), params)
         if on is not None:
             params = jax.device_put(params, mesh.shardings(on, params, without="fsdp"))
-        self.free_handles = list(range(min(len(episodes), lanes * (size + config.ahead))))
-        programs = Programs()
-        self.lanes = [
-            _LaneEpisodes(
-                Lane(model, params, size, config.max_tokens, sampler, programs, config.cache_dtype, on), hand
-            )
-            for hand in _deal(episodes, lanes)
-            if hand
-        ]
+        for hands in zip(*(_deal(player.episodes, lanes) for player in players), strict=True):
+            if any(hands):
+                lane = Lane(self.model, params, size, config.max_tokens, sampler, self.programs, config.cache_dtype, on)
+                self.lanes.append(_LaneEpisodes(lane, shards, players, list(hands)))
+        self.stop_tokens = sampler.stop_tokens
+        here = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
+        self.devices |= here
         # Programs that span devices must reach all of them in one order.
-        devices = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
-        self.threads = min(len(self.lanes), _THREADS if len(devices) <= 1 else 1)
+        apart = max(1, len(self.devices)) if len(here) <= 1 else 0
+        self.threads = max(1, _THREADS * apart)
+        self.open = max(self.open, lanes * max(1, apart))
 
-    def run(self) -> list[Trajectory]:
+    def run(self) -> None:
         started = time.perf_counter()
-        for lane in self.lanes:
-            self.admit(lane)
         working: dict[concurrent.futures.Future, _LaneEpisodes] = {}
-        idle = collections.deque(self.lanes)
+        idle: collections.deque[_LaneEpisodes] = collections.deque()
         with concurrent.futures.ThreadPoolExecutor(max(1, self.threads)) as executor:
-            while idle or working:
+            while self.lanes or idle or working:
+                while self.lanes and len(idle) + len(working) < self.open:
+                    self.admit(self.lanes[0])
+                    idle.append(self.lanes.popleft())
                 for _ in range(len(idle)):
                     lane = idle.popleft()
                     if turns := self.next_turns(lane):
                         working[executor.submit(lane.lane.play, turns)] = lane
                     elif any(lane.rows):
                         idle.append(lane)
+                    else:
+                        self.stats.prefill_seconds += lane.lane.prefill_seconds
+                        self.stats.decode_seconds += lane.lane.decode_seconds
+                        self.stats.prompt_tokens += lane.lane.prompt_tokens
                 if working:
                     for future in self.watch(working, len(idle)):
                         lane = working.pop(future)
@@ -274,12 +302,11 @@ class _Rollout:
                     waited = time.perf_counter()
                     self.look(timeout=None)
                     self.stats.env_wait_seconds += time.perf_counter() - waited
-        for lane in self.lanes:
-            self.stats.prefill_seconds += lane.lane.prefill_seconds
-            self.stats.decode_seconds += lane.lane.decode_seconds
-            self.stats.prompt_tokens += lane.lane.prompt_tokens
         self.stats.seconds = time.perf_counter() - started
-        return self.done
+
+    def trajectories(self, player: _Player) -> list[Trajectory]:
+        """What a player played, in the order of its episodes."""
+        return [self.done[player.number, i] for i in range(len(player.episodes))]
 
     def watch(self, working: dict, waiting_lanes: int) -> list[concurrent.futures.Future]:
         """Waits until a lane's work is done, or until a lane that waits for environments could be put to work."""
@@ -300,24 +327,28 @@ class _Rollout:
         self.under_way -= 1
         return True
 
-    def reset(self, place: int, episode: Episode) -> _Live:
+    def reset(self, player: _Player, place: int, episode: Episode) -> _Live:
         """Starts an episode."""
-        handle = self.free_handles.pop()
+        handle = self.free_handles.pop() if self.free_handles else next(self.handles)
         self.pool.reset(handle, episode.task)
         self.under_way += 1
-        return _Live(episode, place, handle, Trajectory(task=episode.task, group=episode.group))
+        trajectory = Trajectory(task=episode.task, group=episode.group)
+        return _Live(episode, (player.number, place), player.tokenizer, handle, trajectory)
 
     def admit(self, lane: _LaneEpisodes) -> None:
-        """Gives every empty row an episode: one that was reset ahead, whose first turn comes now, or else the queue's next."""
+        """Gives every empty row an episode of its member's: one that was reset ahead, whose first turn comes now, or else the
+        queue's next."""
         for row, live in enumerate(lane.rows):
-            if live is None and lane.ahead:
-                lane.rows[row] = lane.ahead.popleft()
+            member = row // lane.lane.size
+            if live is None and lane.ahead[member]:
+                lane.rows[row] = lane.ahead[member].popleft()
                 lane.waiting.add(lane.rows[row].handle)
-            elif live is None and lane.queue:
-                lane.rows[row] = self.reset(*lane.queue.popleft())
+            elif live is None and lane.queues[member]:
+                lane.rows[row] = self.reset(lane.players[member], *lane.queues[member].popleft())
                 lane.later.add(lane.rows[row].handle)
-        while lane.queue and len(lane.ahead) < self.config.ahead:
-            lane.ahead.append(self.reset(*lane.queue.popleft()))
+        for player, ahead, queue in zip(lane.players, lane.ahead, lane.queues, strict=True):
+            while queue and len(ahead) < self.config.ahead:
+                ahead.append(self.reset(player, *queue.popleft()))
 
     def next_turns(self, lane: _LaneEpisodes) -> dict[int, Turn] | None:
         """What the lane's rows are to do next; None while an observation is missing, and when nothing is left."""
@@ -361,7 +392,7 @@ class _Rollout:
         else:
             live.first = observation
             trajectory.goal = observation.goal
-        ids = next_prompt(self.tokenizer, config, live.first, history, observation)
+        ids = next_prompt(live.tokenizer, config, live.first, history, observation)
         live.fresh = config.window is not None or not history
         before = 0 if live.fresh else len(trajectory.tokens)
         answer = config.response_tokens
@@ -376,14 +407,18 @@ class _Rollout:
         return False
 
     def shrink(self, lane: _LaneEpisodes) -> None:
-        """Halves the lane while its live episodes fit in half of the rows and nobody is waiting for a row."""
-        size = len(lane.rows)
-        live = [row for row, occupant in enumerate(lane.rows) if occupant is not None]
-        if live and not lane.queue and not lane.ahead:
-            while size % (2 * self.row_shards) == 0 and size // 2 >= max(len(live), SMALLEST_LANE):
+        """Halves the lane while the live episodes of every member fit in half of its rows and nobody is waiting for a row."""
+        before = size = lane.lane.size
+        rows = [range(first, first + size) for first in range(0, len(lane.rows), size)]
+        live = [[row for row in mine if lane.rows[row] is not None] for mine in rows]
+        most = max(map(len, live))
+        if most and not any(lane.queues) and not any(lane.ahead):
+            while size % (2 * lane.shards) == 0 and size // 2 >= max(most, SMALLEST_LANE):
                 size //= 2
-        if size < len(lane.rows):
-            keep = (live + [row for row in range(len(lane.rows)) if row not in live])[:size]
+        if size < before:
+            keep = []
+            for mine, full in zip(rows, live, strict=True):
+                keep += (full + [row for row in mine if row not in full])[:size]
             lane.lane.keep(keep)
             lane.rows = [lane.rows[row] for row in keep]
 
@@ -406,7 +441,7 @@ class _Rollout:
     def act(self, live: _Live) -> None:
         """Ends a turn: its answer becomes an action, which goes to the environment."""
         trajectory = live.trajectory
-        parsed = agent.parse_action(self.tokenizer.decode(live.answer.tokens), tags=self.config.style == "tagged")
+        parsed = agent.parse_action(live.tokenizer.decode(live.answer.tokens), tags=self.config.style == "tagged")
         trajectory.append_answer(*live.answer)
         trajectory.actions.append(parsed.action)
         trajectory.valid.append(parsed.valid)
@@ -440,8 +475,51 @@ def collect(
     """
     block = min(config.block, config.response_tokens)
     sampler = Sampler(key, (tokenizer.stop_id,), temperature, top_k, top_p, block)
-    rollout = _Rollout(episodes, pool, tokenizer, model, params, config, sampler)
-    return rollout.run(), rollout.stats
+    rollout = _Rollout(pool, model, config)
+    player = _Player(0, tokenizer, episodes)
+    rollout.enter([player], params, sampler)
+    rollout.run()
+    return rollout.trajectories(player), rollout.stats
+
+
+def collect_members(
+    episodes: list[list[Episode]],
+    pool: EnvPool,
+    tokenizers: list[ChatTokenizer],
+    model: DecoderConfig,
+    params: Members,
+    keys: jax.Array,
+    config: RolloutConfig,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    at_once: int = 1,
+    devices: Sequence[jax.Device] = (),
+) -> tuple[list[list[Trajectory]], RolloutStats]:
+    """`collect` for the members of a sweep, each with its own episodes (which may be none), tokenizer, parameters and key.
+
+    What a member plays is what `collect` would play with its parameters, up to the reassociation of float sums.
+
+    Args:
+        at_once: members that one call of a compiled program computes. On a device their lanes play when those of earlier
+            members end.
+        devices: that play equal shares of the members; () is where the parameters are.
+    """
+    block = min(config.block, config.response_tokens)
+    rollout = _Rollout(pool, model, config)
+    players = [_Player(*player) for player in zip(itertools.count(), tokenizers, episodes, strict=False)]
+    share = len(players) // max(1, len(devices))
+    for place in range(0, share, at_once):
+        # Each device's next members, so that the lanes of all of them begin together.
+        for start in range(0, len(players), share):
+            some = slice(start + place, start + min(place + at_once, share))
+            if any(player.episodes for player in players[some]):
+                given = params.some(some), keys[some]
+                given = jax.device_put(given, devices[start // share]) if devices else given
+                sampler = Sampler(given[1], (tokenizers[0].stop_id,), temperature, top_k, top_p, block)
+                rollout.enter(players[some], given[0], sampler)
+    rollout.run()
+    return [rollout.trajectories(player) for player in players], rollout.stats
 
 
 def choose_groups(rounds: list[list[Trajectory]], groups: int) -> tuple[list[Trajectory], int]:

@@ -83,6 +83,7 @@ def cloning_loss(
     return on_actions + prompt_weight * on_prompts, on_actions
 
 
+@functools.cache
 def make_cloning_step(
     model: DecoderConfig, optim: OptimConfig, prompt_weight: float, on: jax.sharding.Mesh | None = None
 ) -> Callable:

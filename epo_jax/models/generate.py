@@ -162,7 +162,7 @@ def _drawn(keys: Key[Array, " S"], weights: Float[Array, "S V"]) -> tuple[Int[Ar
     return block[:, 0] * _SUM_BLOCK + word, total
 
 
-@functools.partial(jax.jit, static_argnames=("config", "block"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("config", "block", "mapped_over"), donate_argnames=("cache",))
 def decode(
     config: DecoderConfig,
     params: Params,
@@ -175,6 +175,7 @@ def decode(
     sampling: Sampling,
     stop_tokens: Int[Array, " K"],
     block: int,
+    mapped_over: str | None = None,
 ) -> tuple[Cache, Generated]:
     """Samples up to `block` tokens in every slot with a positive `budget`, fewer where a stop token or the budget ends it.
 
@@ -188,6 +189,8 @@ def decode(
         budget: most tokens to sample in each slot from here on; 0 leaves the slot alone.
         stop_tokens: each of them ends a turn; ids that no token has, such as -1, are allowed.
         block: static width of the result.
+        mapped_over: name of the axis that `vmap` maps over. The loop then has one end for all, without which every step would
+            copy the whole cache to keep that of members who are done.
     """
     model = bind(config, params)
     layers = model.unstacked_layers()
@@ -213,7 +216,10 @@ def decode(
 
     def unfinished(carry):
         live, _, i, _, _ = carry
-        return jnp.any(live) & (i < block)
+        more = jnp.any(live)
+        if mapped_over is not None:
+            more = jax.lax.pmax(more.astype(jnp.int32), mapped_over) > 0
+        return more & (i < block)
 
     def step(carry):
         live, token, i, cache, out = carry

@@ -1,0 +1,57 @@
+"""The paper's comparison as sweeps: plain algorithms, EPO and its ablations, EA, and the released code's arithmetic.
+
+    python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/alfworld
+    python -m epo_jax.sweep --config=configs/ablation.py:laptop-scienceworld --workdir=sweeps/scienceworld
+    python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/lam \\
+        --config.sweep.arms='("grpo+epo",)' --config.sweep.seeds='(0, 1)' --config.sweep.over.epo.lam='(0.001, 0.01, 0.1)'
+
+Arms that differ in coefficients alone (PPO, EPO-Base, EPO and Decay, say) are members of one program.
+
+Presets, each on ALFWorld and, with `-scienceworld`, on ScienceWorld
+    paper   (default) the paper's models and steps, five seeds; members are LoRA adapters over one shared base
+    laptop  the laptop model of configs/alfworld.py or configs/scienceworld.py, five seeds
+    smoke   two arms and two seeds of something tiny, for tests
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from epo_jax.errors import UserError
+from epo_jax.grid import sweep_section
+
+ARMS = (
+    "ppo",
+    "ppo+epo_base",
+    "ppo+epo",
+    "ppo+epo_wo_dw",
+    "ppo+epo_decay",
+    "ppo+ea",
+    "grpo",
+    "grpo+epo_base",
+    "grpo+epo",
+    "gigpo",
+    "gigpo+epo",
+    "grpo+released",
+)
+
+
+def get_config(preset: str = "paper") -> ConfigDict:
+    size, _, env = preset.partition("-")
+    env = env or "alfworld"
+    if size not in ("paper", "laptop", "smoke") or env not in ("alfworld", "scienceworld"):
+        raise UserError(
+            f"configs/ablation.py has no preset {preset!r}; choose one of 'paper', 'laptop', 'smoke', alone for ALFWorld or "
+            "with '-scienceworld'."
+        )
+    config = runpy.run_path(str(Path(__file__).with_name(f"{env}.py")))["get_config"](size)
+    config.sweep = sweep_section()
+    config.sweep.update(arms=ARMS, seeds=(0, 1, 2, 3, 4))
+    if size == "paper":
+        config.model.lora_rank = 32
+        config.algo.critic = "lora"
+        config.optim.lr = 2e-5  # adapters learn at a higher rate than weights
+    if size == "smoke":
+        config.sweep.update(arms=("grpo+epo_base", "grpo+epo"), seeds=(0, 1))
+    return config

@@ -1,0 +1,361 @@
+"""Trains many runs at once: the members of a sweep, which differ in coefficients and seeds, in one compiled program.
+
+    python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/first
+
+`--config.sweep.arms`, `.seeds` and `.over` say who the members are (`epo_jax.grid`). Each has a run folder of its own,
+WORKDIR/members/NAME, as `epo_jax.main` would have left it; WORKDIR/sweep.json lists them with what tells them apart.
+
+What members share is done once: the environments' processes, expert episodes and warm start of a seed, the evaluation before
+the first step, compilation. Arms that need another program are trained one after the other.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from epo_jax import checkpoint, figures, rollout
+from epo_jax.command import open_workdir, parse, run, write_config
+from epo_jax.envs.base import Task, environment
+from epo_jax.envs.pool import EnvPool
+from epo_jax.errors import UserError
+from epo_jax.evaluate import episodes_of, row_of
+from epo_jax.files import write_atomically
+from epo_jax.grid import Member, programs, refuse_static
+from epo_jax.learner import init_state
+from epo_jax.main import (
+    blank_model,
+    clone_experts,
+    expert_demonstrations,
+    learner_config,
+    load_pretrained,
+    own_tokenizer,
+    step_batch,
+    step_episodes,
+    step_row,
+)
+from epo_jax.members import make_members_step, member_mesh, stack
+from epo_jax.metrics import MetricWriter, Row, clock, seconds_left
+from epo_jax.models import lora
+from epo_jax.models.decoder import DecoderConfig, Params, with_adapters
+from epo_jax.models.members import Members
+from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
+from epo_jax.trajectory import Trajectory
+from epo_jax.trajectory_log import TrajectoryLog
+
+
+def main(argv: list[str]) -> None:
+    # ---------------------------------------------------------------- the sweep: refuse bad input before anything is written
+    for argument in argv:
+        if match := re.match(r"--?config\.sweep\.over\.([^=]+)", argument):
+            refuse_static(match[1])
+    command = parse(argv)
+    config = command.config
+    if "sweep" not in config:
+        raise UserError("the config has no section sweep; take configs/ablation.py, or add epo_jax.grid.sweep_section().")
+    groups = programs(config)
+    refuse_what_members_cannot_share(config)
+    pretrained = load_pretrained(config) if config.model.path else None
+    env_options = config.env.to_dict()
+    env = environment(config.env.name)
+    env.prepare(env_options)
+    tasks = {split: env.list_tasks(split, env_options) for split in ("train", *config.eval.splits)}
+    open_workdir(command)
+    ledger = Ledger(command.workdir, groups)
+    beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained))
+
+    # ---------------------------------------------------------------- one program after the other
+    with EnvPool(config.env.name, env_options, config.env.workers) as pool:
+        for number, members in enumerate(groups, start=1):
+            print(f"program {number} of {len(groups)}, {len(members)} members: " + ", ".join(m.name for m in members), flush=True)
+            train(config, members, ledger, beginner, tasks, pool)
+
+    # ---------------------------------------------------------------- results
+    for member in sum(groups, []):
+        figures.draw(ledger.folder(member))
+    for name, step in ledger.stopped.items():
+        print(f"{name} stopped at RL step {step + 1}: its parameters were no longer finite")
+    print(f"wrote {command.workdir}/sweep.json and the run folders of {sum(map(len, groups))} members")
+
+
+def refuse_what_members_cannot_share(config) -> None:
+    """Raises UserError for settings of single runs that a sweep has no use for."""
+    if config.rollout.devices > 1:
+        raise UserError(
+            f"config.rollout.devices={config.rollout.devices} must be 1 in a sweep, whose members are spread over devices "
+            "instead (config.sweep.devices)."
+        )
+    for key in ("at_once", "devices"):
+        if config.sweep[key] < 0:
+            raise UserError(f"config.sweep.{key}={config.sweep[key]} must be zero or positive.")
+    if config.model.lora_rank and len(set(config.sweep.seeds)) > 1 and (config.warm_start.episodes or not config.model.path):
+        raise UserError(
+            f"config.sweep.seeds={config.sweep.seeds}: with config.model.lora_rank members share their base, which would be "
+            "another for each seed here; take one seed, or a config.model.path with config.warm_start.episodes=0."
+        )
+
+
+class Beginner(NamedTuple):
+    """The policy that the members of a seed begin with, adapters included."""
+
+    tokenizer: ChatTokenizer
+    model: DecoderConfig
+    params: Params
+
+
+def begin(config, train_tasks: list[Task], pretrained, seed: int, folder: Path | None) -> Beginner:
+    """The beginner of a seed: cloned from experts, or where a run folder is given, one whose checkpoints take its place."""
+    config = ConfigDict(config.to_dict())
+    config.seed = seed
+    demonstrations = [] if folder else expert_demonstrations(config, train_tasks)
+    if pretrained is not None:
+        tokenizer, model, params = pretrained
+    else:
+        tokenizer = load_tokenizer(folder / "tokenizer") if folder else own_tokenizer(config, demonstrations)
+        model, params = blank_model(config, tokenizer)
+    if demonstrations:
+        print(f"seed {seed}:", end=" ")
+        # The weights that are cloned are given away; pretrained ones are needed again.
+        params = clone_experts(config, model, tokenizer, jax.tree.map(jnp.copy, params), demonstrations)
+    if config.model.lora_rank:
+        model = with_adapters(model, config.model)
+        params = lora.join(params, lora.init_adapters(model, jax.random.key(seed + 2)))
+    return Beginner(tokenizer, model, params)
+
+
+class Ledger:
+    """sweep.json: the members, what tells them apart, and at which RL step those stopped that are no longer finite."""
+
+    def __init__(self, workdir: Path, groups: list[list[Member]]):
+        self._workdir, self._members = workdir, sum(groups, [])
+        path = workdir / "sweep.json"
+        before = json.loads(path.read_text(encoding="utf-8"))["members"] if path.exists() else []
+        self.stopped: dict[str, int] = {m["name"]: m["stopped"] for m in before if m["stopped"] is not None}
+        for member in self._members:
+            self.folder(member).mkdir(parents=True, exist_ok=True)
+            write_config(member.config, self.folder(member))
+        self.write()
+
+    def folder(self, member: Member) -> Path:
+        return self._workdir / "members" / member.name
+
+    def stop(self, member: Member, step: int) -> None:
+        self.stopped[member.name] = step
+        self.write()
+
+    def go_back(self, members: list[Member], step: int) -> None:
+        """Forgets what will be found again when these members go on from RL step `step`."""
+        for member in members:
+            if self.stopped.get(member.name, -1) >= step:
+                del self.stopped[member.name]
+        self.write()
+
+    def write(self) -> None:
+        members = [{"name": m.name, "coefficients": m.coefficients, "stopped": self.stopped.get(m.name)} for m in self._members]
+        write_atomically(self._workdir / "sweep.json", json.dumps({"members": members}, indent=1) + "\n")
+
+
+def last_common_step(held: list[set[int]], stopped: list[int | None]) -> int | None:
+    """The newest RL step that all members have a checkpoint of, but for those that had stopped by then."""
+    for step in sorted(set().union(*held), reverse=True):
+        if all(step in steps for steps, stop in zip(held, stopped, strict=True) if stop is None or stop >= step):
+            return step
+    return None
+
+
+def train(
+    config,
+    members: list[Member],
+    ledger: Ledger,
+    beginner: Callable[[int, Path | None], Beginner],
+    tasks: dict[str, list[Task]],
+    pool: EnvPool,
+) -> None:
+    """Trains the members of one program to their end, from their last checkpoints where they have any."""
+    sweep, config = config.sweep, members[0].config
+    steps, groups = config.train.steps, config.rollout.groups
+    folders, seeds = [ledger.folder(m) for m in members], [m.coefficients["seed"] for m in members]
+    if all(member.name in ledger.stopped for member in members):
+        return
+
+    # ---------------------------------------------------------------- states
+    # Two checkpoints, so that the members have one in common whenever the sweep is killed.
+    managers = [checkpoint.open_manager(folder, max(2, config.checkpoint.keep)) for folder in folders]
+    held = [set(manager.all_steps()) for manager in managers]
+    found = last_common_step(held, [ledger.stopped.get(member.name) for member in members])
+    first_step = found or 0
+    ledger.go_back(members, first_step)
+    firsts = [folders[seeds.index(seed)] for seed in seeds]
+    beginners = [beginner(seed, None if found is None else first) for seed, first in zip(seeds, firsts, strict=True)]
+    tokenizers, model = [b.tokenizer for b in beginners], beginners[0].model
+    for folder, tokenizer in zip(folders, tokenizers, strict=True):
+        tokenizer.save(folder / "tokenizer")
+    if any(b.model != model for b in beginners):
+        sizes = sorted({b.model.vocab_size for b in beginners})
+        raise UserError(
+            f"config.sweep.seeds={tuple(sweep.seeds)} make tokenizers of {sizes} tokens, so that their models differ; lower "
+            "config.model.vocab_size, or give each seed a sweep of its own."
+        )
+    learner = learner_config(config, model, members[0].objective)
+    states = [init_state(learner, b.params) for b in beginners]
+    for i, manager in enumerate(managers):
+        for later in held[i] if found is None else [step for step in held[i] if step > found]:
+            manager.delete(later)
+        if found is not None:
+            states[i] = checkpoint.restore(manager, states[i])
+    base = states[0].base
+    states = stack([state._replace(base={}) for state in states])
+    alive = np.array([member.name not in ledger.stopped for member in members])
+
+    # ---------------------------------------------------------------- programs
+    mesh = member_mesh(len(members), sweep.devices)
+    at_once = sweep.at_once or (1 if jax.default_backend() == "cpu" else len(members) // mesh.size)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("member"))
+    states = jax.device_put(states, spread)
+    base = jax.device_put(base, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    members_step = make_members_step(learner, at_once, mesh)
+    hypers = stack([member.hyper for member in members])
+    settings = rollout.rollout_config(config)
+    keys = jnp.stack([jax.random.key(seed + 1) for seed in seeds])
+    evaluation_keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    devices = list(mesh.devices) if mesh.size > 1 else []
+
+    def collect(episodes: list[list[rollout.Episode]], keys, *sampling):
+        policies = Members(base, states.params)
+        return rollout.collect_members(episodes, pool, tokenizers, model, policies, keys, settings, *sampling, at_once, devices)
+
+    def played(step: int) -> tuple[list[list[list[Trajectory]]], rollout.RolloutStats]:
+        """The rounds of every member, as many as dynamic sampling asks for, and what all of them took."""
+        rounds: list[list[list[Trajectory]]] = [[] for _ in members]
+        wanting, stats, attempt = alive, rollout.RolloutStats(), 0
+        while wanting.any():
+            episodes = [
+                step_episodes(tasks["train"], member.config, step, attempt) if wants else []
+                for member, wants in zip(members, wanting, strict=True)
+            ]
+            sampled, spent = collect(episodes, keys, config.rollout.temperature, 0, 1.0)
+            for mine, new, wants in zip(rounds, sampled, wanting, strict=True):
+                mine += [new] if wants else []
+            stats, attempt = stats + spent, attempt + 1
+            again = members[0].objective.drop_uniform_groups and attempt <= config.rollout.resample
+            wanting = np.array([
+                bool(again and wants and rollout.choose_groups(mine, groups)[1])
+                for mine, wants in zip(rounds, wanting, strict=True)
+            ])  # fmt: skip
+        return rounds, stats
+
+    with contextlib.ExitStack() as stack_of_writers:
+        writers = [stack_of_writers.enter_context(MetricWriter(folder, first_step)) for folder in folders]
+        kept = config.metrics
+        logs = [
+            TrajectoryLog(folder, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
+            for folder, tokenizer in zip(folders, tokenizers, strict=True)
+        ]
+
+        def evaluate_all(step: int) -> None:
+            # Before the first step, members of one seed are one policy.
+            players = [alive[i] and (step > 0 or i == seeds.index(seeds[i])) for i in range(len(members))]
+            rows = []
+            for split in config.eval.splits:
+                episodes = [episodes_of(tasks[split]) if plays else [] for plays in players]
+                sampling = config.eval.temperature, config.eval.top_k, config.eval.top_p
+                sampled, stats = collect(episodes, evaluation_keys, *sampling)
+                for i in np.flatnonzero(alive):
+                    mine = sampled[i] if players[i] else sampled[seeds.index(seeds[i])]
+                    rows.append((members[i].name, writers[i].evaluation(row_of(split, step, mine, stats.seconds))))
+                    logs[i].write(step, split, mine)
+            print(evaluations_table(rows), flush=True)
+
+        def save_all() -> None:
+            for i in np.flatnonzero(alive):
+                checkpoint.save(managers[i], jax.tree.map(lambda x, i=i: x[i], states)._replace(base=base))
+                if jax.tree.leaves(base):
+                    managers[i].wait_until_finished()  # or there would be a copy of the base for each
+
+        # ------------------------------------------------------------ the loop
+        if found is None:
+            if config.eval.before:
+                evaluate_all(0)
+            save_all()
+        durations = []
+        for step in range(first_step, steps):
+            started = time.perf_counter()
+            rounds, stats = played(step)
+            rolled_out = time.perf_counter()
+            living, batches, uniform = np.flatnonzero(alive), [None] * len(members), [0] * len(members)
+            for i in living:
+                trajectories, uniform[i] = rollout.choose_groups(rounds[i], groups)
+                batches[i] = step_batch(members[i].config, step, trajectories, learner.micro_rows)
+            empty = jax.tree.map(np.zeros_like, batches[living[0]])
+            batches = stack([empty if batch is None else batch for batch in batches])
+            states, metrics, still = members_step(states, base, batches, hypers, alive)
+            metrics, still = jax.device_get((metrics, still))
+            updated = time.perf_counter()
+
+            seconds = {"rollout_seconds": rolled_out - started, "update_seconds": updated - rolled_out}
+            rows = []
+            for i in living:
+                own = [t for sampled in rounds[i] for t in sampled]
+                shared = dataclasses.replace(
+                    stats, policy_tokens=sum(t.num_policy_tokens for t in own), env_steps=sum(len(t.actions) for t in own)
+                )
+                told = {name: float(values[i]) for name, values in metrics.items()}
+                row = step_row(members[i].config, step, rounds[i], uniform[i], shared, told) | seconds
+                rows.append(writers[i].train(row | {"env_restarts": pool.restarts, "rows": int(batches.rows[i].sum())}))
+                if kept.trajectories_every and step % kept.trajectories_every == 0:
+                    logs[i].write(step, "train", rounds[i][0])
+                if not still[i]:
+                    print(f"{members[i].name} stops: its parameters are no longer finite", flush=True)
+                    ledger.stop(members[i], step)
+            alive = still
+            done = step + 1
+            durations.append(updated - started)
+            print(progress_of_all(rows, steps, seconds_left(durations, steps - done)), flush=True)
+            if not alive.any():
+                break
+            if done == steps or (config.eval.every and done % config.eval.every == 0):
+                evaluate_all(done)
+            if done == steps or done % config.checkpoint.every == 0:
+                save_all()
+    for manager in managers:
+        manager.close()
+
+
+def progress_of_all(rows: list[Row], steps: int, seconds: float) -> str:
+    """The console line of an RL step: means over the members, and the range where it says more."""
+    mean = {name: np.mean([row[name] for row in rows if row[name] is not None] or [math.nan]) for name in ("success", "entropy")}
+    low, high = min(row["success"] for row in rows), max(row["success"] for row in rows)
+    return (
+        f"step {rows[0]['step'] + 1:>{len(str(steps))}}/{steps}  {len(rows)} members"
+        f"  success {mean['success']:6.1%} [{low:.0%}, {high:.0%}]"
+        f"  entropy {mean['entropy']:5.3f}"
+        f"  {sum(row['tokens_per_second'] for row in rows):6.0f} tok/s"
+        f"  rollout {rows[0]['rollout_seconds']:5.1f}s  update {rows[0]['update_seconds']:5.1f}s"
+        f"  left {clock(seconds)}"
+    )
+
+
+def evaluations_table(rows: list[tuple[str, Row]]) -> str:
+    """A line for each member and split: success with its 95 % interval."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(
+        f"  {name:<{width}}  {row['split']:<12} after {row['step']} steps  {row['won']:>4}/{row['episodes']:<4}"
+        f" {row['success']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]"
+        for name, row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,229 @@
+"""Sweeps: every member is the run that it would be alone, whatever becomes of the others."""
+
+import json
+import runpy
+import shutil
+import types
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from epo_jax import figures, sweep
+from epo_jax import main as program
+from epo_jax.command import read_config
+from epo_jax.config import flatten
+from epo_jax.errors import UserError
+from epo_jax.grid import programs
+from epo_jax.metrics import read_rows
+from epo_jax.models import members
+from tests.toy_sweep import get_config
+
+# Two seeds of points that differ in everything that is data.
+POINTS = (
+    "--config.sweep.kind=list",
+    "--config.sweep.seeds=(0, 1)",
+    "--config.sweep.over.epo.lam=(0.01, 0.3)",
+    "--config.sweep.over.epo.kappa_r=(2.0, 0.5)",
+    "--config.sweep.over.algo.clip_high=(0.2, 0.05)",
+    "--config.sweep.over.optim.lr=(3e-3, 1e-3)",
+)
+# One more, whose parameters are soon beyond any number.
+WITH_A_LOST_ONE = (*POINTS[:2], *(point.replace(")", ", 0.1)") for point in POINTS[2:5]), POINTS[5].replace(")", ", 1e34)"))
+ONE_BY_ONE, SPREAD = ((f"--config.sweep.at_once={n}", f"--config.sweep.devices={n}") for n in (1, 2))
+
+
+def run(folder, *arguments, preset=""):
+    sweep.main(["sweep", f"--config=tests/toy_sweep.py:{preset}", f"--workdir={folder}", *arguments])
+    return folder
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def params(folder, step=3):
+    """What was trained, as one vector."""
+    with ocp.StandardCheckpointer() as reader:
+        saved = reader.restore(folder / "checkpoints" / str(step) / "default")
+    assert int(saved["step"]) == step
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(saved["params"])])
+
+
+def names(folder):
+    return [member["name"] for member in json.loads((folder / "sweep.json").read_text())["members"]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def at_root(request):
+    """What counts here is the time to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(request.config.rootpath)
+        patch.setattr(figures, "draw", lambda folder: [])
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("sweep") / "sweep", *WITH_A_LOST_ONE, *ONE_BY_ONE)
+
+
+@pytest.fixture(scope="module")
+def going(swept):
+    """The run folders of those who reach the end."""
+    return [swept / "members" / name for name in names(swept) if "1e+34" not in name]
+
+
+def alone(folder, config, preset=""):
+    """A run of `epo_jax.main` with a member's config."""
+    differing = {k: v for k, v in flatten(config).items() if v != flatten(get_config(preset)).get(k)}
+    program.main([
+        "main", f"--config=tests/toy_sweep.py:{preset}", f"--workdir={folder}",
+        *(f"--config.{key}={value}" for key, value in differing.items()),
+    ])  # fmt: skip
+    return folder
+
+
+def test_a_member_is_the_run_that_it_would_be_alone(going, tmp_path):
+    member = going[3]
+    single = alone(tmp_path / "single", read_config(member))
+    assert np.abs(params(member) - params(single)).max() < 1e-5
+    assert np.abs(params(member) - params(member, 0)).max() > 1e-3
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        ours, theirs = (without_times(read_rows(folder / name)) for folder in (member, single))
+        assert len(ours) == len(theirs) == 3
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.keys() == b.keys()
+            for key, value in a.items():
+                assert value == (pytest.approx(b[key], rel=1e-3, abs=1e-4) if isinstance(value, float) else b[key]), key
+
+
+def test_a_member_that_is_no_longer_finite_stops_alone(swept, going):
+    told = {m["name"]: m["stopped"] for m in json.loads((swept / "sweep.json").read_text())["members"]}
+    lost = {name: step for name, step in told.items() if step is not None}
+    assert len(told) == 6 and lost.keys() == told.keys() - {member.name for member in going}
+    for name, step in lost.items():
+        assert len(read_rows(swept / "members" / name / "metrics.jsonl")) == step + 1 < 3
+    assert all(np.isfinite(params(member)).all() for member in going)
+
+
+def test_members_may_be_mapped_together_and_spread_over_devices(going, tmp_path):
+    """Two by two on devices of their own. Sums come in another order, which Adam shows where a gradient is next to nothing."""
+    other = run(tmp_path / "sweep", *POINTS, *SPREAD)
+    assert set(names(other)) == {member.name for member in going}
+    ends = []
+    for member in going:
+        want, start = params(member), params(member, 0)
+        ends.append(params(other / "members" / member.name))
+        assert np.linalg.norm(ends[-1] - want) < 1e-3 * np.linalg.norm(want - start)
+        assert np.abs(ends[-1] - want).max() < 2e-4
+    assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept, going, tmp_path):
+    """One member had saved its third step when the sweep was killed, one only its first."""
+    again = shutil.copytree(swept, tmp_path / "again")
+    for i, member in enumerate(going):
+        for step in ("3", "2") if i == 1 else ("3",) if i else ():
+            shutil.rmtree(again / "members" / member.name / "checkpoints" / step)
+    sweep.main(["sweep", f"--workdir={again}", "--resume"])
+    assert (again / "sweep.json").read_text() == (swept / "sweep.json").read_text()
+    for before in going:
+        after = again / "members" / before.name
+        np.testing.assert_array_equal(params(after), params(before))
+        for file in ("metrics.jsonl", "eval.jsonl"):
+            assert without_times(read_rows(after / file)) == without_times(read_rows(before / file))
+
+
+def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_traces):
+    """Two, after six: what plays is compiled already, and the train step of a sweep is traced once."""
+    for function in (members.decode, members.extend, members.take_slots):
+        max_traces(function, 0)
+    for name in ("members_step", "train_step"):
+        max_traces(types.SimpleNamespace(__name__=name), 1)
+    two = "--config.sweep.seeds=(0, 1)", "--config.train.steps=1", "--config.eval.before=False"
+    run(tmp_path / "sweep", *two, *ONE_BY_ONE)
+
+
+def test_adapters_share_a_base(tmp_path):
+    folder = run(tmp_path / "sweep", POINTS[5], *ONE_BY_ONE, preset="lora")
+    member = folder / "members" / names(folder)[1]
+    single = alone(tmp_path / "single", read_config(member), "lora")
+    assert np.abs(params(member, 2) - params(single, 2)).max() < 1e-5
+    assert np.abs(params(member, 2) - params(folder / "members" / names(folder)[0], 2)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.sweep.over.epo.penalty=('hinge', 'indicator')"], "config.epo.penalty changes the program"),
+        (["--config.sweep.over.model.d_model=(16, 32)"], "config.model.d_model changes the program"),
+        (["--config.sweep.over.epo.lamda=(0.1,)"], "epo.lamda is not a coefficient"),
+        (["--config.sweep.over.algo.kl_coef=(0.0, 0.1)"], "sweep.over.algo.kl_coef: 0.1 makes another program than 0.0"),
+        (["--config.sweep.over.epo.lam=(0.1, -0.1)"], "config.epo.lam=-0.1 must be zero or positive"),
+        (["--config.sweep.arms=('grpo+epoch',)"], "'epoch' in arm"),
+        (["--config.sweep.kind=list", "--config.sweep.over.epo.lam=(0.1, 0.2)", "--config.sweep.over.epo.alpha=(1.0,)"],
+         "as many values of each key, not 1 of epo.alpha, 2 of epo.lam"),
+        (["--config.sweep.kind=random", "--config.sweep.over.epo.lam=(0.1,)"], "takes .lowest, highest."),
+        (["--config.sweep.kind=bayes"], "'bayes' is not known"),
+        (["--config.sweep.seeds=()"], "seeds is empty"),
+        (["--config.model.lora_rank=2", "--config.sweep.seeds=(0, 1)"], "members share their base"),
+        (["--config.rollout.devices=2"], "must be 1 in a sweep"),
+    ],
+)  # fmt: skip
+def test_what_members_cannot_share_is_refused_before_anything_is_written(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        run(tmp_path / "sweep", *arguments)
+    assert "\n" not in str(refusal.value) and not (tmp_path / "sweep").exists()
+
+
+def grid(**sweep_settings):
+    config = get_config()
+    over = sweep_settings.pop("over", {})
+    config.sweep.update(sweep_settings)
+    for key, values in over.items():
+        section, _, leaf = key.partition(".")
+        config.sweep.over[section][leaf] = values
+    return programs(config)
+
+
+def test_arms_that_differ_in_coefficients_share_a_program():
+    arms = ("ppo", "ppo+epo_base", "ppo+epo", "ppo+epo_decay", "ppo+ea", "grpo", "grpo+epo", "grpo+released")
+    groups = grid(arms=arms, seeds=(0, 1, 2))
+    assert [[m.coefficients["algo.name"] for m in group[::3]] for group in groups] == [
+        ["ppo", "ppo+epo_base", "ppo+epo", "ppo+epo_decay"], ["ppo+ea"], ["grpo", "grpo+epo"], ["grpo+released"],
+    ]  # fmt: skip
+    assert groups[0][4].name == "ppo+epo_base-seed1" and groups[0][4].config.seed == 1
+    assert groups[0][4].hyper.alpha == 0.0 and groups[0][7].hyper.alpha == 2.0
+    assert "sweep" not in groups[0][0].config
+
+
+def test_a_coefficient_that_an_arm_does_not_read_makes_no_members():
+    [found] = grid(arms=("grpo", "grpo+epo"), over={"epo.lam": (0.1, 0.2), "optim.lr": (1e-3, 2e-3)})
+    assert [m.name for m in found] == [
+        "grpo-lam0.1-lr0.001-seed0", "grpo-lam0.1-lr0.002-seed0", "grpo+epo-lam0.1-lr0.001-seed0",
+        "grpo+epo-lam0.1-lr0.002-seed0", "grpo+epo-lam0.2-lr0.001-seed0", "grpo+epo-lam0.2-lr0.002-seed0",
+    ]  # fmt: skip
+    assert [float(m.hyper.lr_scale) for m in found[:2]] == [1.0, 2.0]
+
+
+def test_random_members_are_drawn_between_the_bounds_and_the_same_each_time():
+    over = {"epo.lam": (1e-4, 1.0), "epo.kappa_l": (0.0, 0.5)}
+    [found] = grid(kind="random", samples=200, over=over)
+    again = grid(kind="random", samples=200, over=over)[0]
+    assert [m.coefficients for m in found] == [m.coefficients for m in again]
+    lam, kappa = (np.array([m.coefficients[key] for m in found]) for key in over)
+    assert 1e-4 < lam.min() and lam.max() < 1.0 and 0.35 < np.mean(lam < 1e-2) < 0.65
+    assert 0.0 < kappa.min() and kappa.max() < 0.5 and 0.35 < np.mean(kappa < 0.25) < 0.65
+
+
+@pytest.mark.parametrize("env", ["", "-scienceworld"])
+@pytest.mark.parametrize(("size", "counts"), [(s, [20, 5, 5, 15, 10, 5]) for s in ("paper", "laptop")] + [("smoke", [4])])
+def test_the_ablation_has_every_arm_of_the_paper(size, env, counts):
+    """PPO with its EPO and Decay arms in one program, W/O DW and EA in others; GRPO, GiGPO and the release."""
+    config = runpy.run_path("configs/ablation.py")["get_config"](size + env)
+    sweep.refuse_what_members_cannot_share(config)
+    assert [len(group) for group in programs(config)] == counts
