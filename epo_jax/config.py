@@ -19,6 +19,7 @@ AGGREGATIONS = ("trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-toke
 CHOICES: dict[str, tuple[str, ...]] = {
     "agent.style": ("bare", "tagged"),
     "agent.context": ("window", "chat"),
+    "warm_start.optimizer": ("adamw", "muon"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "attention", "full"),
     "algo.critic": ("own", "lora", "trunk"),
@@ -95,6 +96,7 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     warm_start.episodes = 0  # expert episodes cloned before RL; 0 = none
     warm_start.steps = 0  # updates
     warm_start.batch_tokens = 16384  # tokens of one update
+    warm_start.optimizer = "adamw"  # "muon": orthogonalises the layers' matrices, learns more from the same updates
     warm_start.lr = 1e-5
     warm_start.copies = 0  # renamed versions of each expert episode that are added to it
     warm_start.prompt_weight = 0.0  # of also predicting the game's tokens, from which a blank model learns its words
@@ -225,7 +227,8 @@ def _alfworld() -> ConfigDict:
     # None = the whole room; a number = that many of its receptacles, drawn by seed, with all that the task needs.
     env.max_receptacles = config_dict.placeholder(int)
     env.hints = "admissible"  # at every turn, the commands that work now; "none": no list
-    env.hesitation = 0.0  # how often the expert of the warm start wastes a turn: 0 = never; leaves room for RL
+    env.hesitation = 0.0  # share of the warm start's expert episodes that waste a turn before every move; leaves room for RL
+    env.mistakes = 0.0  # how often they try what cannot be done, which is not cloned: shows the way back from a mistake
     env.seed = 0  # of the generator
     return env
 
@@ -382,7 +385,7 @@ _RANGES = (
         lambda value: 0 <= value <= 1,
         "in [0, 1]",
     ),
-    ("optim.b1 optim.b2 epo.ema_decay env.hesitation", lambda value: 0 <= value < 1, "in [0, 1)"),
+    ("optim.b1 optim.b2 epo.ema_decay env.hesitation env.mistakes", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("algo.clip_low", lambda value: value < 1, "below 1"),
     ("eval.top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
     ("algo.dual_clip", lambda value: value > 1, "above 1"),

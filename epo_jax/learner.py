@@ -50,7 +50,11 @@ Metrics = dict[str, Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW under a linear warm-up and a cosine that ends at `floor_ratio * lr`; `updates` in the whole run."""
+    """AdamW under a linear warm-up and a cosine that ends at `floor_ratio * lr`; `updates` in the whole run.
+
+    With `muon`, updates of the layers' matrices are orthogonalised (Muon, https://kellerjordan.github.io/posts/muon) and scaled
+    to the size of Adam's; all else has Adam with Nesterov's momentum.
+    """
 
     lr: float
     updates: int
@@ -60,6 +64,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     b1: float = 0.9
     b2: float = 0.999
+    muon: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +148,25 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         decay_steps=max(config.updates, warmup + 1),
         end_value=config.floor_ratio * config.lr,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
-    )
+    if config.muon:
+        update = optax.contrib.muon(
+            schedule,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+    else:
+        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _matrices(params: Params):
+    """Where Muon finds the matrices of stacked layers [L, in, out]; biases, norms and embeddings are Adam's."""
+    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    return jax.tree.map(lambda x: stacked if x.ndim == 3 else None, params)
 
 
 def init_state(config: LearnerConfig, params: Params) -> TrainState:

@@ -308,7 +308,14 @@ def clone_experts(config, model, tokenizer, params, demonstrations):
     fitting = [t for t in trajectories if t.longest_context <= config.train.rows_tokens]
     tokens = [len(t.tokens) for t in fitting]
     print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)
-    optim = OptimConfig(settings.lr, settings.steps, weight_decay=config.optim.weight_decay, floor_ratio=0.1, b2=0.98)
+    optim = OptimConfig(
+        settings.lr,
+        settings.steps,
+        weight_decay=config.optim.weight_decay,
+        floor_ratio=0.1,
+        b2=0.98,
+        muon=settings.optimizer == "muon",
+    )
     shards = mesh.row_shards(mesh.mesh_of(params)) if mesh.mesh_of(params) else 1
     rows = shards * max(1, settings.batch_tokens // config.train.rows_tokens // shards)
     cloning = sft.warm_start(

@@ -50,13 +50,16 @@ def to_trajectory(
     window: agent.Window | None = None,
     fits: Callable[[str], bool] = lambda message: True,
 ) -> Trajectory:
-    """An expert episode as a trajectory whose policy tokens are the expert's answers."""
+    """An expert episode as a trajectory whose policy tokens are the expert's answers, its mistakes aside."""
     trajectory = Trajectory(task=demonstration.task, won=demonstration.won)
     for turn, (message, answer) in enumerate(transcript(demonstration, style, window, fits)):
         opening = turn == 0 or window is not None
         trajectory.append_prompt(tokenizer.first(message) if opening else tokenizer.following(message), opening)
         ids = tokenizer.answer(answer)
-        trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
+        if turn in demonstration.mistakes:
+            trajectory.append_prompt(ids)
+        else:
+            trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
         trajectory.actions.append(demonstration.actions[turn])
         trajectory.rewards.append(0.0)
         trajectory.valid.append(True)

@@ -1,5 +1,7 @@
 """The warm start: experts become the token batches that the learner trains on, and the loss is the cross-entropy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,13 @@ def test_only_the_answers_are_policy_tokens():
     assert tuple(said) == demonstration.actions
     assert demonstration.observations[0] in TOKENIZER.decode(trajectory.tokens)
     assert demonstration.goal in TOKENIZER.decode(trajectory.tokens)
+
+
+def test_mistakes_are_read_and_not_imitated():
+    sound = sft.to_trajectory(DEMONSTRATIONS[4], TOKENIZER, "bare")
+    erring = sft.to_trajectory(dataclasses.replace(DEMONSTRATIONS[4], mistakes=(0,)), TOKENIZER, "bare")
+    assert erring.tokens == sound.tokens and set(sound.turn) == {-1, 0, 1}
+    assert erring.turn == [-1 if turn == 0 else turn for turn in sound.turn]
 
 
 def test_the_loss_is_the_cross_entropy_of_actions_plus_weighted_prompts():

@@ -7,7 +7,8 @@ else games are generated once into the cache folder. Options read here:
     train_games, valid_seen_games, valid_unseen_games, max_receptacles, seed      what to generate (`alfworld_games`)
     workers                  processes that generate and demonstrate
     max_turns                longest demonstration
-    hesitation               probability that the demonstrating expert wastes a turn before a move (default 0)
+    hesitation               probability that a demonstration wastes a turn before every move (default 0)
+    mistakes                 probability of something impossible before a move, not to be imitated (default 0)
     hints                    "admissible" lists at every turn the commands that work now (default "none")
 """
 
@@ -32,7 +33,7 @@ from epo_jax.errors import UserError
 WIN_REWARD = 10.0
 HINTS = ("none", "admissible")
 INDEX_VERSION = 1
-DEMONSTRATION_VERSION = 3
+DEMONSTRATION_VERSION = 4
 _INDEX = "index.json"  # written last: a folder that has it is complete
 
 Index = dict[str, list[Task]]
@@ -80,14 +81,15 @@ def make_env(options: dict[str, Any]) -> "AlfworldEnv":
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
     """One expert episode for each task, kept on disk. A task that even its walkthrough does not win has `won` False.
 
-    A task may be there several times; a hesitating expert then wastes other turns each time. It has twice the turns of an
-    agent, as it may waste half of them.
+    A task may be there several times; hesitations and mistakes are then drawn anew each time. Each of the two gives the
+    expert as many turns more as an agent has.
     """
     if not tasks:
         return []
     hesitation = options.get("hesitation", 0.0)
-    max_turns = options["max_turns"] * (2 if hesitation else 1)
-    key = [DEMONSTRATION_VERSION, max_turns, hesitation, [task["file"] for task in tasks]]
+    mistakes = options.get("mistakes", 0.0)
+    max_turns = options["max_turns"] * (1 + (hesitation > 0) + (mistakes > 0))
+    key = [DEMONSTRATION_VERSION, max_turns, hesitation, mistakes, [task["file"] for task in tasks]]
     path = _cache(options) / "demonstrations" / f"{_digest(key)}.jsonl"
     if path.exists():
         episodes = [json.loads(line) for line in path.read_text().splitlines()]
@@ -99,12 +101,12 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
             times[task["id"]] += 1
         share = -(-len(tasks) // max(1, options["workers"]))
         common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled")}
-        common |= {"max_turns": max_turns, "hesitation": hesitation}
+        common |= {"max_turns": max_turns, "hesitation": hesitation, "mistakes": mistakes}
         jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
         episodes = alfworld_jobs.run_jobs(jobs, _progress("expert episodes played", len(tasks)))
         alfworld_engine.write_atomically(path, "".join(json.dumps(e) + "\n" for e in episodes).encode())
     return [
-        Demonstration(task, e["goal"], tuple(e["observations"]), tuple(e["actions"]), e["won"])
+        Demonstration(task, e["goal"], tuple(e["observations"]), tuple(e["actions"]), e["won"], tuple(e["mistakes"]))
         for task, e in zip(tasks, episodes, strict=True)
     ]
 

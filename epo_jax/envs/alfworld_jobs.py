@@ -110,11 +110,14 @@ def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Play job["tasks"] by the expert, and where it fails by the game's walkthrough (which knows the hidden state).
 
-    A task's "seed" is that of the hesitation."""
+    A task's "seed" is that of its hesitations and mistakes."""
     for task in job["tasks"]:
         game = alfworld_engine.load_game(task["file"], job["compiled"])
         text, goal = split_intro(game.intro)
-        moves = experts.expert_moves(_goal(task["file"]), text)
+        wanted = _goal(task["file"])
+        moves = experts.expert_moves(wanted, text)
+        if job["mistakes"]:
+            moves = experts.erring(moves, job["mistakes"], f"{task['seed']}/mistakes", text, wanted.object)
         if job["hesitation"]:
             moves = experts.hesitating(moves, job["hesitation"], task["seed"])
         episode = _play(game, text, moves, job["max_turns"])
@@ -142,17 +145,19 @@ def _recite(walkthrough) -> experts.Moves:
 
 
 def _play(game: alfworld_engine.Game, text: str, moves: experts.Moves, max_turns: int) -> dict[str, Any]:
-    state, observations, actions = game.start, [text], []
+    state, observations, actions, mistakes = game.start, [text], [], []
     action = next(moves, None)
     while action is not None and not state.won and len(actions) < max_turns:
         state, text = game.step(state, action)
+        if isinstance(action, experts.Mistake):
+            mistakes.append(len(actions))
         actions.append(action)
         observations.append(text)
         try:
             action = moves.send(text)
         except StopIteration:
             action = None
-    return {"observations": observations, "actions": actions, "won": state.won}
+    return {"observations": observations, "actions": actions, "mistakes": mistakes, "won": state.won}
 
 
 def main() -> None:

@@ -48,4 +48,5 @@ def _renamed(demonstration, places, objects, pattern, rng) -> Demonstration:
         observations=tuple(pattern.sub(swap, text) for text in demonstration.observations),
         actions=tuple(pattern.sub(swap, action) for action in demonstration.actions),
         won=demonstration.won,
+        mistakes=demonstration.mistakes,
     )

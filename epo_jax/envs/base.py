@@ -67,13 +67,17 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """An expert episode: `observations[i]` is what was seen before `actions[i]`; one more observation follows the last action."""
+    """An expert episode: `observations[i]` is what was seen before `actions[i]`; one more observation follows the last action.
+
+    `mistakes` are the turns whose actions are not for imitation: made on purpose, to show what is done after them.
+    """
 
     task: Task
     goal: str
     observations: tuple[str, ...]
     actions: tuple[str, ...]
     won: bool
+    mistakes: tuple[int, ...] = ()
 
 
 class TextEnv(Protocol):

@@ -31,16 +31,52 @@ class Goal(NamedTuple):
 
 
 def hesitating(moves: Moves, rate: float, seed: str) -> Moves:
-    """`moves`, before each of which the expert looks into its bag with probability `rate`.
+    """`moves`; with probability `rate` the expert looks into its bag before each of them, in the whole episode or never.
 
-    Clones of such an expert know what to do and waste turns all the same, which leaves something to learn from reward.
+    Clones of such an expert know what to do and waste turns all the same, which leaves something to learn from reward. The
+    habit is an episode's, so that what a group of episodes is rewarded for is having it or not.
     """
-    rng = random.Random(seed)
+    hesitates = random.Random(seed).random() < rate
     action = next(moves, None)
     while action is not None:
-        if rng.random() < rate:
+        if hesitates:
             yield "inventory"
         text = yield action
+        try:
+            action = moves.send(text)
+        except StopIteration:
+            return
+
+
+class Mistake(str):
+    """A move that shows what to do after it, and is not for imitation."""
+
+
+def erring(moves: Moves, rate: float, seed: str, text: str, object_: str) -> Moves:
+    """`moves`, before each of which the expert, with probability `rate`, tries something that cannot be done.
+
+    It goes where it is or to a place that does not exist, or takes an `object_` that is not there; `text` lists the places.
+    The clone of a faultless expert never saw a mistake, and its own first one leads it where it knows nothing. Noise of the
+    demonstrator's, left out of the loss, shows it the way back (DART, arXiv 1703.09327).
+    """
+    rng = random.Random(seed)
+    places = re.findall(r"\ba ([a-z]+ \d+)", text)
+    kinds = sorted({_type(place) for place in places})
+    here, there = "", ""
+    action = next(moves, None)
+    while action is not None:
+        if here and rng.random() < rate:
+            kind = rng.choice(kinds)
+            count = sum(_type(place) == kind for place in places)
+            thing = f"{object_} {rng.randint(1, 3)}"
+            errors = [f"go to {here}", f"go to {kind} {count + 1}"]
+            errors += [f"take {thing} from {here}"] * 2 if f"{thing}" not in there else []
+            yield Mistake(rng.choice(errors))
+        text = yield action
+        if action.startswith("go to "):
+            here, there = action.removeprefix("go to "), text
+        elif action.startswith("open "):
+            there = text
         try:
             action = moves.send(text)
         except StopIteration:

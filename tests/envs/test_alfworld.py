@@ -254,17 +254,29 @@ def test_demonstrations_are_kept(options, monkeypatch):
     assert alfworld.demonstrations([], options) == []
 
 
-def test_a_hesitating_expert_wastes_other_turns_each_time(options):
+def test_a_hesitating_expert_wastes_turns_in_some_of_its_episodes(options):
     task = alfworld.list_tasks("train", options)[0]
-    shown = alfworld.demonstrations([task] * 4, {**options, "hesitation": 0.5})
+    shown = alfworld.demonstrations([task] * 8, {**options, "hesitation": 0.5})
     moves = [[a for a in d.actions if a != "inventory"] for d in shown]
-    assert all(d.won for d in shown) and moves == [moves[0]] * 4
-    assert len({d.actions for d in shown}) > 2
+    assert all(d.won for d in shown) and moves == [moves[0]] * 8
+    assert {len(d.actions) for d in shown} == {len(moves[0]), 2 * len(moves[0])}
+
+
+def test_mistakes_change_nothing_in_the_game_and_are_marked(options):
+    tasks = alfworld.list_tasks("train", options)[:4]
+    plain = alfworld.demonstrations(tasks, options)
+    made = 0
+    for sound, shown in zip(plain, alfworld.demonstrations(tasks, {**options, "mistakes": 0.5}), strict=True):
+        assert shown.won
+        assert all(shown.observations[turn + 1].strip() == "Nothing happens." for turn in shown.mistakes)
+        assert [a for turn, a in enumerate(shown.actions) if turn not in shown.mistakes] == list(sound.actions)
+        made += len(shown.mistakes)
+    assert made > 4
 
 
 def test_where_the_expert_fails_the_walkthrough_is_shown(options, monkeypatch):
     tasks = alfworld.list_tasks("train", options)[:2]
-    job = {"tasks": [{**task, "seed": ""} for task in tasks], "max_turns": 25, "hesitation": 0.0}
+    job = {"tasks": [{**task, "seed": ""} for task in tasks], "max_turns": 25, "hesitation": 0.0, "mistakes": 0.0}
     job["compiled"] = str(Path(options["data_dir"]) / "alfworld" / "compiled")
     monkeypatch.setattr(experts, "expert_moves", lambda goal, text: iter(()))
     for task, episode in zip(tasks, alfworld_jobs.demonstrate(job), strict=True):

@@ -110,29 +110,44 @@ def test_a_lamp_seen_on_the_way_is_used():
     ]
 
 
-def test_a_hesitating_expert_makes_the_same_moves_with_wasted_turns_between():
-    def moves():
-        heard = []
-        for action in ("go to shelf 1", "take mug 1 from shelf 1", "use desklamp 1"):
-            heard.append((yield action))
-        assert heard == ["text of go to shelf 1", "text of take mug 1 from shelf 1", "text of use desklamp 1"]
+def script():
+    """Moves that check that they hear what they caused."""
+    for action in ("go to shelf 1", "take mug 1 from shelf 1", "go to desk 1", "move mug 1 to desk 1"):
+        assert (yield action) == f"text of {action}"
 
-    def play(rate, seed):
-        actions, expert = [], experts.hesitating(moves(), rate, seed)
-        action = next(expert, None)
-        while action is not None:
-            actions.append(action)
-            try:
-                action = expert.send(f"text of {action}")
-            except StopIteration:
-                action = None
-        return actions
 
-    assert play(0.0, "a") == ["go to shelf 1", "take mug 1 from shelf 1", "use desklamp 1"]
-    played = [play(0.7, str(seed)) for seed in range(200)]
-    for actions in played:
-        assert [a for a in actions if a != "inventory"] == play(0.0, "a")
-        assert ("inventory", "inventory") not in zip(actions, actions[1:], strict=False)
-    # 600 coins of probability 0.7; 6 sigma.
-    assert abs(sum(map(len, played)) - 600 - 420) < 6 * (600 * 0.7 * 0.3) ** 0.5
-    assert play(0.5, "a") == play(0.5, "a")
+def recite(expert):
+    """What an expert does who always hears `text of ACTION`."""
+    actions, action = [], next(expert, None)
+    while action is not None:
+        actions.append(action)
+        try:
+            action = expert.send(f"text of {action}")
+        except StopIteration:
+            action = None
+    return actions
+
+
+def test_a_hesitating_expert_wastes_a_turn_before_every_move_or_before_none():
+    moves = recite(script())
+    wasteful = [action for move in moves for action in ("inventory", move)]
+    played = [recite(experts.hesitating(script(), 0.7, str(seed))) for seed in range(400)]
+    assert all(actions in (moves, wasteful) for actions in played)
+    # 400 coins of probability 0.7; 6 sigma.
+    assert abs(played.count(wasteful) - 280) < 6 * (400 * 0.7 * 0.3) ** 0.5
+    assert recite(experts.hesitating(script(), 0.0, "a")) == moves
+    assert recite(experts.hesitating(script(), 0.5, "a")) == recite(experts.hesitating(script(), 0.5, "a"))
+
+
+def test_an_erring_expert_makes_the_same_moves_with_impossible_ones_between():
+    moves = recite(script())
+    room = "you see a desk 1, a shelf 2, and a shelf 1."
+    played = [recite(experts.erring(script(), 0.3, str(seed), room, "mug")) for seed in range(400)]
+    mistakes = [a for actions in played for a in actions if isinstance(a, experts.Mistake)]
+    assert all([a for a in actions if not isinstance(a, experts.Mistake)] == moves for actions in played)
+    # Never before the first move; three more moves of 400 episodes; 6 sigma.
+    assert all(actions[0] == moves[0] for actions in played)
+    assert abs(len(mistakes) - 360) < 6 * (1200 * 0.3 * 0.7) ** 0.5
+    for kind in ("go to shelf 1", "go to shelf 3", "go to desk 2", "go to desk 1", "take mug 3 from shelf 1"):
+        assert kind in mistakes
+    assert not {"go to shelf 2", "move mug 1 to desk 1"} & set(mistakes)
