@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax import lane, rollout
+from epo_jax import lane, mesh, rollout
 from epo_jax.envs import agent, base, toy
 from epo_jax.envs.pool import EnvPool
 from epo_jax.learner import Inputs, policy_statistics
@@ -60,10 +60,10 @@ WANDERERS = [rollout.Episode(7 * i, {"id": f"w{i // 3}", "type": "t"}, i // 3) f
 def wander(stirred, monkeypatch):
     monkeypatch.setitem(base.ENVIRONMENTS, "wander", "tests.envs.wander_env")
 
-    def play(settings, workers=1, delay=0.0, episodes=WANDERERS, **sampling):
+    def play(settings, workers=1, delay=0.0, episodes=WANDERERS, params=stirred, **sampling):
         with EnvPool("wander", {"delay": delay}, workers) as pool:
             key = jax.random.key(3)
-            return rollout.collect(episodes, pool, TOKENIZER, MODEL, stirred, key, settings, 1.0, **sampling)
+            return rollout.collect(episodes, pool, TOKENIZER, MODEL, params, key, settings, 1.0, **sampling)
 
     return play
 
@@ -178,6 +178,22 @@ def test_sampling_in_fewer_bits_moves_log_probabilities_by_so_much(wander, stirr
 def test_devices_that_share_the_rows_sample_the_same(wander):
     want = wander(CHAT)[0]
     got = wander(dataclasses.replace(CHAT, devices=4))[0]
+    same_but_for_rounding(want, got)
+
+
+def test_a_mesh_samples_the_same_as_one_device(wander, stirred, monkeypatch):
+    words = MODEL.vocab_size + MODEL.vocab_size % 2
+    model = dataclasses.replace(MODEL, vocab_size=words, num_heads=4, num_kv_heads=2, head_dim=4)
+    monkeypatch.setitem(globals(), "MODEL", model)
+    params = stirred | {"embedding": jnp.pad(stirred["embedding"], ((0, words - len(stirred["embedding"])), (0, 0)))}
+    on = mesh.make_mesh(1, 2, 2)
+    settings = dataclasses.replace(CHAT, max_turns=2)
+    want = wander(settings, params=params)[0]
+    got = wander(settings, params=jax.device_put(params, mesh.shardings(on, params)))[0]
+    same_but_for_rounding(want, got)
+
+
+def same_but_for_rounding(want, got):
     for a, b in zip(want, got, strict=True):
         assert (a.tokens, a.actions) == (b.tokens, b.actions)
         np.testing.assert_allclose(a.log_prob, b.log_prob, atol=1e-5)

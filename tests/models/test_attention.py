@@ -90,5 +90,5 @@ def test_the_default_backend_chooses(monkeypatch, backend, chosen):
     inputs, segments, _ = problem(60)
     monkeypatch.setattr(attention.jax, "default_backend", lambda: backend)
     for name in ("blocked", "gpu", "tpu"):
-        monkeypatch.setattr(attention, f"{name}_attention", lambda q, *_, name=name: q if name == chosen else None)
+        monkeypatch.setattr(attention, f"{name}_attention", lambda q, *_, name=name, window: q if name == chosen else None)
     assert attention.packed_attention(*inputs, segments) is inputs[0]
