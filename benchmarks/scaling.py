@@ -194,10 +194,10 @@ def page(rows: dict[int, dict], options) -> str:
         "## Memory per device",
         "",
         "GB (10^9 bytes) of one chip; *row* is config.train.rows_tokens. *State* is weights, Adam's moments, reference and",
-        "history. A program takes its arguments, its temporaries and its code. Decode is that of one lane at full context; *rollout* adds what lies beside it, the state",
-        "and the caches of the other lanes.",
+        "history. A program takes its arguments, its temporaries and its code. Decode is that of one lane at full context;",
+        "*rollout* adds what lies beside it, the state and the caches of the other lanes.",
         "",
-        "| model | slice | data x fsdp x tensor | row | state | sampling weights | caches | train step | decode | rollout | chip |",
+        "| model | slice | data, fsdp, tensor | row | state | sampling weights | caches | train step | decode | rollout | chip |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     fits = True

@@ -154,10 +154,10 @@ def check(mesh: Mesh, model, row_tokens: int) -> None:
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """The mesh that arrays lie on, where it has several devices."""
+    """The run's mesh that arrays lie on, where it has several devices."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.mesh.axis_names == AXES:
             return sharding.mesh
     return None
 
@@ -168,8 +168,9 @@ def inside(mesh: Mesh | None):
 
 
 def _current() -> jax.sharding.AbstractMesh | None:
+    # The members of a sweep have a mesh of other axes, each of whose devices computes alone.
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if mesh.size == 1 or mesh.axis_names != AXES else mesh
 
 
 def platform() -> str:
