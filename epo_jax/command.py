@@ -164,7 +164,7 @@ def read_config(workdir: Path) -> ConfigDict:
         config = base_config(saved["env.name"], **_env_options(saved)).lock()
     except FileNotFoundError:
         raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{path} cannot be read as the config of a run; restore it or begin a new run.") from None
     known = flatten(config)
     for key in known.keys() ^ saved.keys():
