@@ -287,18 +287,27 @@ def over_micro_batches(fn: Callable, rows, live: Int[Array, ""], micro_rows: int
 
 
 def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int):
-    """(gradient, metric sums) of `loss(params, micro_batch) -> (loss, sums)` added up over a mini-batch."""
+    """(gradient, sums, maxima) of `loss(params, micro_batch) -> (loss, (sums, maxima))` over a mini-batch: gradients and metric
+    sums are added up, of metric maxima the largest is kept (-inf where there is no row)."""
     gradient = jax.grad(loss, has_aux=True)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[:micro_rows], rows))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def stored(found):
-        return mesh.as_stored(found[0]), found[1]
+    def found(params, micro):
+        summand, (sums, maxima) = gradient(params, micro)
+        return (mesh.as_stored(summand), sums), maxima
+
+    shapes = jax.eval_shape(found, params, jax.tree.map(lambda x: x[:micro_rows], rows))
+    (zeros, sums), maxima = (
+        jax.tree.map(lambda s, value=value: jnp.full(s.shape, value, s.dtype), part)
+        for part, value in zip(shapes, (0.0, -jnp.inf), strict=True)
+    )
 
     def body(carry, micro, _):
-        return jax.tree.map(jnp.add, carry, stored(gradient(params, micro)))
+        added, largest = found(params, micro)
+        return jax.tree.map(jnp.add, carry[0], added), jax.tree.map(jnp.maximum, carry[1], largest)
 
-    return over_micro_batches(body, rows, live, micro_rows, stored(zeros))
+    start = (mesh.as_stored(zeros), sums), maxima
+    (summed, sums), maxima = over_micro_batches(body, rows, live, micro_rows, start)
+    return summed, sums, maxima
 
 
 def guarded_update(
@@ -315,6 +324,20 @@ def guarded_update(
     finite = jnp.isfinite(norm)
     params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (params, opt_state))
     return params, opt_state, norm, 1.0 - finite
+
+
+def advantage_statistics(estimated: Estimate) -> Metrics:
+    """Over the policy tokens that are trained on; without any, extremes are not finite and the rest is 0."""
+    advantage, mask = estimated.advantage, estimated.policy_mask
+    tokens = jnp.maximum(mask.sum(), 1.0)
+    mean = (advantage * mask).sum() / tokens
+    return {
+        "advantage_mean": mean,
+        "advantage_std": jnp.sqrt((jnp.square(advantage - mean) * mask).sum() / tokens),
+        "advantage_rms": jnp.sqrt((jnp.square(advantage) * mask).sum() / tokens),
+        "advantage_min": jnp.where(mask > 0, advantage, jnp.inf).min(),
+        "advantage_max": jnp.where(mask > 0, advantage, -jnp.inf).max(),
+    }
 
 
 TrainStep = Callable[[TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]
@@ -460,10 +483,16 @@ def step_function(config: LearnerConfig) -> TrainStep:
                 if objective.kl == "full":
                     reference = head_inputs(*reference_policy(state), micro.inputs)
                     full_kl = head_divergence(*head, *reference, config.temperature).reshape(label.shape)
-                return epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
+                loss, sums = epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
+                log_ratio = log_prob - micro.loss.old_log_prob
+                maxima = {
+                    name: jnp.where(micro.loss.policy_mask > 0, x, -jnp.inf).max()
+                    for name, x in (("ratio_max", log_ratio), ("ratio_min", -log_ratio))
+                }
+                return loss, (sums, maxima)
 
             policy = lora.join(state.base, params)
-            gradient, metrics = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
+            gradient, metrics, maxima = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
             params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(
                 optimizer, gradient, opt_state, params, hyper.lr_scale
             )
@@ -473,20 +502,20 @@ def step_function(config: LearnerConfig) -> TrainStep:
                     value = values(config.critic, config.model, critic, policy, *micro.inputs[:4])
                     loss, clipped = value_loss(value, micro.old_value, micro.returns, hyper.value_clip)
                     total = hyper.value_coef * (micro.loss.mean_weight * loss).sum()
-                    return total, {"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}
+                    return total, ({"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}, {})
 
-                gradient, critic_metrics = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
+                gradient, critic_metrics, _ = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
                 critic, critic_opt_state, _, skipped = guarded_update(
                     critic_optimizer, gradient, critic_opt_state, critic, hyper.critic_lr_scale
                 )
                 metrics |= critic_metrics
                 metrics["skipped_updates"] = jnp.maximum(metrics["skipped_updates"], skipped)
             metrics |= {"beta": terms.beta, "lam": terms.lam}
-            return (params, opt_state, critic, critic_opt_state), metrics
+            return (params, opt_state, critic, critic_opt_state), (metrics, maxima)
 
         mini_batches = jnp.tile(jnp.arange(batch.rows.shape[0]), config.epochs)
         carry = (state.params, state.opt_state, state.critic, state.critic_opt_state)
-        carry, metrics = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
+        carry, (metrics, maxima) = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
         skipped = metrics["skipped_updates"].sum()
         metrics = jax.tree.map(jnp.mean, metrics) | {"skipped_updates": skipped}
 
@@ -495,7 +524,9 @@ def step_function(config: LearnerConfig) -> TrainStep:
         metrics |= {
             "behaviour_entropy": (batch.behaviour_entropy * batch.policy_mask).sum() / policy_tokens,
             "corridor_center": center.value.mean(),
-            "advantage_rms": jnp.sqrt(jnp.square(estimated.advantage).sum() / policy_tokens),
+            **advantage_statistics(estimated),
+            "ratio_max": jnp.exp(maxima["ratio_max"].max()),
+            "ratio_min": jnp.exp(-maxima["ratio_min"].max()),
         }
         kl_scale = state.kl_scale
         if objective.kl != "none":

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from epo_jax.learner import advantage_statistics
+from epo_jax.objectives.loss import Estimate
 from tests import tiny
 
 ALL_EQUAL = tuple(range(tiny.GROUPS))  # every group wins throughout: GRPO's advantages vanish, only the KL is left
@@ -106,6 +108,34 @@ def test_truncated_importance_sampling_corrects_the_sampler():
         np.testing.assert_allclose(corrected["approx_kl"], 0.0, atol=1e-6)
     uncorrected = tiny.first_update(*tiny.learner("grpo", kl="none"), off)[1]
     np.testing.assert_allclose(uncorrected["approx_kl"], -np.log(1.5), rtol=1e-4)
+
+
+def test_the_ratio_from_its_smallest_to_its_largest():
+    """Of every policy token in either mini-batch, whatever the clip does to it; and the divergence that k3 makes of them."""
+    trajectories, rng = tiny.episodes(0), np.random.default_rng(0)
+    for t in trajectories:
+        t.log_prob = [x + rng.normal(0, 0.5) if turn >= 0 else 0.0 for x, turn in zip(t.log_prob, t.turn, strict=True)]
+    config, hyper = tiny.learner("grpo", kl="none")
+    off = tiny.batched(trajectories, 1)
+    _, metrics = tiny.first_update(config, hyper, off)
+    here = off.policy_mask[0] > 0
+    log_ratio = (np.asarray(tiny.own_statistics(off)[0]) - off.behaviour_log_prob[0])[here]
+    np.testing.assert_allclose(metrics["ratio_min"], np.exp(log_ratio.min()), rtol=1e-4)
+    np.testing.assert_allclose(metrics["ratio_max"], np.exp(log_ratio.max()), rtol=1e-4)
+    assert metrics["ratio_min"] < 1 - 0.2 and metrics["ratio_max"] > 1 + 0.2
+    np.testing.assert_allclose(metrics["approx_kl"], -log_ratio.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["approx_kl_k3"], (np.exp(log_ratio) - 1 - log_ratio).mean(), rtol=1e-4)
+
+
+def test_advantage_statistics_are_of_the_tokens_trained_on():
+    advantage = jnp.array([[1.0, -2.0, 9.0], [4.0, 0.0, 0.0]])
+    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    found = advantage_statistics(Estimate(advantage, advantage, mask))
+    kept = np.array([1.0, -2.0, 4.0])
+    expected = {"mean": kept.mean(), "std": kept.std(), "rms": np.sqrt(np.square(kept).mean()), "min": -2.0, "max": 4.0}
+    assert {name.removeprefix("advantage_"): float(x) for name, x in found.items()} == pytest.approx(expected)
+    nothing = advantage_statistics(Estimate(advantage, advantage, jnp.zeros_like(mask)))
+    assert nothing["advantage_mean"] == nothing["advantage_std"] == 0.0 and not np.isfinite(nothing["advantage_max"])
 
 
 def test_sirens_entropy_is_that_of_the_nucleus(batch):

@@ -151,6 +151,7 @@ def epo_loss(
         "clip_fraction": (rows.mean_weight * surrogate.clipped).sum(),
         "dual_clip_fraction": (rows.mean_weight * surrogate.dual_clipped).sum(),
         "approx_kl": -(rows.mean_weight * surrogate.log_ratio).sum(),
+        "approx_kl_k3": (rows.mean_weight * (jnp.expm1(surrogate.log_ratio) - surrogate.log_ratio)).sum(),
     }
     if objective.kl != "none" and objective.kl_place == "loss":
         kl = full_kl if objective.kl == "full" else policy.kl_estimate(log_prob, rows.ref_log_prob, objective.kl)
