@@ -81,6 +81,15 @@ class Trajectory:
         return sum(t >= 0 for t in self.turn)
 
 
+def entropy_by_turn(trajectories: list[Trajectory]) -> dict[int, float]:
+    """Mean entropy, nats, of the policy tokens of each turn that was played."""
+    turn = np.concatenate([np.asarray(t.turn, np.int64) for t in trajectories])
+    entropy = np.concatenate([np.asarray(t.entropy) for t in trajectories])[turn >= 0]
+    turn = turn[turn >= 0]
+    totals, counts = np.bincount(turn, entropy), np.bincount(turn)
+    return {int(t): float(totals[t] / counts[t]) for t in np.flatnonzero(counts)}
+
+
 class TokenBatch(NamedTuple):
     """Packed trajectories, split into M mini-batches of at most R rows of T tokens, P policy tokens a row.
 

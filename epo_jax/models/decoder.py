@@ -101,6 +101,19 @@ class DecoderConfig:
         """The window of each layer, None where it sees all."""
         return [window or None for window in self.windows or (0,) * self.num_layers]
 
+    def projection_sizes(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of each projection of a layer."""
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (self.d_model, heads),
+            "k_proj": (self.d_model, kv_heads),
+            "v_proj": (self.d_model, kv_heads),
+            "o_proj": (heads, self.d_model),
+            "gate_proj": (self.d_model, self.d_ff),
+            "up_proj": (self.d_model, self.d_ff),
+            "down_proj": (self.d_ff, self.d_model),
+        }
+
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """Root-mean-square normalisation (arXiv 1910.07467), reduced in float32."""
@@ -119,16 +132,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        sizes = {
-            "q_proj": (c.d_model, heads),
-            "k_proj": (c.d_model, kv_heads),
-            "v_proj": (c.d_model, kv_heads),
-            "o_proj": (heads, c.d_model),
-            "gate_proj": (c.d_model, c.d_ff),
-            "up_proj": (c.d_model, c.d_ff),
-            "down_proj": (c.d_ff, c.d_model),
-        }
+        sizes = c.projection_sizes()
 
         def normal(rows, columns):
             return nnx.Param(rows**-0.5 * jax.random.normal(rngs.params(), (rows, columns), jnp.float32))
