@@ -36,7 +36,7 @@ from epo_jax.files import write_atomically
 # Keys that a resumed run may change: they alter where and how often things happen, never what is learned.
 RESUME_MAY_CHANGE = (
     "env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep", "metrics.trajectories",
-    "metrics.trajectories_every", "metrics.trajectories_megabytes",
+    "metrics.trajectories_every", "metrics.trajectories_megabytes", "metrics.wandb_project",
 )  # fmt: skip
 
 
@@ -66,6 +66,36 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}.")
 
 
+def number_type(kind: Callable[[str], Any], holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+    """A type for `add_argument`: a number of a kind for which something holds; `rule` says what, in words."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}") from None
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+        return value
+
+    return read
+
+
+def check_output(out: Path, example: str) -> None:
+    """Raises UserError unless the file of --out can lie where it says."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        what = "is a folder" if out.is_dir() else f"lies in {out.parent}, which is no folder"
+        raise UserError(f"--out={out} {what}; name a file to write, for example --out={example}.")
+
+
+def write_output(out: Path, text: str) -> None:
+    """Writes the file of --out, whole or not at all. Raises UserError where the file system refuses."""
+    try:
+        write_atomically(out, text)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another file.") from None
+
+
 def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None = None) -> Command:
     """Reads and checks a command line (with the program's name first).
 
@@ -76,31 +106,13 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     Raises:
       UserError: an unknown flag, preset or key, a value of the wrong type or out of range, an unusable folder.
     """
-    argv = list(argv)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file and preset, as configs/alfworld.py:laptop.", flag_values=values, sys_argv=argv
-    )
     flags.DEFINE_string("workdir", None, "The run folder.", flag_values=values)
     flags.DEFINE_bool("resume", False, "Continue the run in --workdir.", flag_values=values)
     flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
     if define is not None:
         define(values)
-
-    source = _config_argument(argv)
-    if source is not None:
-        _check_source(source)
-    try:
-        rest = values(argv)[1:]
-    except (KeyError, AttributeError, TypeError) as error:
-        raise _unknown_key(error, argv, source) from None
-    except flags.Error as error:
-        raise UserError(_sentence(str(error))) from None
-    if values.help:
-        print(values.module_help("epo_jax.command") or values.get_help())
-        raise SystemExit(0)
-    if rest:
-        raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
+    _read_flags(argv, values)
     if not values.workdir:
         raise UserError("--workdir is missing; name the run folder, for example --workdir=runs/first.")
     workdir = Path(values.workdir)
@@ -114,6 +126,45 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     if values.resume:
         _check_same_run(config, read_config(workdir))
     return Command(config, workdir, values.resume, values)
+
+
+def parse_config(arguments: Sequence[str]) -> ConfigDict:
+    """The config that `--config=FILE.py[:preset]` and overrides of its keys come to, for programs without a run folder.
+
+    Raises:
+      UserError: as `parse`.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
+    _read_flags(["", *arguments], values)
+    if values.config is None:
+        raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
+    validate(values.config)
+    return values.config
+
+
+def _read_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
+    """Reads a command line into `values`, --config and its keys among them."""
+    argv = list(argv)
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file and preset, as configs/alfworld.py:laptop.", flag_values=values, sys_argv=argv
+    )
+    source = _config_argument(argv)
+    if source is not None:
+        _check_source(source)
+    try:
+        rest = values(argv)[1:]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise _unknown_key(error, argv, source) from None
+    except flags.Error as error:
+        if source is None and any(re.match(r"--?config\.", argument) for argument in argv):
+            raise UserError("--config must be given when its keys are overridden.") from None
+        raise UserError(_sentence(str(error))) from None
+    if values.help:
+        print(values.module_help("epo_jax.command") or values.get_help())
+        raise SystemExit(0)
+    if rest:
+        raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
 
 
 def check_workdir(workdir: Path, resume: bool) -> None:

@@ -208,6 +208,7 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     metrics.trajectories = 6
     metrics.trajectories_every = 10  # RL steps between training steps that are sampled; 0 = evaluations only
     metrics.trajectories_megabytes = 16.0  # bound on the file; past it, steps from its middle go
+    metrics.wandb_project = ""  # Weights & Biases project that metrics and evaluations go to as well; "" = none
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 10  # RL steps

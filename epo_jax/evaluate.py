@@ -1,20 +1,72 @@
-"""Evaluation: every episode of a fixed split, once."""
+"""Evaluation: every episode of a fixed split, once, or several times each for pass@k.
+
+    python -m epo_jax.evaluate --checkpoint=runs/first --out=scores.json                  the newest checkpoint, or --step
+    python -m epo_jax.evaluate --checkpoint=runs/first --split=valid_unseen --samples=8   pass@1, @2, @4 and @8
+    python -m epo_jax.evaluate --checkpoint=Qwen/Qwen2.5-3B-Instruct --config=configs/alfworld.py
+
+`--config` says what is played and how the policy is prompted. A run has its own, which is taken where --config is left out;
+a model needs one. Keys of a config that is given can be overridden as elsewhere, `--config.rollout.slots=32`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
 
 import jax
 
-from epo_jax.envs.base import Task
+from epo_jax import mesh
+from epo_jax.command import ArgumentParser, check_output, number_type, parse_config, read_config, run, write_output
+from epo_jax.envs.base import SPLITS, Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.metrics import Row, evaluation_row
+from epo_jax.errors import UserError
+from epo_jax.folders import is_run, load
+from epo_jax.metrics import Outcome, Row, evaluation_row, evaluation_table, plain
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.tokenizer import ChatTokenizer
-from epo_jax.rollout import Episode, RolloutConfig, collect
+from epo_jax.rollout import Episode, RolloutConfig, collect, rollout_config
 from epo_jax.trajectory import Trajectory
+
+
+def main(argv: list[str]) -> None:
+    options, rest = _parse(argv[1:])
+    if options.out is not None:
+        check_output(options.out, "scores.json")
+    if rest:
+        config = parse_config(rest)
+    elif is_run(options.checkpoint):
+        config = read_config(options.checkpoint)
+    else:
+        raise UserError(
+            f"--config is missing: {options.checkpoint} is no run folder, so it has no game; add for example "
+            "--config=configs/alfworld.py."
+        )
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    sampling = {name: config.eval[name] if given is None else given for name, given in sampling.items()}
+    seed = config.seed if options.seed is None else options.seed
+    env, env_options = environment(config.env.name), config.env.to_dict()
+    env.prepare(env_options)
+    tasks = {split: env.list_tasks(split, env_options) for split in options.split or config.eval.splits}
+    policy = load(options.checkpoint, options.step, config, mesh.make_mesh(**config.mesh.to_dict()))
+    rows = []
+    with EnvPool(config.env.name, env_options, config.env.workers) as pool:
+        for split in tasks:
+            row, _ = evaluate(
+                split, tasks[split], policy.step, pool, policy.tokenizer, policy.model, policy.params,
+                rollout_config(config), seed=seed, samples=options.samples, **sampling,
+            )  # fmt: skip
+            rows.append(row)
+            print(evaluation_table(row), flush=True)
+    if options.out is not None:
+        about = {"checkpoint": options.checkpoint, "step": policy.step, **sampling, "seed": seed, "samples": options.samples}
+        write_output(options.out, json.dumps(plain(about | {"splits": rows}), indent=1) + "\n")
+        print(f"wrote {options.out}")
 
 
 def evaluate(
     split: str,
     tasks: list[Task],
-    step: int,
+    step: int | None,
     pool: EnvPool,
     tokenizer: ChatTokenizer,
     model: DecoderConfig,
@@ -24,26 +76,50 @@ def evaluate(
     seed: int,
     top_k: int = 0,
     top_p: float = 1.0,
+    samples: int = 1,
 ) -> tuple[Row, list[Trajectory]]:
-    """Plays each of `tasks` once; the row of eval.jsonl and the trajectories in the order of `tasks`.
+    """Plays each of `tasks` `samples` times; the row of eval.jsonl and the trajectories, those of a task side by side.
 
-    The sampling key depends on `seed` alone, so two evaluations of the same parameters agree.
+    The sampling key depends on `seed` alone, so two evaluations of the same parameters agree, and the first play of a task
+    does not depend on how many follow.
     """
     trajectories, stats = collect(
-        episodes_of(tasks), pool, tokenizer, model, params, jax.random.key(seed), config, temperature, top_k, top_p
+        episodes_of(tasks, samples), pool, tokenizer, model, params, jax.random.key(seed), config, temperature, top_k, top_p
     )
     return row_of(split, step, trajectories, stats.seconds), trajectories
 
 
-def episodes_of(tasks: list[Task]) -> list[Episode]:
-    """An episode of each task."""
-    return [Episode(id=i, task=task, group=i) for i, task in enumerate(tasks)]
+def episodes_of(tasks: list[Task], samples: int = 1) -> list[Episode]:
+    """`samples` episodes of each task."""
+    return [Episode(play * len(tasks) + i, task, group=i) for i, task in enumerate(tasks) for play in range(samples)]
 
 
-def row_of(split: str, step: int, trajectories: list[Trajectory], seconds: float) -> Row:
+def row_of(split: str, step: int | None, trajectories: list[Trajectory], seconds: float) -> Row:
     """The row of eval.jsonl that the episodes of a split come to."""
-    row = evaluation_row(step, split, [(t.task["type"], t.won) for t in trajectories])
-    row["score"] = sum(t.score for t in trajectories) / len(trajectories)
-    row["turns"] = sum(len(t.actions) for t in trajectories) / len(trajectories)
-    row["seconds"] = seconds
-    return row
+    outcomes = (
+        Outcome(t.task["type"], t.task["id"], t.won, t.score, len(t.actions), len(t.valid) - sum(t.valid)) for t in trajectories
+    )
+    return evaluation_row(step, split, outcomes) | {"seconds": seconds}
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and what is left for the config."""
+    parser = ArgumentParser(prog="python -m epo_jax.evaluate", description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    count = number_type(int, lambda value: value >= 0, "a whole number, zero or positive")
+    parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
+    parser.add_argument("--step", type=count, help="RL steps of the run's checkpoint; the newest if left out")
+    parser.add_argument("--split", action="append", choices=SPLITS, help="may be given again; the config's if left out")
+    parser.add_argument("--samples", default=1, type=number_type(int, lambda v: v > 0, "a positive whole number"),
+                        help="times that each game is played; more than one for pass@k")  # fmt: skip
+    parser.add_argument("--temperature", type=number_type(float, lambda v: v >= 0, "zero or positive"),
+                        help="0 = always the likeliest token; the config's if left out, as the next three")  # fmt: skip
+    parser.add_argument("--top_k", type=count, help="0 = all tokens")
+    parser.add_argument("--top_p", type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
+    parser.add_argument("--seed", type=count)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser.parse_known_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

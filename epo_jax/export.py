@@ -17,8 +17,9 @@ import jax
 from epo_jax import checkpoint
 from epo_jax.command import read_config, run
 from epo_jax.errors import UserError
+from epo_jax.folders import decoder_of_run
 from epo_jax.learner import init_state
-from epo_jax.main import decoder_of_run, learner_config, objective_and_hyper
+from epo_jax.main import learner_config, objective_and_hyper
 from epo_jax.models import lora, weights
 from epo_jax.models.decoder import init_params
 from epo_jax.models.tokenizer import load_tokenizer

@@ -9,37 +9,24 @@
 
 import argparse
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
-from epo_jax import checkpoint, rollout
-from epo_jax.command import ArgumentParser, read_config, run
+from epo_jax import rollout
+from epo_jax.command import ArgumentParser, number_type, run
 from epo_jax.config import base_config
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
 from epo_jax.errors import UserError
+from epo_jax.folders import Policy, load
 from epo_jax.lane import Lane, Programs, Sampler, Turn
-from epo_jax.main import decoder_of_run, load_pretrained
-from epo_jax.models import lora
-from epo_jax.models.decoder import DecoderConfig, Params, init_params
-from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
-
-
-class Policy(NamedTuple):
-    """A model with its words; `config` is the run's, where it comes from one."""
-
-    tokenizer: ChatTokenizer
-    model: DecoderConfig
-    params: Params
-    config: object | None
 
 
 def main(argv: list[str]) -> None:
     options = _parse(argv[1:])
-    policy = load(options.checkpoint, options.step, options.dtype)
+    config = base_config()
+    config.model.dtype = options.dtype
+    policy = load(options.checkpoint, options.step, config)
     sampler = Sampler(
         jax.random.key(options.seed), (policy.tokenizer.stop_id,), options.temperature, options.top_k, options.top_p,
         block=options.max_tokens,
@@ -53,30 +40,6 @@ def main(argv: list[str]) -> None:
         print(speaker.answer(policy.tokenizer.first(options.prompt), fresh=True))
     else:
         chat(policy, sampler, options.max_tokens)
-
-
-def load(path: str, step: int | None, dtype: str) -> Policy:
-    """The policy of a run folder or of a model folder.
-
-    Raises:
-        UserError: it is neither, or what it holds cannot be read.
-    """
-    folder = Path(path)
-    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
-        config = base_config()
-        config.model.update(path=path, dtype=dtype)
-        return Policy(*load_pretrained(config), None)
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    model = decoder_of_run(config, tokenizer.vocab_size)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    base, params = lora.split(params) if model.lora else ({}, params)
-    with checkpoint.open_manager(folder, config.checkpoint.keep) as manager:
-        if step is not None and step not in manager.all_steps():
-            held = ", ".join(map(str, sorted(manager.all_steps())))
-            raise UserError(f"--step={step}: {folder} has checkpoints of the steps {held}.")
-        fields = checkpoint.restore_fields(manager, {"base": base, "params": params}, step)
-        return Policy(tokenizer, model, lora.join(fields["base"], fields["params"]), config)
 
 
 class Speaker:
@@ -180,23 +143,10 @@ def _lines(prompt: str):
         yield line.strip()
 
 
-def _number(kind: Callable, holds: Callable, rule: str):
-    def read(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}") from None
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
-        return value
-
-    return read
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m epo_jax.generate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    count = _number(int, lambda value: value >= 0, "a whole number, zero or positive")
+    count = number_type(int, lambda value: value >= 0, "a whole number, zero or positive")
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
     parser.add_argument("--step", type=count, help="RL steps of the run's checkpoint; the newest if left out")
     parser.add_argument("--prompt", help="one message to answer")
@@ -204,10 +154,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--interactive", action="store_true", help="play, asking before each turn for an action of yours")
     parser.add_argument("--split", default="valid_unseen", choices=SPLITS)
     parser.add_argument("--task", help="number in the split, or id; the first if left out")
-    parser.add_argument("--temperature", default=0.4, type=_number(float, lambda v: v >= 0, "zero or positive"))
+    parser.add_argument("--temperature", default=0.4, type=number_type(float, lambda v: v >= 0, "zero or positive"))
     parser.add_argument("--top_k", default=0, type=count, help="0 = all tokens")
-    parser.add_argument("--top_p", default=1.0, type=_number(float, lambda v: 0 < v <= 1, "in (0, 1]"))
-    parser.add_argument("--max_tokens", default=512, type=_number(int, lambda v: v > 0, "a positive whole number"),
+    parser.add_argument("--top_p", default=1.0, type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
+    parser.add_argument("--max_tokens", default=512, type=number_type(int, lambda v: v > 0, "a positive whole number"),
                         help="of an answer, outside a game")  # fmt: skip
     parser.add_argument("--seed", default=0, type=count)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of a model folder's arithmetic")

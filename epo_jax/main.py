@@ -12,30 +12,31 @@ import time
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from epo_jax import checkpoint, figures, mesh, rollout, sft
+from epo_jax import checkpoint, figures, flops, mesh, profiling, rollout, sft, wandb_log
 from epo_jax.command import open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
+from epo_jax.folders import load_pretrained
 from epo_jax.learner import LearnerConfig, OptimConfig, init_state_on, make_train_step
 from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, seconds_left
-from epo_jax.models import hf_config, hub, lora, weights
+from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.trajectory import TokenBatch, Trajectory, pack
+from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
 from epo_jax.trajectory_log import TrajectoryLog
 
 
 def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- the run: refuse bad input before anything is written
-    command = parse(argv)
+    command = parse(argv, profiling.define_flag)
     config, workdir = command.config, command.workdir
+    profile_first, profile_end = profiling.window(command.flags.profile_steps, config.train.steps)
     objective, hyper = objective_and_hyper(config)
     devices = mesh.make_mesh(**config.mesh.to_dict())
     if config.model.path:
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
     env.prepare(env_options)
     train_tasks = env.list_tasks("train", env_options)
     eval_tasks = {split: env.list_tasks(split, env_options) for split in config.eval.splits}
+    wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict())
     open_workdir(command)
     print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
 
@@ -83,13 +85,19 @@ def main(argv: list[str]) -> None:
     if command.resume:
         state = checkpoint.restore(manager, state)
     first_step = int(state.step)
+    if profile_first is not None and profile_first < first_step:
+        asked = command.flags.profile_steps
+        raise UserError(f"--profile_steps={asked}: the run goes on from step {first_step}; name later steps.")
 
     # ---------------------------------------------------------------- rollout
     settings = rollout.rollout_config(config)
     kept = config.metrics
     log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
-    with EnvPool(config.env.name, env_options, config.env.workers) as pool, MetricWriter(workdir, first_step) as writer:
+    with (
+        EnvPool(config.env.name, env_options, config.env.workers) as pool,
+        MetricWriter(workdir, first_step, wandb_run) as writer,
+    ):
 
         def evaluate_all(step: int) -> None:
             for split, tasks in eval_tasks.items():
@@ -119,6 +127,8 @@ def main(argv: list[str]) -> None:
             checkpoint.save(manager, state)
         durations, skipped = [], 0
         for step in range(first_step, config.train.steps):
+            if step == profile_first:
+                jax.profiler.start_trace(workdir / "profile")
             started = time.perf_counter()
             sampled, stats = play(step, 0)
             rounds = [sampled]
@@ -143,11 +153,14 @@ def main(argv: list[str]) -> None:
             row = writer.train(
                 step_row(config, step, rounds, uniform, stats, metrics)
                 | seconds
+                | flops.rates(learner, sum(rounds, []), trajectories, **seconds, devices=devices.size)
                 | {"env_restarts": pool.restarts, "rows": int(batch.rows.sum())}
             )
             if kept.trajectories_every and step % kept.trajectories_every == 0:
                 log.write(step, "train", sampled)
             done = step + 1
+            if done == profile_end:
+                jax.profiler.stop_trace()
             durations.append(updated - started)
             print(progress_line(row, config.train.steps, seconds_left(durations, config.train.steps - done)), flush=True)
             last = done == config.train.steps
@@ -224,6 +237,9 @@ def step_row(
         "uniform_groups": uniform,
         "corridor_low": config.epo.kappa_l * center if step else None,
         "corridor_high": config.epo.kappa_r * center if step else None,
+        **{f"entropy_turn_{turn}": entropy for turn, entropy in entropy_by_turn(sampled).items()},
+        "prompt_tokens": stats.prompt_tokens,
+        "policy_tokens": stats.policy_tokens,
         "tokens_per_second": stats.policy_tokens / stats.seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
@@ -262,34 +278,6 @@ def contexts(config) -> tuple[int, int]:
     by_tokens = config.train.rows_tokens // config.agent.max_tokens
     by_policy_tokens = config.train.rows_policy_tokens // config.agent.response_tokens
     return config.env.max_turns, min(by_tokens, by_policy_tokens)
-
-
-def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer, DecoderConfig, Params]:
-    """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names, over a mesh's devices."""
-    folder = hub.resolve(config.model.path)
-    model = hf_config.read_config(folder, config.model.dtype, config.model.remat)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but config.json a vocab_size of {model.vocab_size}; "
-            "take both from the same model."
-        )
-    if config.agent.max_tokens > model.max_positions:
-        raise UserError(
-            f"config.agent.max_tokens={config.agent.max_tokens} exceeds the {model.max_positions} positions that {folder} was "
-            "trained for; lower it or choose a model with a longer context."
-        )
-    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    return tokenizer, model, weights.load_params(folder, model, mesh.shardings(devices, shapes) if devices else None)
-
-
-def decoder_of_run(config, vocab_size: int) -> DecoderConfig:
-    """The decoder that a run with this config trains, adapters included, without loading its weights."""
-    if config.model.path:
-        model = hf_config.read_config(hub.resolve(config.model.path), config.model.dtype, config.model.remat)
-    else:
-        model = decoder_config(config.model, vocab_size)
-    return with_adapters(model, config.model) if config.model.lora_rank else model
 
 
 def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.Episode]:

@@ -7,17 +7,20 @@ read (a row may hold more):
              tokens_per_second (sampled), rollout_seconds, update_seconds
     eval     step (RL steps taken so far), split, won, episodes, success, low, high (Wilson interval), types
              ({task type: [won, episodes]})
+
+docs/metrics.md has every field.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean, median, variance
+from typing import Any, NamedTuple
 
 from tensorboardX import SummaryWriter
 
+from epo_jax import wandb_log
 from epo_jax.files import write_atomically
 
 Row = dict[str, Any]
@@ -28,15 +31,20 @@ class MetricWriter:
 
     Rows of a killed run that lie beyond the checkpoint it resumes from are dropped, as they will be written again:
     metrics of `step` and later, evaluations after `step`. So each step has one row however often the run was killed.
+
+    With a `wandb_run` (`wandb_log.begin`) the numbers go there as well; it ends with the writer.
     """
 
-    def __init__(self, workdir: Path, step: int = 0):
+    def __init__(self, workdir: Path, step: int = 0, wandb_run=None):
         workdir = Path(workdir)
         self._metrics = workdir / "metrics.jsonl"
         self._evaluations = workdir / "eval.jsonl"
         keep_rows(self._metrics, lambda row: row["step"] < step)
         keep_rows(self._evaluations, lambda row: row["step"] <= step)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step if step else None)
+        self._wandb = wandb_run
+        if wandb_run is not None:
+            write_atomically(workdir / wandb_log.ID, f"{wandb_run.id}\n")
 
     def train(self, row: Mapping[str, Any]) -> Row:
         """Adds the row of an RL step; returns it as written (plain numbers, None where not finite)."""
@@ -58,6 +66,8 @@ class MetricWriter:
 
     def close(self) -> None:
         self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -66,10 +76,12 @@ class MetricWriter:
         self.close()
 
     def _scalars(self, prefix: str, row: Row, step: int) -> None:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+        scalars = {f"{prefix}/{k}": value for k, value in row.items() if k != "step" and isinstance(value, int | float)}
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **scalars})
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -106,7 +118,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def wilson(won: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(won: float, episodes: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a success rate; z = 1.96 covers 95 %. (0, 1) for no episodes."""
     if episodes == 0:
         return 0.0, 1.0
@@ -118,38 +130,89 @@ def wilson(won: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
     return (0.0 if won == 0 else centre - half), (1.0 if won == episodes else centre + half)
 
 
-def evaluation_row(step: int, split: str, outcomes: Iterable[tuple[str, bool]]) -> Row:
-    """The eval.jsonl row of a split from (task type, won) of each of its episodes."""
-    types: dict[str, list[int]] = {}
-    for kind, success in outcomes:
-        counts = types.setdefault(kind, [0, 0])
-        counts[0] += bool(success)
-        counts[1] += 1
-    won = sum(counts[0] for counts in types.values())
-    episodes = sum(counts[1] for counts in types.values())
-    low, high = wilson(won, episodes)
-    return {
-        "step": step,
-        "split": split,
-        "success": won / max(episodes, 1),
+def interval_of_plays(won: Sequence[int], plays: int) -> tuple[float, float]:
+    """Wilson's interval of the success of games that were each won `won` times of `plays`.
+
+    Plays of one game resemble each other: they count as the number of independent episodes whose success would vary as much as
+    the games' does (Kish's effective sample size), which is at least the number of games.
+    """
+    games, episodes = len(won), len(won) * plays
+    if plays == 1 or games == 0:
+        return wilson(sum(won), episodes)
+    rate = sum(won) / episodes
+    spread = variance([w / plays for w in won]) / games if games > 1 else 0.0
+    effective = rate * (1 - rate) / spread if spread else games
+    effective = min(max(effective, games), episodes)
+    return wilson(rate * effective, effective)
+
+
+def pass_at_k(plays: int, won: int, k: int) -> float:
+    """Probability that at least one of `k` plays is won, estimated without bias from `won` of `plays` (arXiv 2107.03374,
+    eq. 1): 1 - C(plays - won, k) / C(plays, k)."""
+    return 1.0 - math.comb(plays - won, k) / math.comb(plays, k)
+
+
+class Outcome(NamedTuple):
+    """What came of one episode.
+
+    Attributes:
+        kind, game: type and id of its task.
+        won: the task was completed.
+        score: task progress in [0, 100].
+        turns: turns played; `invalid` of them held no action.
+    """
+
+    kind: str
+    game: str
+    won: bool
+    score: float
+    turns: int
+    invalid: int
+
+
+def evaluation_row(step: int | None, split: str, outcomes: Iterable[Outcome]) -> Row:
+    """The eval.jsonl row of a split whose games were all played the same number of times."""
+    outcomes = list(outcomes)
+    kinds = sorted({outcome.kind for outcome in outcomes})
+    by_type = {kind: _scores([outcome for outcome in outcomes if outcome.kind == kind]) for kind in kinds}
+    types = {kind: [scores["won"], scores["episodes"]] for kind, scores in by_type.items()}
+    return {"step": step, "split": split, **_scores(outcomes), "types": types, "by_type": by_type}
+
+
+def _scores(outcomes: Sequence[Outcome]) -> Row:
+    won: dict[str, int] = {}
+    for outcome in outcomes:
+        won[outcome.game] = won.get(outcome.game, 0) + bool(outcome.won)
+    episodes, turns = len(outcomes), sum(outcome.turns for outcome in outcomes)
+    plays = episodes // max(len(won), 1)
+    low, high = interval_of_plays(list(won.values()), plays)
+    row = {
+        "success": sum(won.values()) / max(episodes, 1),
         "low": low,
         "high": high,
-        "won": won,
+        "won": sum(won.values()),
         "episodes": episodes,
-        "types": dict(sorted(types.items())),
+        "score": sum(outcome.score for outcome in outcomes) / max(episodes, 1),
+        "turns": turns / max(episodes, 1),
+        "invalid_actions": sum(outcome.invalid for outcome in outcomes) / max(turns, 1),
     }
+    if plays > 1:
+        ks = sorted({2**i for i in range(plays.bit_length())} | {plays})
+        row["pass_at"] = {k: fmean(pass_at_k(plays, each, k) for each in won.values()) for k in ks}
+    return row
 
 
 def evaluation_table(row: Mapping[str, Any]) -> str:
-    """An evaluation as a table: success with its 95 % interval, per task type and in all."""
-    counted = [*row["types"].items(), ("all", [row["won"], row["episodes"]])]
+    """An evaluation as a table, per task type and in all: success with its 95 % interval, what else was counted, pass@k."""
+    counted = [*row["by_type"].items(), ("all", row)]
     width = max(len(name) for name, _ in counted)
-    lines = [f"{row['split']} after {row['step']} RL steps"]
-    for name, (won, episodes) in counted:
-        low, high = wilson(won, episodes)
+    lines = [row["split"] if row["step"] is None else f"{row['split']} after {row['step']} RL steps"]
+    for name, scores in counted:
+        passed = "".join(f"  pass@{k} {_percent(share)}" for k, share in scores.get("pass_at", {}).items())
         lines.append(
-            f"  {name:<{width}}  {won:>4}/{episodes:<4} {_percent(won / max(episodes, 1)):>6}"
-            f"  [{_percent(low)}, {_percent(high)}]"
+            f"  {name:<{width}}  {scores['won']:>4}/{scores['episodes']:<4} {_percent(scores['success']):>6}"
+            f"  [{_percent(scores['low'])}, {_percent(scores['high'])}]  score {scores['score']:.1f}"
+            f"  turns {scores['turns']:.1f}  invalid {_percent(scores['invalid_actions'])}{passed}"
         )
     return "\n".join(lines)
 

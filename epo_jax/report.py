@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from epo_jax.command import RESUME_MAY_CHANGE, ArgumentParser, run
+from epo_jax.command import RESUME_MAY_CHANGE, ArgumentParser, check_output, run, write_output
 from epo_jax.config import flatten
 from epo_jax.errors import UserError
-from epo_jax.files import write_atomically
 from epo_jax.metrics import Row, plain, read_rows, wilson
 
 PAGE = Path(__file__).parent / "page"
@@ -77,15 +76,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--megabytes", type=float, default=4.0, help="most of episodes to read in the page; 4 if left out")
     options = parser.parse_args(argv[1:])
     out = options.out
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        what = "is a folder" if out.is_dir() else f"lies in {out.parent}, which is no folder"
-        raise UserError(f"--out={out} {what}; name a file to write, for example --out=report.html.")
+    check_output(out, "report.html")
     runs = [run for text in options.runs for run in read_argument(text)]
     page = render(summarise(runs, options.title, options.megabytes))
-    try:
-        write_atomically(out, page)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another file.") from None
+    write_output(out, page)
     print(f"wrote {out}: {len(runs)} runs, {len(page.encode()) / 1e6:.1f} MB")
 
 

@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, rollout
+from epo_jax import checkpoint, figures, flops, rollout, wandb_log
 from epo_jax.command import open_workdir, parse, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
 from epo_jax.evaluate import episodes_of, row_of
 from epo_jax.files import write_atomically
+from epo_jax.folders import load_pretrained
 from epo_jax.grid import Member, programs, refuse_static
 from epo_jax.learner import init_state
 from epo_jax.main import (
@@ -40,7 +41,6 @@ from epo_jax.main import (
     clone_experts,
     expert_demonstrations,
     learner_config,
-    load_pretrained,
     own_tokenizer,
     step_batch,
     step_episodes,
@@ -67,6 +67,8 @@ def main(argv: list[str]) -> None:
         raise UserError("the config has no section sweep; take configs/ablation.py, or add epo_jax.grid.sweep_section().")
     groups = programs(config)
     refuse_what_members_cannot_share(config)
+    if config.metrics.wandb_project:
+        wandb_log.package(config.metrics.wandb_project)
     pretrained = load_pretrained(config) if config.model.path else None
     env_options = config.env.to_dict()
     env = environment(config.env.name)
@@ -139,7 +141,7 @@ class Ledger:
     """sweep.json: the members, what tells them apart, and at which RL step those stopped that are no longer finite."""
 
     def __init__(self, workdir: Path, groups: list[list[Member]]):
-        self._workdir, self._members = workdir, sum(groups, [])
+        self._workdir, self._members, self.name = workdir, sum(groups, []), workdir.name
         path = workdir / "sweep.json"
         before = json.loads(path.read_text(encoding="utf-8"))["members"] if path.exists() else []
         self.stopped: dict[str, int] = {m["name"]: m["stopped"] for m in before if m["stopped"] is not None}
@@ -257,7 +259,13 @@ def train(
         return rounds, stats
 
     with contextlib.ExitStack() as stack_of_writers:
-        writers = [stack_of_writers.enter_context(MetricWriter(folder, first_step)) for folder in folders]
+        project, group = config.metrics.wandb_project, ledger.name
+        writers = [
+            stack_of_writers.enter_context(
+                MetricWriter(folder, first_step, wandb_log.begin(project, folder, member.config.to_dict(), group))
+            )
+            for folder, member in zip(folders, members, strict=True)
+        ]
         kept = config.metrics
         logs = [
             TrajectoryLog(folder, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
@@ -295,9 +303,10 @@ def train(
             rounds, stats = played(step)
             rolled_out = time.perf_counter()
             living, batches, uniform = np.flatnonzero(alive), [None] * len(members), [0] * len(members)
+            trained: list[list[Trajectory]] = [[] for _ in members]
             for i in living:
-                trajectories, uniform[i] = rollout.choose_groups(rounds[i], groups)
-                batches[i] = step_batch(members[i].config, step, trajectories, learner.micro_rows)
+                trained[i], uniform[i] = rollout.choose_groups(rounds[i], groups)
+                batches[i] = step_batch(members[i].config, step, trained[i], learner.micro_rows)
             empty = jax.tree.map(np.zeros_like, batches[living[0]])
             batches = stack([empty if batch is None else batch for batch in batches])
             states, metrics, still = members_step(states, base, batches, hypers, alive)
@@ -313,6 +322,7 @@ def train(
                 )
                 told = {name: float(values[i]) for name, values in metrics.items()}
                 row = step_row(members[i].config, step, rounds[i], uniform[i], shared, told) | seconds
+                row |= flops.rates(learner, own, trained[i], **seconds, devices=mesh.size)
                 rows.append(writers[i].train(row | {"env_restarts": pool.restarts, "rows": int(batches.rows[i].sum())}))
                 if kept.trajectories_every and step % kept.trajectories_every == 0:
                     logs[i].write(step, "train", rounds[i][0])

@@ -1,15 +1,27 @@
-"""Evaluation plays a fixed split whole."""
+"""Evaluation plays a fixed split whole, in a run and as a command."""
+
+import json
 
 import jax
+import numpy as np
 import pytest
 
+from epo_jax import checkpoint, mesh
+from epo_jax import evaluate as command
+from epo_jax import main as program
+from epo_jax.command import write_config
 from epo_jax.envs import toy
 from epo_jax.envs.pool import EnvPool
+from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
+from epo_jax.folders import load
+from epo_jax.learner import init_state
 from epo_jax.metrics import wilson
-from epo_jax.models.decoder import DecoderConfig, init_params
+from epo_jax.models import weights
+from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
-from epo_jax.rollout import RolloutConfig
+from epo_jax.rollout import RolloutConfig, rollout_config
+from tests import toy_sweep
 
 TOKENIZER = train_tokenizer([toy.GOAL, "you see a red door. the number is 3."], 400)
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
@@ -21,9 +33,9 @@ def params():
     return init_params(MODEL, jax.random.key(0))
 
 
-def run(params, tasks, seed=0):
+def run(params, tasks, seed=0, samples=1):
     with EnvPool("toy", {}, 1) as pool:
-        return evaluate("valid_seen", tasks, 5, pool, TOKENIZER, MODEL, params, SETTINGS, 0.4, seed)
+        return evaluate("valid_seen", tasks, 5, pool, TOKENIZER, MODEL, params, SETTINGS, 0.4, seed, samples=samples)
 
 
 def test_fault_11_every_episode_of_the_split_is_played_once(params):
@@ -41,3 +53,93 @@ def test_two_evaluations_of_the_same_parameters_agree(params):
     first, again, other = (run(params, tasks, seed)[1] for seed in (0, 0, 1))
     assert [t.tokens for t in first] == [t.tokens for t in again]
     assert [t.tokens for t in first] != [t.tokens for t in other]
+
+
+def test_the_first_play_of_a_game_is_the_one_of_a_single_evaluation(params):
+    tasks = toy.list_tasks("valid_seen", {})[:3]
+    row, played = run(params, tasks, samples=3)
+    assert [t.task for t in played] == [task for task in tasks for _ in range(3)]
+    assert [t.actions for t in played[::3]] == [t.actions for t in run(params, tasks)[1]]
+    assert any(len({tuple(t.tokens) for t in played[i : i + 3]}) > 1 for i in (0, 3, 6))
+    assert (row["episodes"], set(row["pass_at"])) == (9, {1, 2, 3})
+    assert row["turns"] == sum(len(t.actions) for t in played) / 9
+    turns = [valid for t in played for valid in t.valid]
+    assert row["invalid_actions"] == pytest.approx(1 - sum(turns) / len(turns))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A run folder with the checkpoints of steps 0 and 3, and a model folder with the policy of step 3."""
+    runs, published = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("model")
+    config = toy_sweep.get_config()
+    del config.sweep
+    config.model.update(vocab_size=TOKENIZER.vocab_size)
+    write_config(config, runs)
+    model = decoder_config(config.model, TOKENIZER.vocab_size)
+    objective, _ = program.objective_and_hyper(config)
+    state = init_state(program.learner_config(config, model, objective), init_params(model, jax.random.key(0)))
+    stirred = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)
+    with checkpoint.open_manager(runs, 2) as manager:
+        checkpoint.save(manager, state)
+        manager.wait_until_finished()
+        checkpoint.save(manager, state._replace(step=state.step + 3, params=stirred))
+    weights.save_params(published, model, stirred)
+    for folder in (runs, published):
+        TOKENIZER.save(folder / "tokenizer" if folder is runs else folder)
+    return runs, published, config, model, state.params, stirred
+
+
+def scores(tmp_path, *arguments):
+    command.main(["evaluate", *map(str, arguments), f"--out={tmp_path / 'scores.json'}"])
+    return json.loads((tmp_path / "scores.json").read_text())
+
+
+def without_seconds(row):
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def test_a_run_folder_is_played_as_the_run_itself_would(folders, tmp_path, capsys):
+    runs, _, config, model, first, last = folders
+    found = scores(tmp_path, f"--checkpoint={runs}")
+    assert (found["step"], found["temperature"], found["samples"]) == (3, config.eval.temperature, 1)
+    with EnvPool("toy", {}, 1) as pool:
+        tasks = toy.list_tasks("valid_seen", {})
+        want, _ = evaluate("valid_seen", tasks, 3, pool, TOKENIZER, model, last, rollout_config(config), 0.4, 0)
+    assert [without_seconds(row) for row in found["splits"]] == [json.loads(json.dumps(without_seconds(want)))]
+    assert "valid_seen after 3 RL steps" in capsys.readouterr().out
+    older = load(str(runs), 0, config, mesh.make_mesh(1, 2, 1))
+    assert older.step == 0 and older.params["embedding"].sharding.mesh.size == 2
+    jax.tree.map(np.testing.assert_array_equal, older.params, first)
+
+
+def test_a_model_folder_is_played_in_the_environment_of_a_config(folders, tmp_path, capsys):
+    """Greedy: the same episodes as the run's checkpoint, all plays of a game alike."""
+    runs, published, *_ = folders
+    options = "--temperature=0", "--samples=2", "--split=valid_unseen"
+    found = scores(tmp_path, f"--checkpoint={published}", "--config=tests/toy_sweep.py", "--config.rollout.slots=4", *options)
+    assert (found["step"], found["splits"][0]["split"]) == (None, "valid_unseen")
+    (row,) = found["splits"]
+    assert row["pass_at"]["1"] == row["pass_at"]["2"] == row["success"]
+    assert "valid_unseen\n" in capsys.readouterr().out
+    (same,) = scores(tmp_path, f"--checkpoint={runs}", *options)["splits"]
+    assert without_seconds(row) == without_seconds(same) | {"step": None}
+
+
+@pytest.mark.parametrize(
+    ("which", "arguments", "culprit"),
+    [
+        (1, [], "--config is missing.*is no run folder"),
+        (1, ["--config=tests/toy_sweep.py", "--step=3"], "--step=3.*is no run folder"),
+        (0, ["--step=7"], "checkpoints of the steps 0, 3"),
+        (0, ["--split=test"], "'test'"),
+        (0, ["--samples=0"], "positive whole number"),
+        (0, ["--temperature=-1"], "temperature"),
+        (0, ["--config.seed=1"], "--config must be given"),
+        (0, ["--stepp=3"], "stepp"),
+        (0, ["--out=/no/such/folder/scores.json"], "/no/such/folder"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(folders, which, arguments, culprit):
+    with pytest.raises(UserError, match=culprit) as refusal:
+        command.main(["evaluate", f"--checkpoint={folders[which]}", *arguments])
+    assert "\n" not in str(refusal.value)

@@ -6,6 +6,7 @@ from matplotlib.image import imread
 from epo_jax.errors import UserError
 from epo_jax.figures import _smooth, draw, main
 from epo_jax.metrics import MetricWriter, evaluation_row
+from tests.plays import outcomes
 
 
 def steps(count):
@@ -20,7 +21,7 @@ def test_figures_of_a_run(tmp_path):
             writer.train(row)
         for split in ("valid_seen", "valid_unseen"):
             for step, won in ((0, False), (5, True)):
-                writer.evaluation(evaluation_row(step, split, [("pick", won)] * 4))
+                writer.evaluation(evaluation_row(step, split, outcomes([("pick", won)] * 4)))
     paths = draw(tmp_path)
     assert [path.name for path in paths] == ["success.png", "entropy.png"]
     for path in paths:
@@ -35,7 +36,7 @@ def test_figures_of_a_run_that_has_barely_begun(tmp_path, fill):
         if fill == "one step":
             writer.train(next(steps(1)))
         elif fill == "evaluation only":
-            writer.evaluation(evaluation_row(0, "valid_seen", [("pick", False)]))
+            writer.evaluation(evaluation_row(0, "valid_seen", outcomes([("pick", False)])))
         else:
             writer.train(next(steps(1)) | {"entropy": float("inf")})
     assert all(path.exists() for path in draw(tmp_path))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from epo_jax.config import base_config
 from epo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = ("seconds", "tokens_per_second")
+TIMES = ("_seconds", "_per_second", "_mfu")
 # A command of this test runs on one device, as on a laptop; eight fake ones only cost time here.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
@@ -32,7 +33,7 @@ def rows(path):
 
 
 def without_times(row):
-    return {name: value for name, value in row.items() if not any(part in name for part in SECONDS)}
+    return {name: value for name, value in row.items() if name != "seconds" and not name.endswith(TIMES)}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alfworld_run(tmp_path_factory, data):
     workdir = tmp_path_factory.mktemp("runs") / "alfworld"
-    done = command("--config=configs/alfworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}")
+    done = command("--config=configs/alfworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}",
+                   "--profile_steps=1:2")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir, done.stdout
 
@@ -73,6 +75,22 @@ def test_alfworld_end_to_end(alfworld_run):
     workdir, said = alfworld_run
     check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
     assert "step 1/2" in said and "valid_unseen after 2 RL steps" in said
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_every_number_that_a_run_writes_is_explained(alfworld_run):
+    """By name in docs/metrics.md; and what it says of turns is so."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    metrics, evaluations = (rows(alfworld_run[0] / name) for name in ("metrics.jsonl", "eval.jsonl"))
+    trained, evaluated = text.split("## `eval.jsonl`")
+    told = {re.sub(r"(?<=entropy_turn_)\d+", "0", name) for row in metrics for name in row}
+    assert [name for name in told if f"`{name}`" not in trained] == []
+    assert [name for row in evaluations for name in row if f"`{name}`" not in evaluated] == []
+    for row in metrics:
+        by_turn = [row[f"entropy_turn_{turn}"] for turn in range(4) if f"entropy_turn_{turn}" in row]
+        assert by_turn and min(by_turn) <= row["entropy"] <= max(by_turn)
+        assert row["ratio_min"] <= 1.0 + 1e-4 and row["ratio_max"] >= 1.0 - 1e-4
+        assert row["update_flops_per_second"] > 0 and "update_mfu" not in row
 
 
 def test_an_interrupted_run_resumes_to_the_same_end(alfworld_run, tmp_path):
@@ -133,6 +151,9 @@ def test_rounds_that_replace_uniform_groups_play_other_episodes():
         (["--config.algo.name=sarsa"], "sarsa"),
         (["--config.algo.name=grpo+epoch"], "epoch"),
         (["--config.model.path=/no/such/folder"], "/no/such/folder"),
+        (["--profile_steps=1"], "--profile_steps=1 must be FIRST:END"),
+        (["--profile_steps=1:1"], "--profile_steps=1:1 must be FIRST:END"),
+        (["--profile_steps=1:3"], "config.train.steps"),
     ],
 )
 def test_bad_config_is_refused_before_anything_is_written(tmp_path, arguments, culprit):
@@ -180,6 +201,11 @@ def test_an_unreadable_checkpoint_is_named(alfworld_run, tmp_path):
     with pytest.raises(UserError, match="checkpoint"):
         program.main(["main", f"--workdir={workdir}", "--resume"])
     assert len(rows(workdir / "metrics.jsonl")) == 2
+
+
+def test_steps_that_are_over_cannot_be_profiled(alfworld_run):
+    with pytest.raises(UserError, match="--profile_steps=0:1: the run goes on from step 2"):
+        program.main(["main", f"--workdir={alfworld_run[0]}", "--resume", "--profile_steps=0:1"])
 
 
 def test_missing_java_is_named(tmp_path, monkeypatch):

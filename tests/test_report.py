@@ -12,6 +12,7 @@ from epo_jax import report
 from epo_jax.errors import UserError
 from epo_jax.metrics import evaluation_row, wilson
 from tests.browser import Browser, find
+from tests.plays import outcomes
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"' & \u2028 🍎 {{ data }}"
 STEPS = 20
@@ -38,7 +39,8 @@ def make_run(folder: Path, seed: int, lam: float, success: float, steps: int = S
     for step in (0, steps):
         for split, episodes in (("valid_seen", 10), ("valid_unseen", 20)):
             won = round(success * episodes) if step else 1
-            evaluations.append(evaluation_row(step, split, [(("look", "pick")[i % 2], i < won) for i in range(episodes)]))
+            played = outcomes((("look", "pick")[i % 2], i < won) for i in range(episodes))
+            evaluations.append(evaluation_row(step, split, played))
     write(folder / "eval.jsonl", evaluations)
     tokens = ["<think>", HOSTILE, "</think>", "<action>", "go to", " fridge 1", "</action>", "<|end|>"]
     turns = [

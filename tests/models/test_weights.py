@@ -295,7 +295,7 @@ def test_an_unknown_model_is_refused_in_one_sentence(tmp_path, monkeypatch, path
 
 def test_a_run_takes_tokenizer_model_and_weights_from_the_folder(tmp_path):
     from epo_jax.config import base_config
-    from epo_jax.main import load_pretrained
+    from epo_jax.folders import load_pretrained
     from epo_jax.models.tokenizer import train_tokenizer
 
     trained = train_tokenizer(["take apple 1 from cabinet 3"], 300)

@@ -1,0 +1,31 @@
+"""A window of RL steps to look into: `--profile_steps=5:7` of epo_jax.main writes what they did to WORKDIR/profile, for
+TensorBoard's profile plugin, XProf or Perfetto."""
+
+import re
+
+from absl import flags
+
+from epo_jax.errors import UserError
+
+
+def define_flag(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "profile_steps", None, "FIRST:END, RL steps to profile, as metrics.jsonl counts them; without END.", flag_values=values
+    )
+
+
+def window(text: str | None, steps: int) -> tuple[int | None, int | None]:
+    """(first, end) of the steps to profile, `end` not among them, in a run of `steps` RL steps; (None, None) for no text.
+
+    Raises:
+        UserError: it is not FIRST:END, or these are not steps of the run.
+    """
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]) <= steps:
+        raise UserError(
+            f"--profile_steps={text} must be FIRST:END with 0 <= FIRST < END <= {steps} (config.train.steps), as 5:7 for steps "
+            "5 and 6."
+        )
+    return int(match[1]), int(match[2])
