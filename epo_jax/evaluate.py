@@ -47,7 +47,10 @@ def main(argv: list[str]) -> None:
     env, env_options = environment(config.env.name), config.env.to_dict()
     env.prepare(env_options)
     tasks = {split: env.list_tasks(split, env_options) for split in options.split or config.eval.splits}
-    policy = load(options.checkpoint, options.step, config, mesh.make_mesh(**config.mesh.to_dict()))
+    # A run may have been trained on more devices than there are here.
+    devices = mesh.make_mesh(**config.mesh.to_dict()) if rest else mesh.make_mesh()
+    policy = load(options.checkpoint, options.step, config, devices)
+    mesh.check(devices, policy.model, config.train.rows_tokens)
     rows = []
     with EnvPool(config.env.name, env_options, config.env.workers) as pool:
         for split in tasks:

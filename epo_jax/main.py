@@ -224,6 +224,8 @@ def step_row(
     """The row of metrics.jsonl that the episodes and the learner's metrics of an RL step come to."""
     # Of the first round: what the policy does on tasks as they come, not on those chosen by their returns.
     sampled, center = rounds[0], metrics["corridor_center"]
+    played = [t for trajectories in rounds for t in trajectories]
+    policy_tokens = sum(t.num_policy_tokens for t in played)
     return {
         "step": step,
         "success": np.mean([t.won for t in sampled]),
@@ -238,8 +240,8 @@ def step_row(
         "corridor_low": config.epo.kappa_l * center if step else None,
         "corridor_high": config.epo.kappa_r * center if step else None,
         **{f"entropy_turn_{turn}": entropy for turn, entropy in entropy_by_turn(sampled).items()},
-        "prompt_tokens": stats.prompt_tokens,
-        "policy_tokens": stats.policy_tokens,
+        "prompt_tokens": sum(len(t.tokens) for t in played) - policy_tokens,
+        "policy_tokens": policy_tokens,
         "tokens_per_second": stats.policy_tokens / stats.seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
