@@ -97,7 +97,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     except flags.Error as error:
         raise UserError(_sentence(str(error))) from None
     if values.help:
-        print(values.module_help("epo_jax.command") or values.get_help())
+        print(values.get_help())
         raise SystemExit(0)
     if rest:
         raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")

@@ -1,32 +1,26 @@
 """Runs of several processes on this machine: what they learn is what one learns, and none outlives another."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from epo_jax import hosts
 from epo_jax import main as program
 from epo_jax.errors import UserError
+from tests.processes import Processes, apart, learnt
 
-ROOT = Path(__file__).resolve().parents[1]
-QUICK = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-
-# Processes that exchange numbers until one of them dies or fails.
+# Processes of two devices each that gather weights, and then exchange numbers until one of them dies or fails.
 EXCHANGE = """
 import sys
+import jax
+import numpy as np
 from absl import flags
-from epo_jax import command, hosts
+from epo_jax import command, hosts, mesh
 from epo_jax.errors import UserError
 
 def main(argv):
@@ -34,6 +28,12 @@ def main(argv):
     hosts.define_flags(values)
     failing = values(argv)[1:]
     with hosts.joined(values):
+        weights = {"lm_head": np.arange(32.0).reshape(4, 8)}
+        on = mesh.make_mesh(1, 2, 2)
+        spread = mesh.place(weights, mesh.shardings(on, weights))
+        here = mesh.on_this_host(spread)["lm_head"]
+        assert here.sharding.device_set == set(jax.local_devices()) and not here.is_fully_replicated
+        np.testing.assert_array_equal(here, weights["lm_head"])
         for i in range(10**6):
             if hosts.gather([i, values.process]) != [[i, p] for p in range(values.processes)]:
                 raise AssertionError
@@ -45,52 +45,22 @@ sys.exit(command.run(main))
 """
 
 
-class Processes:
-    """A command as so many processes; each writes to a file."""
-
-    def __init__(self, count: int, folder: Path, *command: str, only: dict[int, tuple[str, ...]] | None = None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)}
-        self.files = [folder / f"said.{i}" for i in range(count)]
-        self.each = []
-        for i, file in enumerate(self.files):
-            own = (f"--coordinator={address}", f"--processes={count}", f"--process={i}", *(only or {}).get(i, ()))
-            with open(file, "w") as said:
-                self.each.append(
-                    subprocess.Popen([sys.executable, *command, *own], cwd=ROOT, env=environment, stdout=said, stderr=said)
-                )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.each:
-            process.kill()
-            process.wait()
-
-    def said(self, i: int) -> str:
-        return self.files[i].read_text()
-
-
 def test_two_processes_learn_what_one_does_and_one_continues_what_two_began(tmp_path):
     """Two processes take two RL steps; one takes them again from the checkpoint before the first."""
     two, one = tmp_path / "two", tmp_path / "one"
     options = ("--config.train.steps=2", "--config.warm_start.steps=3", "--config.eval.before=False", "--config.eval.every=0",
-               "--config.optim.lr=3e-4", "--config.rollout.groups=3", "--config.model.num_kv_heads=2", "--config.mesh.data=1",
-               "--config.mesh.fsdp=2", "--config.mesh.tensor=2")  # fmt: skip
+               "--config.optim.lr=3e-4", "--config.rollout.groups=3", "--config.mesh.fsdp=2")  # fmt: skip
     with Processes(2, tmp_path, "-m", "epo_jax.main", "--config=tests/toy_sweep.py", f"--workdir={two}", *options) as running:
-        assert [process.wait(300) for process in running.each] == [0, 0], running.said(0)[-2000:] + running.said(1)[-2000:]
-        assert "mesh: 1 data, 2 fsdp, 2 tensor" in running.said(0) and "step 2/2" in running.said(0)
+        assert running.codes(300) == [0, 0], running.said(0)[-2000:] + running.said(1)[-2000:]
+        assert "mesh: 1 data, 2 fsdp, 1 tensor" in running.said(0) and "step 2/2" in running.said(0)
         assert "step" not in running.said(1)
     shutil.copytree(two, one)
     for step in (1, 2):
         shutil.rmtree(one / "checkpoints" / str(step))
-    program.main(["main", f"--workdir={one}", "--resume"])
-    before, of_two, of_one = params(two, 0), params(two, 2), params(one, 2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), of_one, of_two)
-    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), before, of_two))) > 3e-4
+    with Processes(1, tmp_path, "-m", "epo_jax.main", f"--workdir={one}", "--resume", devices=2) as running:
+        assert running.codes(300) == [0], running.said(0)[-2000:]
+    assert apart(learnt(one, 2), learnt(two, 2)) < 1e-5
+    assert apart(learnt(two, 0), learnt(two, 2)) > 3e-4
     for name in ("metrics.jsonl", "eval.jsonl"):
         again, once = ([json.loads(line) for line in (folder / name).read_text().splitlines()] for folder in (one, two))
         for a, b in zip(again, once, strict=True):
@@ -100,18 +70,9 @@ def test_two_processes_learn_what_one_does_and_one_continues_what_two_began(tmp_
                     np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-def params(workdir: Path, step: int):
-    with ocp.StandardCheckpointer() as checkpointer:
-        folder = workdir / "checkpoints" / str(step) / "default"
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        stored = checkpointer.metadata(folder).item_metadata
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), stored)
-        return jax.tree.map(np.asarray, checkpointer.restore(folder, like)["params"])
-
-
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_with_a_message(tmp_path, victim):
-    with Processes(2, tmp_path, "-c", EXCHANGE) as running:
+    with Processes(2, tmp_path, "-c", EXCHANGE, devices=2) as running:
         wait_for(running, "together 3")
         running.each[victim].send_signal(signal.SIGKILL)
         assert running.each[1 - victim].wait(60) != 0
@@ -123,8 +84,8 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path, victim):
 
 
 def test_what_one_process_refuses_ends_the_others_with_its_words(tmp_path):
-    with Processes(2, tmp_path, "-c", EXCHANGE, only={0: ("fail",)}) as running:
-        assert [process.wait(60) for process in running.each] == [2, 1]
+    with Processes(2, tmp_path, "-c", EXCHANGE, only={0: ("fail",)}, devices=2) as running:
+        assert running.codes(60) == [2, 1]
         assert "error: the game is damaged.\n" in running.said(0)
         assert "error: process 0 on " in running.said(1) and "failed: UserError: the game is damaged." in running.said(1)
 
