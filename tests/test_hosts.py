@@ -28,7 +28,7 @@ def main(argv):
     hosts.define_flags(values)
     failing = values(argv)[1:]
     with hosts.joined(values):
-        weights = {"lm_head": np.arange(32.0).reshape(4, 8)}
+        weights = {"lm_head": np.arange(32, dtype=np.float32).reshape(4, 8)}
         on = mesh.make_mesh(1, 2, 2)
         spread = mesh.place(weights, mesh.shardings(on, weights))
         here = mesh.on_this_host(spread)["lm_head"]
@@ -118,3 +118,18 @@ def test_shares_are_neighbours_and_make_up_the_whole(monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda i=process: i)
         shares.append(hosts.share(list(range(8))))
     assert shares == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+def test_processes_with_other_tasks_are_refused(monkeypatch):
+    hosts.agree("tasks", [1])
+    monkeypatch.setattr(hosts, "gather", lambda digest: [digest, digest, "another"])
+    with pytest.raises(UserError, match="tasks of process 2 differ from those of process 0"):
+        hosts.agree("tasks", [1])
+
+
+def test_a_run_folder_that_is_not_everybodys_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "config.json").touch()
+    hosts.check_shared(tmp_path)
+    monkeypatch.setattr(hosts, "_SILENCE", 0.0)
+    with pytest.raises(UserError, match="other is not one folder for all: process 0 does not see"):
+        hosts.check_shared(tmp_path / "other")
