@@ -104,7 +104,7 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     config.rollout = rollout = ConfigDict()
     rollout.groups = 16  # task instances per RL step
     rollout.group_size = 8  # episodes of each instance
-    rollout.slots = 128  # episodes alive at once
+    rollout.slots = 128  # episodes alive at once, on all hosts together
     rollout.lanes = 2  # groups of slots that work in turn, one while another waits for its environments
     rollout.ahead = 2  # resets that each lane sends before a slot is free
     rollout.block = 64  # tokens decoded at most before a slot whose turn ended can go on
@@ -220,7 +220,7 @@ def _alfworld() -> ConfigDict:
     env = ConfigDict()
     env.name = "alfworld"
     env.data_dir = ""  # cache of generated games; "" = $EPO_JAX_DATA, else ~/.cache/epo_jax
-    env.workers = 2  # processes that hold the live games
+    env.workers = 2  # processes of each host that hold the live games
     env.max_turns = 50
     env.train_games = 3553  # generated games per split, the dataset's own counts; unused when ALFWORLD_DATA is set
     env.valid_seen_games = 140

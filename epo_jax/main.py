@@ -2,9 +2,10 @@
 
     python -m epo_jax.main --config=configs/alfworld.py:laptop --workdir=runs/alfworld
 
-Read `main` from top to bottom: it is the whole run.
+Read `train` from top to bottom: it is the whole run. On several hosts each of them runs it (epo_jax/hosts.py).
 """
 
+import contextlib
 import functools
 import random
 import sys
@@ -12,16 +13,17 @@ import time
 
 import jax
 import numpy as np
+from absl import flags
 
-from epo_jax import checkpoint, figures, flops, mesh, profiling, rollout, sft, wandb_log
-from epo_jax.command import open_workdir, parse, run
+from epo_jax import checkpoint, figures, flops, hosts, mesh, profiling, rollout, sft, wandb_log
+from epo_jax.command import Command, open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
 from epo_jax.folders import load_pretrained
-from epo_jax.learner import LearnerConfig, OptimConfig, init_state_on, make_train_step
+from epo_jax.learner import LearnerConfig, OptimConfig, batch_shardings, init_state_on, make_train_step
 from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, seconds_left
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
@@ -33,8 +35,18 @@ from epo_jax.trajectory_log import TrajectoryLog
 
 
 def main(argv: list[str]) -> None:
+    command = parse(argv, define_flags)
+    with hosts.joined(command.flags):
+        train(command)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    hosts.define_flags(values)
+    profiling.define_flag(values)
+
+
+def train(command: Command) -> None:
     # ---------------------------------------------------------------- the run: refuse bad input before anything is written
-    command = parse(argv, profiling.define_flag)
     config, workdir = command.config, command.workdir
     profile_first, profile_end = profiling.window(command.flags.profile_steps, config.train.steps)
     objective, hyper = objective_and_hyper(config)
@@ -49,8 +61,13 @@ def main(argv: list[str]) -> None:
     env.prepare(env_options)
     train_tasks = env.list_tasks("train", env_options)
     eval_tasks = {split: env.list_tasks(split, env_options) for split in config.eval.splits}
-    wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict())
-    open_workdir(command)
+    task_ids = [task["id"] for tasks in (train_tasks, *eval_tasks.values()) for task in tasks]
+    hosts.agree("config and tasks", [config.to_dict(), task_ids])
+    wandb_run = None
+    if hosts.is_first():
+        wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict())
+        open_workdir(command)
+    hosts.check_shared(workdir)
     print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
 
     # ---------------------------------------------------------------- experts, tokenizer, model
@@ -60,10 +77,11 @@ def main(argv: list[str]) -> None:
     else:
         if not config.model.path:
             tokenizer = own_tokenizer(config, demonstrations)
-        tokenizer.save(workdir / "tokenizer")
+        if hosts.is_first():
+            tokenizer.save(workdir / "tokenizer")
     if not config.model.path:
         model, params = blank_model(config, tokenizer)
-        params = jax.device_put(params, mesh.shardings(devices, params))
+        params = mesh.place(params, mesh.shardings(devices, params))
     if devices.size > 1:
         print("mesh: " + ", ".join(f"{n} {axis}" for axis, n in devices.shape.items()))
     print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
@@ -76,7 +94,7 @@ def main(argv: list[str]) -> None:
     if config.model.lora_rank:
         model = with_adapters(model, config.model)
         adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
-        params = lora.join(params, jax.device_put(adapters, mesh.shardings(devices, adapters)))
+        params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters)))
     learner = learner_config(config, model, objective, mesh.row_shards(devices))
     state = init_state_on(learner, params, devices)
     print(f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters are trained")
@@ -92,12 +110,12 @@ def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- rollout
     settings = rollout.rollout_config(config)
     kept = config.metrics
-    log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
-    with (
-        EnvPool(config.env.name, env_options, config.env.workers) as pool,
-        MetricWriter(workdir, first_step, wandb_run) as writer,
-    ):
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(EnvPool(config.env.name, env_options, config.env.workers))
+        if hosts.is_first():
+            writer = stack.enter_context(MetricWriter(workdir, first_step, wandb_run))
+            log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
         def evaluate_all(step: int) -> None:
             for split, tasks in eval_tasks.items():
@@ -105,8 +123,9 @@ def main(argv: list[str]) -> None:
                     split, tasks, step, pool, tokenizer, model, state.policy(), settings,
                     config.eval.temperature, config.seed, config.eval.top_k, config.eval.top_p,
                 )  # fmt: skip
-                print(evaluation_table(writer.evaluation(row)), flush=True)
-                log.write(step, split, played)
+                if hosts.is_first():
+                    print(evaluation_table(writer.evaluation(row)), flush=True)
+                    log.write(step, split, played)
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
             return rollout.collect(
@@ -138,7 +157,7 @@ def main(argv: list[str]) -> None:
                 rounds, stats = [*rounds, more], stats + spent
                 trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
             rolled_out = time.perf_counter()
-            batch = step_batch(config, step, trajectories, learner.micro_rows)
+            batch = mesh.place(step_batch(config, step, trajectories, learner.micro_rows), batch_shardings(devices))
             state, metrics = train_step(state, batch, hyper)
             metrics = {name: float(value) for name, value in metrics.items()}
             updated = time.perf_counter()
@@ -150,19 +169,17 @@ def main(argv: list[str]) -> None:
                 )
 
             seconds = {"rollout_seconds": rolled_out - started, "update_seconds": updated - rolled_out}
-            row = writer.train(
-                step_row(config, step, rounds, uniform, stats, metrics)
-                | seconds
-                | flops.rates(learner, sum(rounds, []), trajectories, **seconds, devices=devices.size)
-                | {"env_restarts": pool.restarts, "rows": int(batch.rows.sum())}
-            )
-            if kept.trajectories_every and step % kept.trajectories_every == 0:
-                log.write(step, "train", sampled)
+            speeds = flops.rates(learner, sum(rounds, []), trajectories, **seconds, devices=devices.size)
+            counts = {"env_restarts": sum(hosts.gather(pool.restarts)), "rows": int(batch.rows.sum())}
             done = step + 1
             if done == profile_end:
                 jax.profiler.stop_trace()
             durations.append(updated - started)
-            print(progress_line(row, config.train.steps, seconds_left(durations, config.train.steps - done)), flush=True)
+            if hosts.is_first():
+                row = writer.train(step_row(config, step, rounds, uniform, stats, metrics) | seconds | speeds | counts)
+                if kept.trajectories_every and step % kept.trajectories_every == 0:
+                    log.write(step, "train", sampled)
+                print(progress_line(row, config.train.steps, seconds_left(durations, config.train.steps - done)), flush=True)
             last = done == config.train.steps
             if last or (config.eval.every and done % config.eval.every == 0):
                 evaluate_all(done)
@@ -171,7 +188,7 @@ def main(argv: list[str]) -> None:
 
     # ---------------------------------------------------------------- results
     manager.close()
-    for path in figures.draw(workdir):
+    for path in figures.draw(workdir) if hosts.is_first() else ():
         print(f"wrote {path}")
 
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -137,13 +138,55 @@ def shardings(mesh: Mesh, tree: PyTree, without: str | None = None) -> PyTree[Na
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def place(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:
+    """Arrays of the host, the same in every process, as arrays over the mesh; each process copies what its devices hold."""
+
+    def of(x, sharding: NamedSharding) -> Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(of, tree, shardings)
+
+
+def on_this_host(tree: PyTree) -> PyTree:
+    """Arrays that lie on a mesh, put together along "fsdp": on the same mesh, or where it spans several processes on the
+    devices that it has of this one, which then work without the others. All processes must call this together."""
+    mesh = mesh_of(tree)
+    if mesh is None:
+        return tree
+    if not spans_processes(mesh):
+        return jax.device_put(tree, shardings(mesh, tree, without="fsdp"))
+    devices = sorted(mesh.devices.flat, key=lambda device: device.process_index)
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    # The parts along "tensor" in one process, and a copy in each.
+    everywhere, here = (
+        Mesh(np.array(some).reshape(-1, 1, mesh.shape["tensor"]), AXES, axis_types=(AxisType.Auto,) * 3)
+        for some in (devices, own)
+    )
+    copies = jax.device_put(tree, shardings(everywhere, tree, without="fsdp"))
+
+    def of(x: Array) -> Array:
+        parts = [part.data for part in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(here, x.sharding.spec), parts)
+
+    return jax.tree.map(of, copies)
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
 def check(mesh: Mesh, model, row_tokens: int) -> None:
     """Raises UserError unless every device gets equal parts of a `DecoderConfig` and whole heads of it."""
+    per_process = mesh.size // len({device.process_index for device in mesh.devices.flat})
     for axis, of, length in (
+        ("tensor", "devices of each process, which samples with its own", per_process),
         ("tensor", "key/value heads of the model", model.num_kv_heads),
         ("tensor", "hidden units of the model", model.d_ff),
         ("tensor", "tokens of config.train.rows_tokens", row_tokens),

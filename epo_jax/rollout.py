@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import jax
 
-from epo_jax import mesh
+from epo_jax import hosts, mesh
 from epo_jax.envs import agent
 from epo_jax.envs.base import Observation, Task
 from epo_jax.envs.pool import EnvPool
@@ -252,16 +252,17 @@ class _Rollout:
         config = self.config
         slots = min(config.slots, max(len(player.episodes) for player in players))
         lanes = max(1, min(config.lanes, slots))
-        on = mesh.mesh_of(params)
-        if on is None and config.devices > 1:
+        if config.dtype is not None:
+            params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+        spread = mesh.mesh_of(params) is not None
+        params = mesh.on_this_host(params)
+        if not spread and config.devices > 1:
             on = mesh.make_mesh(config.devices, 1, 1, jax.local_devices())
+            params = jax.device_put(params, mesh.shardings(on, params))
+        on = mesh.mesh_of(params)
         # Rows that devices share come in multiples of these.
         shards = mesh.row_shards(on) if on else 1
         size = -(-slots // (lanes * shards)) * shards
-        if config.dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-        if on is not None:
-            params = jax.device_put(params, mesh.shardings(on, params, without="fsdp"))
         for hands in zip(*(_deal(player.episodes, lanes) for player in players), strict=True):
             if any(hands):
                 lane = Lane(self.model, params, size, config.max_tokens, sampler, self.programs, config.cache_dtype, on)
@@ -465,6 +466,8 @@ def collect(
 ) -> tuple[list[Trajectory], RolloutStats]:
     """Plays every episode once and returns the trajectories in the order of `episodes`.
 
+    In a run of several processes each plays its share of the episodes and of the slots, and gets all trajectories.
+
     A trajectory depends on `key`, its episode's id and task, the parameters and the sampling settings. With the same
     episodes and slots it is the same bit for bit, whatever the timing and the number of workers; in other company or
     another number of slots it is computed in batches of other shapes, which reassociates float sums.
@@ -475,11 +478,22 @@ def collect(
     """
     block = min(config.block, config.response_tokens)
     sampler = Sampler(key, (tokenizer.stop_id,), temperature, top_k, top_p, block)
-    rollout = _Rollout(pool, model, config)
-    player = _Player(0, tokenizer, episodes)
+    slots = -(-config.slots // jax.process_count())
+    rollout = _Rollout(pool, model, dataclasses.replace(config, slots=slots))
+    player = _Player(0, tokenizer, hosts.share(episodes))
     rollout.enter([player], params, sampler)
     rollout.run()
-    return rollout.trajectories(player), rollout.stats
+    return _of_all_processes(rollout.trajectories(player), rollout.stats)
+
+
+def _of_all_processes(trajectories: list[Trajectory], stats: RolloutStats) -> tuple[list[Trajectory], RolloutStats]:
+    if jax.process_count() == 1:
+        return trajectories, stats
+    parts = hosts.gather([[vars(t) for t in trajectories], vars(stats)])
+    of_each = [RolloutStats(**fields) for _, fields in parts]
+    together = sum(of_each, start=RolloutStats())
+    together.seconds = max(s.seconds for s in of_each)
+    return [Trajectory(**fields) for played, _ in parts for fields in played], together
 
 
 def collect_members(
