@@ -71,7 +71,7 @@ def load(path: str, step: int | None, dtype: str) -> Policy:
     model = decoder_of_run(config, tokenizer.vocab_size)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     base, params = lora.split(params) if model.lora else ({}, params)
-    with checkpoint.open_manager(folder, config.checkpoint.keep) as manager:
+    with checkpoint.open_reader(checkpoint.place(folder, config.checkpoint.folder)) as manager:
         if step is not None and step not in manager.all_steps():
             held = ", ".join(map(str, sorted(manager.all_steps())))
             raise UserError(f"--step={step}: {folder} has checkpoints of the steps {held}.")

@@ -19,21 +19,23 @@ from epo_jax.command import open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
+from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import evaluate
-from epo_jax.learner import LearnerConfig, OptimConfig, init_state_on, make_train_step
-from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, seconds_left
+from epo_jax.learner import LearnerConfig, OptimConfig, abstract_state_on, init_state_on, make_train_step
+from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.models import hf_config, hub, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.stopping import StopRequest
 from epo_jax.trajectory import TokenBatch, Trajectory, pack
 from epo_jax.trajectory_log import TrajectoryLog
 
 
 def main(argv: list[str]) -> None:
     # ---------------------------------------------------------------- the run: refuse bad input before anything is written
+    began = time.perf_counter()
     command = parse(argv)
     config, workdir = command.config, command.workdir
     objective, hyper = objective_and_hyper(config)
@@ -48,12 +50,19 @@ def main(argv: list[str]) -> None:
     env.prepare(env_options)
     train_tasks = env.list_tasks("train", env_options)
     eval_tasks = {split: env.list_tasks(split, env_options) for split in config.eval.splits}
+    checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
+    if config.checkpoint.folder and not command.resume:
+        checkpoint.refuse_used(checkpoints)
     open_workdir(command)
+    manager = checkpoint.open_manager(checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
+    resumed = manager.latest_step() is not None  # one that was killed before its first checkpoint begins anew
+    if not resumed and read_rows(workdir / "metrics.jsonl"):
+        raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
     print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
 
     # ---------------------------------------------------------------- experts, tokenizer, model
-    demonstrations = [] if command.resume else expert_demonstrations(config, train_tasks)
-    if command.resume:
+    demonstrations = [] if resumed else expert_demonstrations(config, train_tasks)
+    if resumed:
         tokenizer = load_tokenizer(workdir / "tokenizer")
     else:
         if not config.model.path:
@@ -76,22 +85,28 @@ def main(argv: list[str]) -> None:
         adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
         params = lora.join(params, jax.device_put(adapters, mesh.shardings(devices, adapters)))
     learner = learner_config(config, model, objective, mesh.row_shards(devices))
-    state = init_state_on(learner, params, devices)
+    if resumed:
+        del params
+        state, before = checkpoint.restore(manager, abstract_state_on(learner, devices))
+    else:
+        state, before = init_state_on(learner, params, devices), checkpoint.Progress()
     print(f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters are trained")
     train_step = make_train_step(learner, devices)
-    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
-    if command.resume:
-        state = checkpoint.restore(manager, state)
-    first_step = int(state.step)
+    first_step, best, skipped = int(state.step), before.best, before.skipped
 
     # ---------------------------------------------------------------- rollout
     settings = rollout.rollout_config(config)
     kept = config.metrics
     log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
-    with EnvPool(config.env.name, env_options, config.env.workers) as pool, MetricWriter(workdir, first_step) as writer:
+    with (
+        EnvPool(config.env.name, env_options, config.env.workers) as pool,
+        MetricWriter(workdir, first_step) as writer,
+        StopRequest() as stop,
+    ):
 
-        def evaluate_all(step: int) -> None:
+        def evaluate_all(step: int) -> float:
+            success = checkpoint.NOT_EVALUATED
             for split, tasks in eval_tasks.items():
                 row, played = evaluate(
                     split, tasks, step, pool, tokenizer, model, state.policy(), settings,
@@ -99,6 +114,21 @@ def main(argv: list[str]) -> None:
                 )  # fmt: skip
                 print(evaluation_table(writer.evaluation(row)), flush=True)
                 log.write(step, split, played)
+                success = row["success"]
+            return success
+
+        def wall_seconds() -> float:
+            return before.wall_seconds + time.perf_counter() - began
+
+        def save(success: float = checkpoint.NOT_EVALUATED) -> None:
+            checkpoint.save(manager, state, checkpoint.Progress(wall_seconds(), best, skipped), success)
+
+        def end_early(step: int) -> None:
+            manager.wait_until_finished()
+            if step not in manager.all_steps():
+                save()
+            manager.close()
+            raise Stopped(f"stopped as asked, {step} RL steps done and saved; go on with --workdir={workdir} --resume")
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
             return rollout.collect(
@@ -114,10 +144,11 @@ def main(argv: list[str]) -> None:
 
         # ------------------------------------------------------------ the loop
         if config.eval.before and first_step == 0:
-            evaluate_all(0)
-        if first_step == 0:
-            checkpoint.save(manager, state)
-        durations, skipped = [], 0
+            best = evaluate_all(0)
+        if not resumed:
+            save(best)
+            manager.wait_until_finished()  # from here on a killed run can be resumed
+        durations = []
         for step in range(first_step, config.train.steps):
             started = time.perf_counter()
             sampled, stats = play(step, 0)
@@ -127,6 +158,8 @@ def main(argv: list[str]) -> None:
                 more, spent = play(step, len(rounds))
                 rounds, stats = [*rounds, more], stats + spent
                 trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
+            if stop.asked:
+                end_early(step)
             rolled_out = time.perf_counter()
             batch = step_batch(config, step, trajectories, learner.micro_rows)
             state, metrics = train_step(state, batch, hyper)
@@ -143,18 +176,21 @@ def main(argv: list[str]) -> None:
             row = writer.train(
                 step_row(config, step, rounds, uniform, stats, metrics)
                 | seconds
-                | {"env_restarts": pool.restarts, "rows": int(batch.rows.sum())}
+                | {"wall_seconds": wall_seconds(), "env_restarts": pool.restarts, "rows": int(batch.rows.sum())}
             )
             if kept.trajectories_every and step % kept.trajectories_every == 0:
                 log.write(step, "train", sampled)
             done = step + 1
             durations.append(updated - started)
             print(progress_line(row, config.train.steps, seconds_left(durations, config.train.steps - done)), flush=True)
-            last = done == config.train.steps
+            last, improved, success = done == config.train.steps, False, checkpoint.NOT_EVALUATED
             if last or (config.eval.every and done % config.eval.every == 0):
-                evaluate_all(done)
-            if last or done % config.checkpoint.every == 0:
-                checkpoint.save(manager, state)
+                success = evaluate_all(done)
+                improved, best = success > best, max(success, best)
+            if last or done % config.checkpoint.every == 0 or (improved and config.checkpoint.keep_best):
+                save(success)
+            if not last and (manager.reached_preemption(done) or stop.asked):
+                end_early(done)
 
     # ---------------------------------------------------------------- results
     manager.close()
