@@ -67,7 +67,7 @@ def trained(folder: Path, step: int):
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as reader:
-        saved = reader.restore(folder.absolute() / "checkpoints" / str(step) / "default")
+        saved = reader.restore(folder.absolute() / "checkpoints" / str(step) / "state")
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(saved["params"])])
 
 

@@ -1,37 +1,113 @@
-"""Checkpoints of the whole TrainState, by Orbax: written in the background, committed by a rename, the newest N kept."""
+"""Checkpoints of a run, by Orbax: written in the background, committed by a rename, the newest and the best kept.
+
+A checkpoint is `state`, the whole `TrainState`, and `progress`, what the host has to remember. Nothing else is needed for a
+resumed run to be the uninterrupted one bit for bit: the random numbers of everything sampled, and which tasks an RL step plays,
+are pure functions of `config.seed` and the number of RL steps done.
+"""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
 
 from epo_jax.errors import UserError
 from epo_jax.learner import TrainState
 from epo_jax.models.decoder import Params
 
-
-def open_manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of `workdir/checkpoints`; a checkpoint is named after the number of RL steps done."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute(), options=options)
+NOT_EVALUATED = -1.0  # below any success
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    """Starts writing `state`; returns once it is copied, before it is on disk (`manager.wait_until_finished`)."""
-    manager.save(int(state.step), args=ocp.args.StandardSave(state))
+class Progress(NamedTuple):
+    """What a run has come to, beside its `TrainState`.
+
+    Attributes:
+        wall_seconds: that it took to come here, in all processes that had a part in it.
+        best: the highest success evaluated so far.
+        skipped: the last RL steps in a row that had no finite gradient.
+    """
+
+    wall_seconds: float = 0.0
+    best: float = NOT_EVALUATED
+    skipped: int = 0
 
 
-def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> TrainState:
-    """The newest checkpoint (or that of `step`), with the structure, shapes and placement of `like`.
+def place(workdir: Path, folder: str = "") -> epath.Path:
+    """The folder of a run's checkpoints: `folder`, which may be in a bucket (gs://), or without it `workdir/checkpoints`.
+
+    Raises:
+        UserError: this installation cannot reach a bucket.
+    """
+    where = epath.Path(folder or Path(workdir).absolute() / "checkpoints")
+    try:
+        where.exists()
+    except ImportError as error:
+        raise UserError(f"config.checkpoint.folder={folder}: {str(error).rstrip('.')}; pip install 'etils[epath-gcs]'.") from None
+    return where
+
+
+def refuse_used(where: epath.Path) -> None:
+    """Raises UserError if there are checkpoints, among which a new run must not put its own."""
+    if where.exists() and any(child.name.isdigit() for child in where.iterdir()):
+        raise UserError(f"{where} already holds the checkpoints of a run; choose another config.checkpoint.folder.")
+
+
+def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.CheckpointManager:
+    """The manager that writes the checkpoints in `where`, named after the number of RL steps done.
+
+    It keeps the newest `keep` and the `keep_best` of highest success (of equal ones the newer), and clears away what a kill
+    left half written.
+    """
+
+    def success(metrics) -> float:
+        return metrics["success"]
+
+    newest = checkpoint_managers.LatestN(keep)
+    best = checkpoint_managers.BestN(get_metric_fn=success, n=keep_best, keep_checkpoints_without_metrics=False)
+    policy = checkpoint_managers.AnyPreservationPolicy([newest, best])
+    options = ocp.CheckpointManagerOptions(
+        create=True, cleanup_tmp_directories=True, best_fn=success, preservation_policy=policy if keep_best else newest
+    )
+    return ocp.CheckpointManager(where, item_names=("state", "progress"), options=options)
+
+
+def open_reader(where: epath.Path) -> ocp.CheckpointManager:
+    """A manager that changes nothing, whether or not a run writes there at the time."""
+    return ocp.CheckpointManager(
+        where, item_names=("state", "progress"), options=ocp.CheckpointManagerOptions(read_only=True, create=False)
+    )
+
+
+BEGINNING = Progress()
+
+
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, progress: Progress = BEGINNING, success: float = NOT_EVALUATED
+) -> None:
+    """Starts writing a checkpoint; returns once it is copied, before it is on disk (`manager.wait_until_finished`).
+
+    Args:
+        success: of its policy, by which it is ranked.
+    """
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
+    manager.save(int(state.step), args=items, metrics={"success": success})
+
+
+def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
+    """The newest checkpoint (or that of `step`).
+
+    Args:
+        like: arrays, or abstract arrays, of the structure, shapes, types and placement that the state shall have. It may have
+            been saved from a mesh of any other shape.
 
     Raises:
         UserError: there is none, or it cannot be read as a state of this config.
     """
-    step = manager.latest_step() if step is None else step
-    if step is None:
-        raise UserError(f"{manager.directory} holds no checkpoint to resume from; leave --resume out to start anew.")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return _read(manager, step, ocp.args.StandardRestore(abstract))
+    found = _read(manager, step, state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+    return found["state"], Progress(**found["progress"])
 
 
 def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step: int | None = None) -> dict[str, Params]:
@@ -43,21 +119,24 @@ def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step
     Raises:
         UserError: as `restore`.
     """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    how = ocp.checkpoint_utils.construct_restore_args(wanted)
+    return _read(manager, step, state=ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True))["state"]
+
+
+def _read(manager: ocp.CheckpointManager, step: int | None, **items):
     step = manager.latest_step() if step is None else step
     if step is None:
         raise UserError(f"{manager.directory} holds no checkpoint; let the run take its first step.")
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like)
-    how = ocp.checkpoint_utils.construct_restore_args(wanted)
-    return _read(manager, step, ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True))
-
-
-def _read(manager: ocp.CheckpointManager, step: int, arguments):
+    folder = manager.directory / str(step)
+    if (folder / "default").exists():
+        raise UserError(f"{folder} was written by an earlier version, whose checkpoints are not read; begin a new run.")
     try:
-        return manager.restore(step, args=arguments)
+        return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises many kinds; to the user they are one
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"The checkpoint {manager.directory / str(step)} cannot be read ({type(error).__name__}: "
+            f"The checkpoint {folder} cannot be read ({type(error).__name__}: "
             f"{reason[0][:200] if reason else 'no message'}); delete that folder to resume from an older one."
         ) from error

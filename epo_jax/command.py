@@ -30,13 +30,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from epo_jax.config import base_config, flatten, validate
-from epo_jax.errors import UserError
+from epo_jax.errors import Stopped, UserError
 from epo_jax.files import write_atomically
 
-# Keys that a resumed run may change: they alter where and how often things happen, never what is learned.
+# Keys that a resumed run may change: they alter where and how often things happen, never what is learned. (Another mesh adds
+# the same numbers in another order.)
 RESUME_MAY_CHANGE = (
-    "env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep", "metrics.trajectories",
-    "metrics.trajectories_every", "metrics.trajectories_megabytes", "metrics.wandb_project",
+    "env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+    "metrics.trajectories", "metrics.trajectories_every", "metrics.trajectories_megabytes", "metrics.wandb_project",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
 
 
@@ -50,12 +52,16 @@ class Command(NamedTuple):
 
 
 def run(main: Callable[[list[str]], None]) -> int:
-    """Calls `main(sys.argv)`; the exit code: 0, or 2 after bad input, told in one sentence on stderr."""
+    """Calls `main(sys.argv)`; the exit code, with a sentence on stderr unless it is 0: 2 after bad input, 75 (sysexits.h: try
+    again) where the run was asked to stop and is to be resumed."""
     try:
         main(sys.argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 75
     return 0
 
 
@@ -115,6 +121,11 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     _read_flags(argv, values)
     if not values.workdir:
         raise UserError("--workdir is missing; name the run folder, for example --workdir=runs/first.")
+    if "://" in values.workdir:
+        raise UserError(
+            f"--workdir={values.workdir} must be a local folder, as rows are appended to its files; choose one, and keep the "
+            f"checkpoints in the bucket with --config.checkpoint.folder={values.workdir}."
+        )
     workdir = Path(values.workdir)
     check_workdir(workdir, values.resume)
     config = values.config

@@ -213,6 +213,9 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 10  # RL steps
     checkpoint.keep = 2  # newest ones kept on disk
+    # Kept besides: so many of highest success on the last of eval.splits; a new best is saved at once. 0 = none (as in a sweep).
+    checkpoint.keep_best = 1
+    checkpoint.folder = ""  # where they go, on this machine or in a bucket (gs://...); "" = the run folder
     return config
 
 
@@ -368,7 +371,7 @@ _RANGES = (
         "algo.gigpo_weight control.shaping_scale control.empg_sharpness control.empg_bonus control.cov_coef "
         "control.target_entropy control.target_delta control.target_cap epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma "
         "epo.turn_decay warm_start.copies warm_start.prompt_weight optim.weight_decay metrics.trajectories "
-        "metrics.trajectories_every",
+        "metrics.trajectories_every checkpoint.keep_best",
         lambda value: value >= 0,
         "zero or positive",
     ),

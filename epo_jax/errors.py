@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""What ends a command without a traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one sentence that names the culprit and the mend. Commands print it and exit with code 2 instead of
     showing a traceback.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved all it needs, and can be resumed. Commands print it and exit with code 75."""

@@ -18,8 +18,6 @@ from epo_jax import checkpoint
 from epo_jax.command import read_config, run
 from epo_jax.errors import UserError
 from epo_jax.folders import decoder_of_run
-from epo_jax.learner import init_state
-from epo_jax.main import learner_config, objective_and_hyper
 from epo_jax.models import lora, weights
 from epo_jax.models.decoder import init_params
 from epo_jax.models.tokenizer import load_tokenizer
@@ -43,17 +41,20 @@ def main(argv: list[str]) -> None:
 
     tokenizer = load_tokenizer(chosen.workdir / "tokenizer")
     model = decoder_of_run(config, tokenizer.vocab_size)
-    learner = learner_config(config, model, objective_and_hyper(config)[0])
-    like = jax.eval_shape(lambda: init_state(learner, init_params(model, jax.random.key(0))))
-    state = checkpoint.restore(checkpoint.open_manager(chosen.workdir, config.checkpoint.keep), like, chosen.step)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    base, params = lora.split(params) if model.lora else ({}, params)
+    with checkpoint.open_reader(checkpoint.place(chosen.workdir, config.checkpoint.folder)) as manager:
+        step = manager.latest_step() if chosen.step is None else chosen.step
+        fields = checkpoint.restore_fields(manager, {"base": base, "params": params}, step)
 
     if chosen.adapters:
-        lora.save_adapters(chosen.to, model, state.params, config.model.path)
+        lora.save_adapters(chosen.to, model, fields["params"], config.model.path)
     else:
         stop = {"eos_token_id": tokenizer.stop_id}
-        weights.save_params(chosen.to, dataclasses.replace(model, lora=None), lora.merge(model, state.policy()), stop)
+        merged = lora.merge(model, lora.join(fields["base"], fields["params"]))
+        weights.save_params(chosen.to, dataclasses.replace(model, lora=None), merged, stop)
     tokenizer.save(chosen.to)
-    print(f"wrote {chosen.to}: the policy after {int(state.step)} RL steps")
+    print(f"wrote {chosen.to}: the policy after {step} RL steps")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Policy(NamedTuple):
 
 def is_run(path: str) -> bool:
     """Whether a path is a run folder; what is not is taken for a model."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+    return (Path(path) / "config.json").is_file() and any((Path(path) / name).is_dir() for name in ("checkpoints", "tokenizer"))
 
 
 def load(path: str, step: int | None, config: ConfigDict, devices: Mesh | None = None) -> Policy:
@@ -53,7 +53,7 @@ def load(path: str, step: int | None, config: ConfigDict, devices: Mesh | None =
     model = decoder_of_run(config, tokenizer.vocab_size)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     base, params = lora.split(params) if model.lora else ({}, params)
-    with checkpoint.open_manager(folder, config.checkpoint.keep) as manager:
+    with checkpoint.open_reader(checkpoint.place(folder, config.checkpoint.folder)) as manager:
         if step is not None and step not in manager.all_steps():
             held = ", ".join(map(str, sorted(manager.all_steps())))
             raise UserError(f"--step={step}: {folder} has checkpoints of the steps {held}.")

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from epo_jax.errors import UserError
+from epo_jax.errors import Stopped, UserError
 
 Item = TypeVar("Item")
 
@@ -65,6 +65,9 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
             yield
         gather(None)  # the service ends with the first process, so that all go together
+    except Stopped:
+        gather(None)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         watch.fail(error)
     finally:

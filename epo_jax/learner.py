@@ -204,6 +204,12 @@ def state_shardings(config: LearnerConfig, on: Mesh) -> TrainState:
     return mesh.shardings(on, abstract_state(config))
 
 
+def abstract_state_on(config: LearnerConfig, on: Mesh) -> TrainState:
+    """Shapes, types and places of the state, nothing computed."""
+    shapes, places = abstract_state(config), state_shardings(config, on)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
 def batch_shardings(on: Mesh) -> TokenBatch:
     """Where each array of a batch lies."""
     return TokenBatch(*(NamedSharding(on, mesh.rule(name)) for name in TokenBatch._fields))

@@ -20,16 +20,17 @@ from epo_jax.command import Command, open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
+from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import evaluate
 from epo_jax.folders import load_pretrained
-from epo_jax.learner import LearnerConfig, OptimConfig, batch_shardings, init_state_on, make_train_step
-from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, seconds_left
+from epo_jax.learner import LearnerConfig, OptimConfig, abstract_state_on, batch_shardings, init_state_on, make_train_step
+from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.stopping import StopRequest
 from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
 from epo_jax.trajectory_log import TrajectoryLog
 
@@ -47,6 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def train(command: Command) -> None:
     # ---------------------------------------------------------------- the run: refuse bad input before anything is written
+    began = time.perf_counter()
     config, workdir = command.config, command.workdir
     profile_first, profile_end = profiling.window(command.flags.profile_steps, config.train.steps)
     objective, hyper = objective_and_hyper(config)
@@ -63,16 +65,23 @@ def train(command: Command) -> None:
     eval_tasks = {split: env.list_tasks(split, env_options) for split in config.eval.splits}
     task_ids = [task["id"] for tasks in (train_tasks, *eval_tasks.values()) for task in tasks]
     hosts.agree("config and tasks", [config.to_dict(), task_ids])
+    checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
+    if config.checkpoint.folder and not command.resume:
+        checkpoint.refuse_used(checkpoints)
     wandb_run = None
     if hosts.is_first():
         wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict())
         open_workdir(command)
     hosts.check_shared(workdir)
+    manager = checkpoint.open_manager(checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
+    resumed = manager.latest_step() is not None  # one that was killed before its first checkpoint begins anew
+    if not resumed and read_rows(workdir / "metrics.jsonl"):
+        raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
     print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
 
     # ---------------------------------------------------------------- experts, tokenizer, model
-    demonstrations = [] if command.resume else expert_demonstrations(config, train_tasks)
-    if command.resume:
+    demonstrations = [] if resumed else expert_demonstrations(config, train_tasks)
+    if resumed:
         tokenizer = load_tokenizer(workdir / "tokenizer")
     else:
         if not config.model.path:
@@ -96,13 +105,14 @@ def train(command: Command) -> None:
         adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
         params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters)))
     learner = learner_config(config, model, objective, mesh.row_shards(devices))
-    state = init_state_on(learner, params, devices)
+    if resumed:
+        del params
+        state, before = checkpoint.restore(manager, abstract_state_on(learner, devices))
+    else:
+        state, before = init_state_on(learner, params, devices), checkpoint.Progress()
     print(f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters are trained")
     train_step = make_train_step(learner, devices)
-    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
-    if command.resume:
-        state = checkpoint.restore(manager, state)
-    first_step = int(state.step)
+    first_step, best, skipped = int(state.step), before.best, before.skipped
     if profile_first is not None and profile_first < first_step:
         asked = command.flags.profile_steps
         raise UserError(f"--profile_steps={asked}: the run goes on from step {first_step}; name later steps.")
@@ -113,11 +123,13 @@ def train(command: Command) -> None:
 
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(EnvPool(config.env.name, env_options, config.env.workers))
+        stop = stack.enter_context(StopRequest())
         if hosts.is_first():
             writer = stack.enter_context(MetricWriter(workdir, first_step, wandb_run))
             log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
-        def evaluate_all(step: int) -> None:
+        def evaluate_all(step: int) -> float:
+            success = checkpoint.NOT_EVALUATED
             for split, tasks in eval_tasks.items():
                 row, played = evaluate(
                     split, tasks, step, pool, tokenizer, model, state.policy(), settings,
@@ -126,6 +138,21 @@ def train(command: Command) -> None:
                 if hosts.is_first():
                     print(evaluation_table(writer.evaluation(row)), flush=True)
                     log.write(step, split, played)
+                success = row["success"]
+            return success
+
+        def wall_seconds() -> float:
+            return before.wall_seconds + time.perf_counter() - began
+
+        def save(success: float = checkpoint.NOT_EVALUATED) -> None:
+            checkpoint.save(manager, state, checkpoint.Progress(wall_seconds(), best, skipped), success)
+
+        def end_early(step: int) -> None:
+            manager.wait_until_finished()
+            if step not in manager.all_steps():
+                save()
+            manager.close()
+            raise Stopped(f"stopped as asked, {step} RL steps done and saved; go on with --workdir={workdir} --resume")
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
             return rollout.collect(
@@ -141,10 +168,11 @@ def train(command: Command) -> None:
 
         # ------------------------------------------------------------ the loop
         if config.eval.before and first_step == 0:
-            evaluate_all(0)
-        if first_step == 0:
-            checkpoint.save(manager, state)
-        durations, skipped = [], 0
+            best = evaluate_all(0)
+        if not resumed:
+            save(best)
+            manager.wait_until_finished()  # from here on a killed run can be resumed
+        durations = []
         for step in range(first_step, config.train.steps):
             if step == profile_first:
                 jax.profiler.start_trace(workdir / "profile")
@@ -156,6 +184,8 @@ def train(command: Command) -> None:
                 more, spent = play(step, len(rounds))
                 rounds, stats = [*rounds, more], stats + spent
                 trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
+            if stop.asked:
+                end_early(step)
             rolled_out = time.perf_counter()
             batch = mesh.place(step_batch(config, step, trajectories, learner.micro_rows), batch_shardings(devices))
             state, metrics = train_step(state, batch, hyper)
@@ -170,6 +200,7 @@ def train(command: Command) -> None:
 
             seconds = {"rollout_seconds": rolled_out - started, "update_seconds": updated - rolled_out}
             speeds = flops.rates(learner, sum(rounds, []), trajectories, **seconds, devices=devices.size)
+            seconds["wall_seconds"] = wall_seconds()
             counts = {"env_restarts": sum(hosts.gather(pool.restarts)), "rows": int(batch.rows.sum())}
             done = step + 1
             if done == profile_end:
@@ -180,11 +211,14 @@ def train(command: Command) -> None:
                 if kept.trajectories_every and step % kept.trajectories_every == 0:
                     log.write(step, "train", sampled)
                 print(progress_line(row, config.train.steps, seconds_left(durations, config.train.steps - done)), flush=True)
-            last = done == config.train.steps
+            last, improved, success = done == config.train.steps, False, checkpoint.NOT_EVALUATED
             if last or (config.eval.every and done % config.eval.every == 0):
-                evaluate_all(done)
-            if last or done % config.checkpoint.every == 0:
-                checkpoint.save(manager, state)
+                success = evaluate_all(done)
+                improved, best = success > best, max(success, best)
+            if last or done % config.checkpoint.every == 0 or (improved and config.checkpoint.keep_best):
+                save(success)
+            if not last and (manager.reached_preemption(done) or stop.asked):
+                end_early(done)
 
     # ---------------------------------------------------------------- results
     manager.close()

@@ -13,6 +13,7 @@ docs/metrics.md has every field.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, variance
@@ -52,6 +53,7 @@ class MetricWriter:
         # One unbuffered write of one line: a kill leaves the whole line, or a torn last line that `read_rows` skips.
         with open(self._metrics, "ab", buffering=0) as file:
             file.write((json.dumps(row) + "\n").encode())
+            os.fsync(file.fileno())  # a checkpoint that outlives the machine must not outlive its rows
         self._scalars("train", row, row["step"])
         return row
 

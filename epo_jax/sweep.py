@@ -30,7 +30,7 @@ from epo_jax import checkpoint, figures, flops, rollout, wandb_log
 from epo_jax.command import open_workdir, parse, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
+from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import episodes_of, row_of
 from epo_jax.files import write_atomically
 from epo_jax.folders import load_pretrained
@@ -52,6 +52,7 @@ from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, with_adapters
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
+from epo_jax.stopping import StopRequest
 from epo_jax.trajectory import Trajectory
 from epo_jax.trajectory_log import TrajectoryLog
 
@@ -98,6 +99,10 @@ def refuse_what_members_cannot_share(config) -> None:
         raise UserError(
             f"config.rollout.devices={config.rollout.devices} must be 1 in a sweep, whose members are spread over devices "
             "instead (config.sweep.devices)."
+        )
+    if config.checkpoint.folder:
+        raise UserError(
+            f"config.checkpoint.folder={config.checkpoint.folder!r} must be '' in a sweep; each member has a folder."
         )
     for key in ("at_once", "devices"):
         if config.sweep[key] < 0:
@@ -194,7 +199,7 @@ def train(
 
     # ---------------------------------------------------------------- states
     # Two checkpoints, so that the members have one in common whenever the sweep is killed.
-    managers = [checkpoint.open_manager(folder, max(2, config.checkpoint.keep)) for folder in folders]
+    managers = [checkpoint.open_manager(checkpoint.place(folder), max(2, config.checkpoint.keep)) for folder in folders]
     held = [set(manager.all_steps()) for manager in managers]
     found = last_common_step(held, [ledger.stopped.get(member.name) for member in members])
     first_step = found or 0
@@ -216,7 +221,7 @@ def train(
         for later in held[i] if found is None else [step for step in held[i] if step > found]:
             manager.delete(later)
         if found is not None:
-            states[i] = checkpoint.restore(manager, states[i])
+            states[i], _ = checkpoint.restore(manager, states[i])
     base = states[0].base
     states = stack([state._replace(base={}) for state in states])
     alive = np.array([member.name not in ledger.stopped for member in members])
@@ -259,6 +264,7 @@ def train(
         return rounds, stats
 
     with contextlib.ExitStack() as stack_of_writers:
+        stop = stack_of_writers.enter_context(StopRequest())
         project, group = config.metrics.wandb_project, ledger.name
         writers = [
             stack_of_writers.enter_context(
@@ -337,8 +343,12 @@ def train(
                 break
             if done == steps or (config.eval.every and done % config.eval.every == 0):
                 evaluate_all(done)
-            if done == steps or done % config.checkpoint.every == 0:
+            if done == steps or done % config.checkpoint.every == 0 or stop.asked:
                 save_all()
+            if stop.asked and done < steps:
+                for manager in managers:
+                    manager.close()
+                raise Stopped(f"stopped as asked, {done} RL steps done and saved; go on with --resume")
     for manager in managers:
         manager.close()
 

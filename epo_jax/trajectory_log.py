@@ -12,6 +12,7 @@ One row per episode:
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ class TrajectoryLog:
     """Writes the sample of the run in `workdir`, from RL step `step` on.
 
     Rows that lie beyond the checkpoint a killed run resumes from are dropped, as those of `MetricWriter` are. A file that
-    outgrows its bound loses whole steps from its middle, so that what is left is spread over the run.
+    outgrows its bound loses whole steps from its middle, so that what is left is spread over the run. (Of a run that was killed
+    after that, other steps than of one left alone.)
 
     Args:
         episodes: most episodes written of those given at once; 0 writes none.
@@ -51,6 +53,7 @@ class TrajectoryLog:
         rows = [episode_row(step, split, trajectories[i], self._tokenizer) for i in chosen]
         with open(self._path, "ab", buffering=0) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            os.fsync(file.fileno())
         if self._path.stat().st_size > self._bytes:
             # To half the bound, so that the next sample does not need it again.
             write_atomically(self._path, "".join(thin(self._path.read_text().splitlines(keepends=True), self._bytes // 2)))

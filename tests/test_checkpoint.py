@@ -1,13 +1,16 @@
 """Checkpoints: what comes back is what went in, and what cannot be read is said in a sentence."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from epo_jax import checkpoint
+from epo_jax import checkpoint, mesh
 from epo_jax.errors import UserError
-from epo_jax.learner import LearnerConfig, OptimConfig, init_state
+from epo_jax.learner import LearnerConfig, OptimConfig, abstract_state_on, init_state, init_state_on, state_shardings
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.objectives.loss import ObjectiveConfig
 
@@ -23,25 +26,65 @@ def make_state(seed, critic=True):
 
 @pytest.mark.parametrize("critic", [True, False])
 def test_a_restored_state_is_bit_identical(tmp_path, critic):
-    state = make_state(0, critic)
-    with checkpoint.open_manager(tmp_path, keep=2) as manager:
-        checkpoint.save(manager, state)
+    state, progress = make_state(0, critic), checkpoint.Progress(1 / 3, 0.7, 2)
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+        checkpoint.save(manager, state, progress)
         manager.wait_until_finished()
-        restored = checkpoint.restore(manager, make_state(1, critic))
+        restored, found = checkpoint.restore(manager, make_state(1, critic))
+    assert found == progress
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, state, restored)
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
         for step in (1, 2, 3):
             checkpoint.save(manager, make_state(0)._replace(step=jnp.int32(step)))
         manager.wait_until_finished()
         assert manager.all_steps() == [2, 3]
 
 
+def test_the_best_is_kept_besides(tmp_path):
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=1, keep_best=1) as manager:
+        for step, success in enumerate((0.1, 0.5, checkpoint.NOT_EVALUATED, 0.4, checkpoint.NOT_EVALUATED)):
+            checkpoint.save(manager, make_state(0)._replace(step=jnp.int32(step)), success=success)
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1, 4]
+
+
+def test_a_state_goes_to_a_mesh_of_another_shape(tmp_path):
+    model = DecoderConfig(40, 16, 1, 8, 4, 4, 32)
+    config = LearnerConfig(model, ObjectiveConfig(), OPTIM, None, False, 1, 1, 5, 1.0)
+    on = mesh.make_mesh(1, 8, 1)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+        checkpoint.save(manager, state)
+        manager.wait_until_finished()
+        for shape in ((2, 2, 2), (1, 1, 1)):
+            other = mesh.make_mesh(*shape)
+            restored, _ = checkpoint.restore(manager, abstract_state_on(config, other))
+            jax.tree.map(np.testing.assert_array_equal, state, restored)
+            places = state_shardings(config, other)
+            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), restored, places))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(3, args=ocp.args.StandardSave(make_state(0)))
+    with checkpoint.open_reader(checkpoint.place(tmp_path)) as manager:
+        with pytest.raises(UserError, match="checkpoints/3 was written by an earlier version"):
+            checkpoint.restore(manager, make_state(0))
+
+
+def test_a_bucket_that_cannot_be_reached_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"checkpoint.folder=gs://bucket/run.*pip install 'etils\[epath-gcs\]'"):
+        checkpoint.place("run", "gs://bucket/run")
+
+
 def test_no_checkpoint_and_a_torn_one_are_refused(tmp_path):
-    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
         with pytest.raises(UserError, match="holds no checkpoint"):
             checkpoint.restore(manager, make_state(0))
         checkpoint.save(manager, make_state(0))
@@ -49,6 +92,6 @@ def test_no_checkpoint_and_a_torn_one_are_refused(tmp_path):
     for path in (tmp_path / "checkpoints" / "3").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
         with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
             checkpoint.restore(manager, make_state(0))

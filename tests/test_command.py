@@ -8,7 +8,7 @@ from absl import flags
 
 from epo_jax.command import check_workdir, open_workdir, parse, read_config, run
 from epo_jax.config import flatten
-from epo_jax.errors import UserError
+from epo_jax.errors import Stopped, UserError
 
 SMOKE = "--config=configs/alfworld.py:smoke"
 
@@ -110,6 +110,8 @@ def test_resume_takes_the_runs_own_config(tmp_path):
     # How often it is saved may change, what is learned may not.
     same = parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25", "--config.checkpoint.every=7", "--resume"))
     assert same.config.checkpoint.every == 7
+    same = parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25", "--config.mesh.fsdp=2", "--resume"))
+    assert same.config.mesh.fsdp == 2
     with pytest.raises(UserError, match="config.epo.lam=0.01 differs from the run's 0.25"):
         parse(arguments(tmp_path, SMOKE, "--resume"))
 
@@ -131,6 +133,22 @@ def test_a_damaged_config_file_is_refused(tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=message):
         parse(arguments(tmp_path, "--resume"))
+
+
+def test_a_bucket_is_for_checkpoints_alone():
+    with pytest.raises(UserError, match="must be a local folder.*--config.checkpoint.folder=gs://bucket/run"):
+        parse(["main", SMOKE, "--workdir=gs://bucket/run"])
+
+
+def test_the_exit_codes(monkeypatch, capsys):
+    def raising(error):
+        def main(argv):
+            raise error
+
+        return main
+
+    assert (run(lambda argv: None), run(raising(UserError("bad"))), run(raising(Stopped("saved")))) == (0, 2, 75)
+    assert capsys.readouterr().err == "error: bad\nsaved\n"
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):

@@ -31,7 +31,7 @@ def run_folder(tmp_path_factory):
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     state = init_state(learner_config(config, model, objective_and_hyper(config)[0]), params)
-    manager = checkpoint.open_manager(folder, 2)
+    manager = checkpoint.open_manager(checkpoint.place(folder), 2)
     checkpoint.save(manager, state)
     manager.close()
     return folder, model, state

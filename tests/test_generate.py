@@ -41,7 +41,7 @@ def folder(request, tmp_path_factory):
     model = decoder_config(config.model, TOKENIZER.vocab_size)
     objective, _ = program.objective_and_hyper(config)
     state = init_state(program.learner_config(config, model, objective), init_params(model, jax.random.key(0)))
-    with checkpoint.open_manager(folder, 2) as manager:
+    with checkpoint.open_manager(checkpoint.place(folder), 2) as manager:
         checkpoint.save(manager, state)
     return folder, config, model, state.params
 

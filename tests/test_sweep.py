@@ -1,8 +1,10 @@
 """Sweeps: every member is the run that it would be alone, whatever becomes of the others."""
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import types
 
 import jax
@@ -14,7 +16,7 @@ from epo_jax import figures, sweep
 from epo_jax import main as program
 from epo_jax.command import read_config
 from epo_jax.config import flatten
-from epo_jax.errors import UserError
+from epo_jax.errors import Stopped, UserError
 from epo_jax.grid import programs
 from epo_jax.metrics import read_rows
 from epo_jax.models import members
@@ -46,7 +48,7 @@ def without_times(rows):
 def params(folder, step=3):
     """What was trained, as one vector."""
     with ocp.StandardCheckpointer() as reader:
-        saved = reader.restore(folder / "checkpoints" / str(step) / "default")
+        saved = reader.restore(folder / "checkpoints" / str(step) / "state")
     assert int(saved["step"]) == step
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(saved["params"])])
 
@@ -123,12 +125,15 @@ def test_members_may_be_mapped_together_and_spread_over_devices(going, tmp_path)
     assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(ends) for b in ends[:i])
 
 
-def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept, going, tmp_path):
-    """One member had saved its third step when the sweep was killed, one only its first."""
+def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept, going, tmp_path, monkeypatch):
+    """One member had saved its third step when the sweep was killed, one only its first. Then it is asked to stop."""
     again = shutil.copytree(swept, tmp_path / "again")
     for i, member in enumerate(going):
         for step in ("3", "2") if i == 1 else ("3",) if i else ():
             shutil.rmtree(again / "members" / member.name / "checkpoints" / step)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="2 RL steps done and saved"):
+        patch.setattr(sweep, "progress_of_all", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        sweep.main(["sweep", f"--workdir={again}", "--resume"])
     sweep.main(["sweep", f"--workdir={again}", "--resume"])
     assert (again / "sweep.json").read_text() == (swept / "sweep.json").read_text()
     for before in going:
