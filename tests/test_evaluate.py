@@ -79,7 +79,7 @@ def folders(tmp_path_factory):
     objective, _ = program.objective_and_hyper(config)
     state = init_state(program.learner_config(config, model, objective), init_params(model, jax.random.key(0)))
     stirred = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)
-    with checkpoint.open_manager(runs, 2) as manager:
+    with checkpoint.open_manager(checkpoint.place(runs), 2) as manager:
         checkpoint.save(manager, state)
         manager.wait_until_finished()
         checkpoint.save(manager, state._replace(step=state.step + 3, params=stirred))
