@@ -59,6 +59,9 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
 
     It keeps the newest `keep` and the `keep_best` of highest success (of equal ones the newer), and clears away what a kill
     left half written.
+
+    Raises:
+        UserError: a checkpoint is damaged.
     """
 
     def success(metrics) -> float:
@@ -70,7 +73,13 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
     options = ocp.CheckpointManagerOptions(
         create=True, cleanup_tmp_directories=True, best_fn=success, preservation_policy=policy if keep_best else newest
     )
-    return ocp.CheckpointManager(where, item_names=("state", "progress"), options=options)
+    try:
+        return ocp.CheckpointManager(where, item_names=("state", "progress"), options=options)
+    except ValueError:  # it looks at the success of each
+        for rank in sorted(where.glob("*/metrics/metrics")):
+            if not rank.read_text().rstrip().endswith("}"):
+                raise _unreadable(rank.parent.parent, f"{rank} is damaged") from None
+        raise
 
 
 def open_reader(where: epath.Path) -> ocp.CheckpointManager:
@@ -136,7 +145,8 @@ def _read(manager: ocp.CheckpointManager, step: int | None, **items):
         return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises many kinds; to the user they are one
         reason = str(error).strip().splitlines()
-        raise UserError(
-            f"The checkpoint {folder} cannot be read ({type(error).__name__}: "
-            f"{reason[0][:200] if reason else 'no message'}); delete that folder to resume from an older one."
-        ) from error
+        raise _unreadable(folder, f"{type(error).__name__}: {reason[0][:200] if reason else 'no message'}") from error
+
+
+def _unreadable(folder: epath.Path, reason: str) -> UserError:
+    return UserError(f"The checkpoint {folder} cannot be read ({reason}); delete that folder to resume from an older one.")

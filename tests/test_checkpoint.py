@@ -92,6 +92,8 @@ def test_no_checkpoint_and_a_torn_one_are_refused(tmp_path):
     for path in (tmp_path / "checkpoints" / "3").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
+        checkpoint.open_manager(checkpoint.place(tmp_path), keep=2)
+    with checkpoint.open_reader(checkpoint.place(tmp_path)) as manager:
         with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
             checkpoint.restore(manager, make_state(0))
