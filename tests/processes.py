@@ -57,7 +57,7 @@ class Processes:
 
 def learnt(workdir: Path, step: int):
     """The parameters of a run after so many RL steps, from whatever devices, on one."""
-    folder = workdir.absolute() / "checkpoints" / str(step) / "default"
+    folder = workdir.absolute() / "checkpoints" / str(step) / "state"
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata
