@@ -73,6 +73,15 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
     options = ocp.CheckpointManagerOptions(
         create=True, cleanup_tmp_directories=True, best_fn=success, preservation_policy=policy if keep_best else newest
     )
+    return _manager(where, options)
+
+
+def open_reader(where: epath.Path) -> ocp.CheckpointManager:
+    """A manager that changes nothing, whether or not a run writes there at the time. Raises UserError as `open_manager`."""
+    return _manager(where, ocp.CheckpointManagerOptions(read_only=True, create=False))
+
+
+def _manager(where: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     try:
         return ocp.CheckpointManager(where, item_names=("state", "progress"), options=options)
     except ValueError:  # it looks at the success of each
@@ -80,13 +89,6 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
             if not rank.read_text().rstrip().endswith("}"):
                 raise _unreadable(rank.parent.parent, f"{rank} is damaged") from None
         raise
-
-
-def open_reader(where: epath.Path) -> ocp.CheckpointManager:
-    """A manager that changes nothing, whether or not a run writes there at the time."""
-    return ocp.CheckpointManager(
-        where, item_names=("state", "progress"), options=ocp.CheckpointManagerOptions(read_only=True, create=False)
-    )
 
 
 BEGINNING = Progress()

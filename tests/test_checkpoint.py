@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what went in, and what cannot be read is said in a sentence."""
 
+import functools
 import sys
 
 import jax
@@ -92,8 +93,18 @@ def test_no_checkpoint_and_a_torn_one_are_refused(tmp_path):
     for path in (tmp_path / "checkpoints" / "3").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
-        checkpoint.open_manager(checkpoint.place(tmp_path), keep=2)
+    for opened in (functools.partial(checkpoint.open_manager, keep=2), checkpoint.open_reader):
+        with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
+            opened(checkpoint.place(tmp_path))
+
+
+def test_a_checkpoint_without_its_arrays_is_refused(tmp_path):
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+        checkpoint.save(manager, make_state(0))
+        manager.wait_until_finished()
+    for path in (tmp_path / "checkpoints" / "3" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
     with checkpoint.open_reader(checkpoint.place(tmp_path)) as manager:
         with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
             checkpoint.restore(manager, make_state(0))
