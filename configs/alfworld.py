@@ -27,33 +27,33 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
 
 def _laptop(config: ConfigDict) -> None:
-    config.env.update(
-        max_turns=20, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8, hesitation=0.75
-    )
+    config.env.update(max_turns=17, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8)
+    config.env.update(hesitation=0.9, mistakes=0.15)
     config.env.hints = "none"
     config.agent.update(style="bare", context="chat", response_tokens=12, max_tokens=384)
     config.model.update(
         path="",
         d_model=128,
-        num_layers=3,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        d_ff=352,
+        d_ff=256,
         vocab_size=1536,
         rope_theta=10_000.0,
         dtype="float32",
         remat="none",
     )
-    config.warm_start.update(episodes=500, copies=11, steps=3000, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
+    config.warm_start.update(episodes=500, copies=11, steps=2400, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
+    config.warm_start.optimizer = "muon"
     config.rollout.update(groups=16, group_size=8, slots=128, lanes=8)
     config.algo.update(mini_batches=8, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
     # The corridor is for the mean entropy of an episode. Held against each token it would flatten the few tokens that
     # decide between two actions, whose entropy is always far above the mean, and stop the search for better ones.
     # A model of this size feels the paper's lam and alpha too little to be held in any corridor: above it, entropy is only
     # pushed back where alpha * beta exceeds 1 (docs/method.md).
-    config.epo.update(lam=0.01, alpha=5.0, kappa_r=1.5, scope="trajectory")
-    config.optim.update(lr=3e-4, b2=0.98, warmup_ratio=0.03)
+    config.epo.update(lam=0.005, alpha=5.0, kappa_r=1.5, scope="trajectory")
+    config.optim.update(lr=2e-4, b2=0.98, warmup_ratio=0.03)
     config.train.update(steps=120, rows_tokens=384, rows_policy_tokens=160)
     config.eval.update(every=40)
     config.checkpoint.update(every=40)
