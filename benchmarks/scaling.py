@@ -43,12 +43,12 @@ class Chip:
 
 CHIPS = {"v5e": Chip(16e9, 819e9, 197e12), "v5p": Chip(95e9, 2765e9, 459e12)}
 
-# (model, slice, topology, (data, fsdp, tensor), train.rows_tokens).
+# (model, slice, topology, (data, fsdp, tensor)).
 ROWS = (
-    ("Qwen2.5-3B", "v5e-16", "v5e:4x4", (1, 8, 2), 16384),
-    ("Qwen2.5-7B", "v5e-16", "v5e:4x4", (1, 4, 4), 8192),
-    ("Qwen2.5-3B", "v5p-64", "v5p:4x4x4", (1, 64, 1), 16384),
-    ("Qwen2.5-7B", "v5p-64", "v5p:4x4x4", (1, 64, 1), 16384),
+    ("Qwen2.5-3B", "v5e-16", "v5e:4x4", (1, 8, 2)),
+    ("Qwen2.5-7B", "v5e-16", "v5e:4x4", (1, 4, 4)),
+    ("Qwen2.5-3B", "v5p-64", "v5p:4x4x4", (1, 64, 1)),
+    ("Qwen2.5-7B", "v5p-64", "v5p:4x4x4", (1, 64, 1)),
 )
 
 # Of the estimate: an episode's turns, the tokens of a turn's prompt and answer, and how close programs come to the chip's limits.
@@ -78,14 +78,13 @@ def programs(row: int, options) -> dict:
     from epo_jax.models import generate
     from epo_jax.models.decoder import DecoderConfig, init_params
 
-    name, _, topology, shape, rows_tokens = ROWS[row]
+    name, _, topology, shape = ROWS[row]
     if options.on == "tpu":
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     else:
         devices = jax.devices()
     on = mesh.make_mesh(*shape, devices=devices)
     config = alfworld.get_config()
-    config.train.rows_tokens = rows_tokens
     model = DecoderConfig(**MODELS[name], dtype=config.model.dtype, remat=config.model.remat)
     model = dataclasses.replace(model, num_layers=options.layers or model.num_layers)
     mesh.check(on, model, config.train.rows_tokens)
@@ -156,13 +155,13 @@ def seconds(row: int) -> dict[str, float]:
     """Estimated seconds of an RL step's parts, by arithmetic alone."""
     from configs import alfworld
 
-    name, slice_name, _, (data, fsdp, tensor), length = ROWS[row]
+    name, slice_name, _, (data, fsdp, tensor) = ROWS[row]
     m, chip, devices, config = MODELS[name], CHIPS[slice_name.split("-")[0]], data * fsdp * tensor, alfworld.get_config()
     width, heads = m["d_model"], m["num_heads"] * m["head_dim"]
     key_values = 2 * m["num_kv_heads"] * m["head_dim"]
     layers = m["num_layers"] * (width * (2 * heads + key_values) + 3 * width * m["d_ff"])
     head = m["vocab_size"] * width
-    episodes = config.rollout.groups * config.rollout.group_size
+    episodes, length = config.rollout.groups * config.rollout.group_size, config.train.rows_tokens
     tokens, answers = episodes * TURNS * (PROMPT + ANSWER), episodes * TURNS * ANSWER
     # Forward 2, backward 4, recomputation 2, reference 2 per weight and token; causal attention over the packed row.
     attention = m["num_layers"] * 2 * length * heads
@@ -193,23 +192,22 @@ def page(rows: dict[int, dict], options) -> str:
         "",
         "## Memory per device",
         "",
-        "GB (10^9 bytes) of one chip; *row* is config.train.rows_tokens. *State* is weights, Adam's moments, reference and",
-        "history. A program takes its arguments, its temporaries and its code. Decode is that of one lane at full context;",
-        "*rollout* adds what lies beside it, the state and the caches of the other lanes.",
+        "GB (10^9 bytes) of one chip. *State* is weights, Adam's moments, reference and history. A program takes its arguments,",
+        "its temporaries and its code. Decode is that of one lane at full context; *rollout* adds what lies beside it, the state",
+        "and the caches of the other lanes.",
         "",
-        "| model | slice | data, fsdp, tensor | row | state | sampling weights | caches | train step | decode | rollout | chip |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | slice | data x fsdp x tensor | state | sampling weights | caches | train step | decode | rollout | chip |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     fits = True
     for row, found in rows.items():
-        name, slice_name, _, shape, rows_tokens = ROWS[row]
+        name, slice_name, _, shape = ROWS[row]
         chip = CHIPS[slice_name.split("-")[0]]
         train, decode = sum(found["train"].values()), sum(found["decode"].values())
         rollout = decode + found["beside"]
         fits &= max(train, rollout) <= chip.memory
         numbers = [found["state"], found["weights"], found["lanes"], train, decode, rollout]
-        where = [name, slice_name, " x ".join(map(str, shape)), str(rows_tokens)]
-        cells = [*where, *(f"{x / 1e9:.1f}" for x in numbers), f"{chip.memory / 1e9:.0f}"]
+        cells = [name, slice_name, " x ".join(map(str, shape)), *(f"{x / 1e9:.1f}" for x in numbers), f"{chip.memory / 1e9:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -241,7 +239,7 @@ def main() -> int:
         print(json.dumps(programs(options.row, options)))
         return 0
     found = {}
-    for row, (name, slice_name, _, shape, _) in enumerate(ROWS):
+    for row, (name, slice_name, _, shape) in enumerate(ROWS):
         if options.only in ("", f"{name} {slice_name}"):
             fake = f"--xla_force_host_platform_device_count={math.prod(shape)}"
             # libtpu asks the cloud where it runs, unless it is told.
