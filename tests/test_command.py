@@ -112,7 +112,7 @@ def test_resume_takes_the_runs_own_config(tmp_path):
     assert same.config.checkpoint.every == 7
     same = parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25", "--config.mesh.fsdp=2", "--resume"))
     assert same.config.mesh.fsdp == 2
-    with pytest.raises(UserError, match="config.epo.lam=0.01 differs from the run's 0.25"):
+    with pytest.raises(UserError, match="config.epo.lam=0.005 differs from the run's 0.25"):
         parse(arguments(tmp_path, SMOKE, "--resume"))
 
 
@@ -122,8 +122,8 @@ def test_resume_takes_the_runs_own_config(tmp_path):
         (lambda text: text[: len(text) // 2], "cannot be read as the config of a run"),
         (lambda text: "[]", "cannot be read as the config of a run"),
         (lambda text: text.replace('"lam": ', '"lambda": '), "written by another version: config.epo.lam"),
-        (lambda text: text.replace('"lam": 0.01', '"lam": "high"'), "epo.lam='high' has the wrong type"),
-        (lambda text: text.replace('"lam": 0.01', '"lam": -1.0'), "epo.lam=-1.0 must be zero or positive"),
+        (lambda text: text.replace('"lam": 0.005', '"lam": "high"'), "epo.lam='high' has the wrong type"),
+        (lambda text: text.replace('"lam": 0.005', '"lam": -1.0'), "epo.lam=-1.0 must be zero or positive"),
     ],
 )
 def test_a_damaged_config_file_is_refused(tmp_path, change, message):
