@@ -141,6 +141,9 @@ def _read(manager: ocp.CheckpointManager, step: int | None, **items):
     if step is None:
         raise UserError(f"{manager.directory} holds no checkpoint; let the run take its first step.")
     folder = manager.directory / str(step)
+    if step not in manager.all_steps():
+        held = ", ".join(map(str, sorted(manager.all_steps())))
+        raise UserError(f"{folder} is not there; choose from the checkpoints of the steps {held}.")
     if (folder / "default").exists():
         raise UserError(f"{folder} was written by an earlier version, whose checkpoints are not read; begin a new run.")
     try:

@@ -12,15 +12,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import jax
-
-from epo_jax import checkpoint
 from epo_jax.command import read_config, run
 from epo_jax.errors import UserError
-from epo_jax.folders import decoder_of_run
+from epo_jax.folders import load_run
 from epo_jax.models import lora, weights
-from epo_jax.models.decoder import init_params
-from epo_jax.models.tokenizer import load_tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -39,20 +34,12 @@ def main(argv: list[str]) -> None:
             "config.model.path, no warm start); leave --adapters out."
         )
 
-    tokenizer = load_tokenizer(chosen.workdir / "tokenizer")
-    model = decoder_of_run(config, tokenizer.vocab_size)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    base, params = lora.split(params) if model.lora else ({}, params)
-    with checkpoint.open_reader(checkpoint.place(chosen.workdir, config.checkpoint.folder)) as manager:
-        step = manager.latest_step() if chosen.step is None else chosen.step
-        fields = checkpoint.restore_fields(manager, {"base": base, "params": params}, step)
-
+    tokenizer, model, params, _, step = load_run(chosen.workdir, config, chosen.step)
     if chosen.adapters:
-        lora.save_adapters(chosen.to, model, fields["params"], config.model.path)
+        lora.save_adapters(chosen.to, model, lora.split(params)[1], config.model.path)
     else:
         stop = {"eos_token_id": tokenizer.stop_id}
-        merged = lora.merge(model, lora.join(fields["base"], fields["params"]))
-        weights.save_params(chosen.to, dataclasses.replace(model, lora=None), merged, stop)
+        weights.save_params(chosen.to, dataclasses.replace(model, lora=None), lora.merge(model, params), stop)
     tokenizer.save(chosen.to)
     print(f"wrote {chosen.to}: the policy after {step} RL steps")
 

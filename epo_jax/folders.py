@@ -47,22 +47,26 @@ def load(path: str, step: int | None, config: ConfigDict, devices: Mesh | None =
         config = ConfigDict(config.to_dict())
         config.model.path = path
         return Policy(*load_pretrained(config, devices), None, None)
-    folder = Path(path)
-    config = read_config(folder)
+    policy = load_run(Path(path), read_config(path), step)
+    if devices is None:
+        return policy
+    return policy._replace(params=jax.device_put(policy.params, mesh.shardings(devices, policy.params)))
+
+
+def load_run(folder: Path, config: ConfigDict, step: int | None) -> Policy:
+    """The policy of the run folder with this config, on the first device.
+
+    Raises:
+        UserError: there is no checkpoint of `step` (the newest when None), or it cannot be read.
+    """
     tokenizer = load_tokenizer(folder / "tokenizer")
     model = decoder_of_run(config, tokenizer.vocab_size)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     base, params = lora.split(params) if model.lora else ({}, params)
     with checkpoint.open_reader(checkpoint.place(folder, config.checkpoint.folder)) as manager:
-        if step is not None and step not in manager.all_steps():
-            held = ", ".join(map(str, sorted(manager.all_steps())))
-            raise UserError(f"--step={step}: {folder} has checkpoints of the steps {held}.")
         step = manager.latest_step() if step is None else step
         fields = checkpoint.restore_fields(manager, {"base": base, "params": params}, step)
-    params = lora.join(fields["base"], fields["params"])
-    if devices is not None:
-        params = jax.device_put(params, mesh.shardings(devices, params))
-    return Policy(tokenizer, model, params, config, step)
+    return Policy(tokenizer, model, lora.join(fields["base"], fields["params"]), config, step)
 
 
 def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer, DecoderConfig, Params]:
