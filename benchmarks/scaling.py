@@ -34,14 +34,14 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of the public data sheet: memory and bandwidth in bytes, bfloat16 operations per second."""
+    """Of the public data sheet: memory and bandwidth in bytes. `kind` names it in `epo_jax.flops.PEAK`."""
 
     memory: float
     bandwidth: float
-    flops: float
+    kind: str
 
 
-CHIPS = {"v5e": Chip(16e9, 819e9, 197e12), "v5p": Chip(95e9, 2765e9, 459e12)}
+CHIPS = {"v5e": Chip(16e9, 819e9, "TPU v5e"), "v5p": Chip(95e9, 2765e9, "TPU v5p")}
 
 # (model, slice, topology, (data, fsdp, tensor)).
 ROWS = (
@@ -74,7 +74,7 @@ def programs(row: int, options) -> dict:
 
     from configs import alfworld
     from epo_jax import main, mesh
-    from epo_jax.learner import abstract_state, batch_shardings, make_train_step, state_shardings
+    from epo_jax.learner import abstract_state_on, batch_shardings, make_train_step
     from epo_jax.models import generate
     from epo_jax.models.decoder import DecoderConfig, init_params
 
@@ -104,7 +104,7 @@ def programs(row: int, options) -> dict:
         print(f"{name} {what}: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         return {"arguments": taken, "temporary": memory.temp_size_in_bytes, "code": memory.generated_code_size_in_bytes}
 
-    state = placed(abstract_state(learner), state_shardings(learner, on))
+    state = abstract_state_on(learner, on)
     rows = placed(batch(config, learner), batch_shardings(on))
     train = compiled("train step", make_train_step(learner, on).lower(state, rows, hyper))
 
@@ -154,6 +154,7 @@ def batch(config, learner):
 def seconds(row: int) -> dict[str, float]:
     """Estimated seconds of an RL step's parts, by arithmetic alone."""
     from configs import alfworld
+    from epo_jax.flops import PEAK
 
     name, slice_name, _, (data, fsdp, tensor) = ROWS[row]
     m, chip, devices, config = MODELS[name], CHIPS[slice_name.split("-")[0]], data * fsdp * tensor, alfworld.get_config()
@@ -172,9 +173,9 @@ def seconds(row: int) -> dict[str, float]:
     cached = slots * (PROMPT + ANSWER / 2) * m["num_layers"] * key_values * 2 / tensor
     passes = TURNS * ANSWER * config.rollout.lanes
     return {
-        "prefill": prefill / (devices * chip.flops * MFU),
+        "prefill": prefill / (devices * PEAK[chip.kind] * MFU),
         "decode": passes * (read + cached) / (chip.bandwidth * BANDWIDTH),
-        "update": train / (devices * chip.flops * MFU),
+        "update": train / (devices * PEAK[chip.kind] * MFU),
     }
 
 

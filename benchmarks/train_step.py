@@ -86,10 +86,11 @@ def ours(options, naive: bool):
     import jax.numpy as jnp
     import optax
 
-    from epo_jax.learner import Inputs, OptimConfig, head_inputs, make_optimizer
+    from epo_jax.learner import Inputs, head_inputs
     from epo_jax.models.decoder import bind
     from epo_jax.models.weights import load_params
     from epo_jax.objectives.head import fused_log_prob_entropy, log_prob_entropy_from_logits
+    from epo_jax.optim import OptimConfig, make_optimizer
 
     config = model(options, "none" if naive else options.remat)
     params = load_params(options.folder, config)

@@ -43,28 +43,10 @@ from epo_jax.objectives.loss import (
 )
 from epo_jax.objectives.policy import adaptive_kl_coef, kl_estimate
 from epo_jax.objectives.value import value_loss
+from epo_jax.optim import OptimConfig, guarded_update, make_optimizer
 from epo_jax.trajectory import TokenBatch
 
 Metrics = dict[str, Float[Array, ""]]
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW under a linear warm-up and a cosine that ends at `floor_ratio * lr`; `updates` in the whole run.
-
-    With `muon`, updates of the layers' matrices are orthogonalised (Muon, https://kellerjordan.github.io/posts/muon) and scaled
-    to the size of Adam's; all else has Adam with Nesterov's momentum.
-    """
-
-    lr: float
-    updates: int
-    warmup_ratio: float = 0.1
-    floor_ratio: float = 0.2
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    muon: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,36 +119,6 @@ class Rows(NamedTuple):
     loss: LossRows
     old_value: Float[Array, "R P"]
     returns: Float[Array, "R P"]
-
-
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    warmup = int(config.warmup_ratio * config.updates)
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.lr / (warmup + 1),
-        peak_value=config.lr,
-        warmup_steps=warmup,
-        decay_steps=max(config.updates, warmup + 1),
-        end_value=config.floor_ratio * config.lr,
-    )
-    if config.muon:
-        update = optax.contrib.muon(
-            schedule,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            weight_decay=config.weight_decay,
-            adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_matrices,
-            consistent_rms=0.2,
-        )
-    else:
-        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-
-
-def _matrices(params: Params):
-    """Where Muon finds the matrices of stacked layers [L, in, out]; biases, norms and embeddings are Adam's."""
-    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
-    return jax.tree.map(lambda x: stacked if x.ndim == 3 else None, params)
 
 
 def init_state(config: LearnerConfig, params: Params) -> TrainState:
@@ -314,22 +266,6 @@ def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""],
     start = (mesh.as_stored(zeros), sums), maxima
     (summed, sums), maxima = over_micro_batches(body, rows, live, micro_rows, start)
     return summed, sums, maxima
-
-
-def guarded_update(
-    optimizer: optax.GradientTransformation,
-    gradient: Params,
-    opt_state: optax.OptState,
-    params: Params,
-    lr_scale: Float[Array, ""] | float,
-) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
-    """(params, opt_state, norm of the gradient, skipped); where the norm is not finite, nothing changes and `skipped` is 1."""
-    norm = optax.global_norm(gradient)
-    updates, next_state = optimizer.update(gradient, opt_state, params)
-    updated = optax.apply_updates(params, optax.tree.scale(lr_scale, updates)), next_state
-    finite = jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (params, opt_state))
-    return params, opt_state, norm, 1.0 - finite
 
 
 def advantage_statistics(estimated: Estimate) -> Metrics:

@@ -23,13 +23,14 @@ from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import evaluate
 from epo_jax.folders import load_pretrained
-from epo_jax.learner import LearnerConfig, OptimConfig, abstract_state_on, batch_shardings, init_state_on, make_train_step
+from epo_jax.learner import LearnerConfig, abstract_state_on, batch_shardings, init_state_on, make_train_step
 from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.optim import OptimConfig
 from epo_jax.stopping import StopRequest
 from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
 from epo_jax.trajectory_log import TrajectoryLog

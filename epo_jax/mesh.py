@@ -156,7 +156,7 @@ def on_this_host(tree: PyTree) -> PyTree:
     mesh = mesh_of(tree)
     if mesh is None:
         return tree
-    if not spans_processes(mesh):
+    if processes(mesh) == 1:
         return jax.device_put(tree, shardings(mesh, tree, without="fsdp"))
     devices = sorted(mesh.devices.flat, key=lambda device: device.process_index)
     own = [device for device in devices if device.process_index == jax.process_index()]
@@ -174,8 +174,9 @@ def on_this_host(tree: PyTree) -> PyTree:
     return jax.tree.map(of, copies)
 
 
-def spans_processes(mesh: Mesh) -> bool:
-    return len({device.process_index for device in mesh.devices.flat}) > 1
+def processes(mesh: Mesh) -> int:
+    """How many processes have devices of it."""
+    return len({device.process_index for device in mesh.devices.flat})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -184,7 +185,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check(mesh: Mesh, model, row_tokens: int) -> None:
     """Raises UserError unless every device gets equal parts of a `DecoderConfig` and whole heads of it."""
-    per_process = mesh.size // len({device.process_index for device in mesh.devices.flat})
+    per_process = mesh.size // processes(mesh)
     for axis, of, length in (
         ("tensor", "devices of each process, which samples with its own", per_process),
         ("tensor", "key/value heads of the model", model.num_kv_heads),

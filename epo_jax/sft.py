@@ -17,9 +17,10 @@ from jaxtyping import Array, Float
 from epo_jax import mesh
 from epo_jax.envs import agent
 from epo_jax.envs.base import Demonstration, Observation
-from epo_jax.learner import OptimConfig, head_statistics, make_optimizer
+from epo_jax.learner import head_statistics
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.optim import OptimConfig, make_optimizer
 from epo_jax.trajectory import TokenBatch, Trajectory, pack
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from epo_jax import sft
 from epo_jax.envs import toy
-from epo_jax.learner import OptimConfig
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.tokenizer import train_tokenizer
+from epo_jax.optim import OptimConfig
 from epo_jax.trajectory import pack
 
 DEMONSTRATIONS = toy.demonstrations(toy.list_tasks("train", {}), {})

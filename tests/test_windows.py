@@ -11,9 +11,10 @@ import pytest
 from epo_jax import rollout, sft
 from epo_jax.envs import agent, toy
 from epo_jax.envs.pool import EnvPool
-from epo_jax.learner import OptimConfig, episode_layout, init_state, make_train_step
+from epo_jax.learner import episode_layout, init_state, make_train_step
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.tokenizer import train_tokenizer
+from epo_jax.optim import OptimConfig
 from epo_jax.trajectory import pack
 from tests import tiny
 
