@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_rooms, experts
-from epo_jax.envs.alfworld_jobs import split_intro
+from epo_jax.envs.alfworld_env import split_intro
 
 TURNS = 50
 

@@ -48,7 +48,8 @@ def answer_length(episode: int, turn: int) -> int:
 def words():
     """A byte-level BPE of the game's texts; the model's vocabulary is far larger, as a language model's is."""
     tasks = alfworld.list_tasks("train", OPTIONS)
-    texts = [text for d in alfworld.demonstrations(tasks, OPTIONS) for text in (d.goal, *d.observations, *d.actions)]
+    demonstrations = alfworld.demonstrations(tasks, OPTIONS)
+    texts = [text for d in demonstrations for text in (d.goal, *(o.text for o in d.observations), *d.actions)]
     instructions = agent.first_message(base.Observation(text="", goal=""), "tagged")
     return train_tokenizer([*texts, *[instructions] * 20], 2048), tasks
 

@@ -6,7 +6,6 @@ Read `train` from top to bottom: it is the whole run. On several hosts each of t
 """
 
 import contextlib
-import functools
 import random
 import sys
 import time
@@ -344,9 +343,7 @@ def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.
 def clone_experts(config, model, tokenizer, params, demonstrations):
     """The warm start, with a line now and then; returns the cloned parameters."""
     settings = config.warm_start
-    play = rollout.rollout_config(config)
-    fits = functools.partial(rollout.fits, tokenizer, play)
-    trajectories = [sft.to_trajectory(d, tokenizer, play.style, play.window, fits) for d in demonstrations]
+    trajectories = [sft.to_trajectory(d, tokenizer, rollout.rollout_config(config)) for d in demonstrations]
     fitting = [t for t in trajectories if t.longest_context <= config.train.rows_tokens]
     tokens = [len(t.tokens) for t in fitting]
     print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)

@@ -129,13 +129,9 @@ def next_prompt(
         history: (text seen, action taken) of every turn so far.
         observation: what is seen now; `first` at the first turn.
     """
-    if config.window is not None:
-        short_enough = functools.partial(fits, tokenizer, config)
-        message = agent.window_message(first, history, observation, config.style, config.window, short_enough)
-        return tokenizer.first(message)
-    if history:
-        return tokenizer.following(agent.next_message(observation, config.style))
-    return tokenizer.first(agent.first_message(observation, config.style))
+    short_enough = functools.partial(fits, tokenizer, config)
+    message = agent.message(first, history, observation, config.style, config.window, short_enough)
+    return tokenizer.following(message) if history and config.window is None else tokenizer.first(message)
 
 
 def fits(tokenizer: ChatTokenizer, config: RolloutConfig, message: str) -> bool:

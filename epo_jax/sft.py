@@ -1,6 +1,6 @@
 """The warm start: behaviour cloning on expert episodes, so that a sparse reward has something to find.
 
-Expert episodes are rendered by the same functions as the agent's own, into the same token batches; the loss is the
+Expert episodes get the prompts that a rollout would show (`rollout.next_prompt`), in the same token batches; the loss is the
 cross-entropy of the expert's action tokens plus, at a smaller weight, that of everything else in the transcript, from which a
 model trained from scratch learns what the game's words mean.
 """
@@ -21,41 +21,30 @@ from epo_jax.learner import head_statistics
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.optim import OptimConfig, make_optimizer
+from epo_jax.rollout import RolloutConfig, next_prompt
 from epo_jax.trajectory import TokenBatch, Trajectory, pack
 
 
-def transcript(
-    demonstration: Demonstration,
-    style: str,
-    window: agent.Window | None = None,
-    fits: Callable[[str], bool] = lambda message: True,
-) -> list[tuple[str, str]]:
-    """The (message, answer) pairs of an expert episode as the agent would see and say them; `fits` cuts a window's messages."""
-    pairs, history = [], []
-    first = Observation(text=demonstration.observations[0], goal=demonstration.goal)
-    for text, action in zip(demonstration.observations, demonstration.actions, strict=False):
-        observation = Observation(text=text, goal=demonstration.goal)
-        if window is not None:
-            message = agent.window_message(first, history, observation, style, window, fits)
-        else:
-            message = (agent.next_message if history else agent.first_message)(observation, style)
-        pairs.append((message, agent.expert_answer(action, style)))
-        history.append((text, action))
-    return pairs
+def transcript(demonstration: Demonstration, style: str, window: agent.Window | None = None) -> list[tuple[str, str]]:
+    """The (message, answer) pairs of an expert episode as an agent would see and say them, with room for every message."""
+    first = demonstration.observations[0]
+    return [
+        (agent.message(first, history, observation, style, window), answer)
+        for history, observation, answer in _turns(demonstration, style)
+    ]
 
 
-def to_trajectory(
-    demonstration: Demonstration,
-    tokenizer: ChatTokenizer,
-    style: str,
-    window: agent.Window | None = None,
-    fits: Callable[[str], bool] = lambda message: True,
-) -> Trajectory:
-    """An expert episode as a trajectory whose policy tokens are the expert's answers, its mistakes aside."""
+def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config: RolloutConfig) -> Trajectory:
+    """An expert episode as a trajectory whose policy tokens are the expert's answers, its mistakes aside.
+
+    Its prompts are those that a rollout with `config` would show to a policy that gives these answers. Turns that a rollout's
+    limits would cut off are in it all the same.
+    """
     trajectory = Trajectory(task=demonstration.task, won=demonstration.won)
-    for turn, (message, answer) in enumerate(transcript(demonstration, style, window, fits)):
-        opening = turn == 0 or window is not None
-        trajectory.append_prompt(tokenizer.first(message) if opening else tokenizer.following(message), opening)
+    first = demonstration.observations[0]
+    for turn, (history, observation, answer) in enumerate(_turns(demonstration, config.style)):
+        prompt = next_prompt(tokenizer, config, first, history, observation)
+        trajectory.append_prompt(prompt, new_context=config.window is not None or turn == 0)
         ids = tokenizer.answer(answer)
         if turn in demonstration.mistakes:
             trajectory.append_prompt(ids)
@@ -65,6 +54,15 @@ def to_trajectory(
         trajectory.rewards.append(0.0)
         trajectory.valid.append(True)
     return trajectory
+
+
+def _turns(demonstration: Demonstration, style: str) -> Iterator[tuple[list[tuple[str, str]], Observation, str]]:
+    """(history, what is seen, the answer) of every turn. A history holds actions as they are read out of answers."""
+    history = []
+    for observation, action in zip(demonstration.observations, demonstration.actions, strict=False):
+        answer = agent.expert_answer(action, style)
+        yield history, observation, answer
+        history.append((observation.text, agent.parse_action(answer, tags=style == "tagged").action))
 
 
 def cloning_loss(

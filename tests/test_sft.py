@@ -5,9 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from epo_jax import sft
-from epo_jax.envs import toy
+from epo_jax import rollout, sft
+from epo_jax.envs import agent, toy
+from epo_jax.envs.base import environment
+from epo_jax.envs.pool import EnvPool
+from epo_jax.lane import Answer
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.optim import OptimConfig
@@ -15,28 +19,31 @@ from epo_jax.trajectory import pack
 
 DEMONSTRATIONS = toy.demonstrations(toy.list_tasks("train", {}), {})
 TOKENIZER = train_tokenizer([t for d in DEMONSTRATIONS for pair in sft.transcript(d, "bare") for t in pair], 400)
+SETTINGS = rollout.RolloutConfig(
+    slots=4, max_turns=2, max_tokens=128, max_policy_tokens=128, response_tokens=64, style="bare"
+)
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
 
 
 def test_only_the_answers_are_policy_tokens():
     demonstration = DEMONSTRATIONS[4]
-    trajectory = sft.to_trajectory(demonstration, TOKENIZER, "bare")
+    trajectory = sft.to_trajectory(demonstration, TOKENIZER, SETTINGS)
     said = [TOKENIZER.decode([i for i, t in zip(trajectory.tokens, trajectory.turn, strict=True) if t == turn])
             for turn in range(2)]  # fmt: skip
     assert tuple(said) == demonstration.actions
-    assert demonstration.observations[0] in TOKENIZER.decode(trajectory.tokens)
+    assert demonstration.observations[0].text in TOKENIZER.decode(trajectory.tokens)
     assert demonstration.goal in TOKENIZER.decode(trajectory.tokens)
 
 
 def test_mistakes_are_read_and_not_imitated():
-    sound = sft.to_trajectory(DEMONSTRATIONS[4], TOKENIZER, "bare")
-    erring = sft.to_trajectory(dataclasses.replace(DEMONSTRATIONS[4], mistakes=(0,)), TOKENIZER, "bare")
+    sound = sft.to_trajectory(DEMONSTRATIONS[4], TOKENIZER, SETTINGS)
+    erring = sft.to_trajectory(dataclasses.replace(DEMONSTRATIONS[4], mistakes=(0,)), TOKENIZER, SETTINGS)
     assert erring.tokens == sound.tokens and set(sound.turn) == {-1, 0, 1}
     assert erring.turn == [-1 if turn == 0 else turn for turn in sound.turn]
 
 
 def test_the_loss_is_the_cross_entropy_of_actions_plus_weighted_prompts():
-    trajectories = [sft.to_trajectory(d, TOKENIZER, "bare") for d in DEMONSTRATIONS[:5]]
+    trajectories = [sft.to_trajectory(d, TOKENIZER, SETTINGS) for d in DEMONSTRATIONS[:5]]
     params = init_params(MODEL, jax.random.key(0))
     on_actions, on_prompts = [], []
     for t in trajectories:
@@ -53,7 +60,7 @@ def test_the_loss_is_the_cross_entropy_of_actions_plus_weighted_prompts():
 
 
 def test_cloning_lowers_the_cross_entropy_and_is_deterministic():
-    trajectories = [sft.to_trajectory(d, TOKENIZER, "bare") for d in DEMONSTRATIONS]
+    trajectories = [sft.to_trajectory(d, TOKENIZER, SETTINGS) for d in DEMONSTRATIONS]
 
     def run():
         params = init_params(MODEL, jax.random.key(0))
@@ -62,3 +69,95 @@ def test_cloning_lowers_the_cross_entropy_and_is_deterministic():
     curve = run()
     assert curve[-1] < 0.5 * curve[0]
     assert curve == run()
+
+
+# ---------------------------------------------------------------------------------------------- the prompts of a rollout
+
+CONTEXTS = {"chat": None, "window": agent.Window(2, older_actions=True)}
+FEW = {f"{split}_{unit}": 3 for split in ("train", "valid_seen", "valid_unseen") for unit in ("games", "variations")}
+COMMON = {**FEW, "workers": 1, "max_turns": 20}
+ALFWORLD = {**COMMON, "seed": 3, "max_receptacles": 6, "hesitation": 0.5, "mistakes": 0.3}
+# Letters tell the unknown substances of a use-thermometer apart.
+SCIENCEWORLD = {**COMMON, "simplification": "easy", "tasks": ("lifespan-longest-lived", "use-thermometer"), "train_variations": 1}
+SHORT = {"tasks": ("lifespan-longest-lived",), "train_variations": 2}
+
+
+class Reciter:
+    """A lane whose policy says `answers[episode, turn]`."""
+
+    members, prompt_tokens = 1, 0
+    prefill_seconds = decode_seconds = 0.0
+
+    def __init__(self, answers, size):
+        self.answers, self.size = answers, size
+
+    def keep(self, rows):
+        self.size = len(rows)
+
+    def play(self, turns):
+        said = {row: self.answers[turn.episode, turn.turn] for row, turn in turns.items()}
+        return {row: Answer(list(ids), [0.0] * len(ids), [0.0] * len(ids)) for row, ids in said.items()}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("toy", COMMON),
+        *(("alfworld", {**ALFWORLD, "hints": hints}) for hints in ("none", "admissible")),
+        *(("scienceworld", {**SCIENCEWORLD, "hints": hints}) for hints in ("none", "objects")),
+        ("scienceworld", {**SCIENCEWORLD, **SHORT, "hints": "admissible"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("hints", ""),
+)
+def test_experts_are_shown_what_a_rollout_shows(name, options, data_dir, monkeypatch):
+    """In every style and context, cut to fit or not: the ids that a policy reads which gives the expert's answers."""
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    env, options = environment(name), {**options, "data_dir": data_dir}
+    env.prepare(options)
+    experts = env.demonstrations(env.list_tasks("train", options)[:3], options)
+    assert len(experts) >= 2 and all(expert.won for expert in experts)
+    turns = max(len(expert.actions) for expert in experts)
+    with EnvPool(name, options, workers=1) as pool:
+        for style in agent.STYLES:
+            texts = [text for e in experts for w in CONTEXTS.values() for pair in sft.transcript(e, style, w) for text in pair]
+            tokenizer = train_tokenizer(texts, 500)
+            for window in CONTEXTS.values():
+                settings = dataclasses.replace(SETTINGS, style=style, window=window, max_turns=turns, max_tokens=100_000)
+                settings = dataclasses.replace(settings, max_policy_tokens=100_000, response_tokens=200)
+                whole = [sft.to_trajectory(expert, tokenizer, settings) for expert in experts]
+                played = recite(pool, tokenizer, settings, experts, monkeypatch)
+                check(whole, played, experts)
+                if window is not None and turns > 2:
+                    room = longest_prompt(played) - 5
+                    tight = dataclasses.replace(settings, max_tokens=room + settings.response_tokens)
+                    cut = [sft.to_trajectory(expert, tokenizer, tight) for expert in experts]
+                    check(cut, recite(pool, tokenizer, tight, experts, monkeypatch), experts)
+                    assert [t.tokens for t in cut] != [t.tokens for t in whole]
+
+
+def recite(pool, tokenizer, settings, experts, monkeypatch):
+    """The trajectories of a rollout in which the experts speak."""
+    answers = {
+        (i, turn): tokenizer.answer(agent.expert_answer(action, settings.style))
+        for i, expert in enumerate(experts)
+        for turn, action in enumerate(expert.actions)
+    }
+    monkeypatch.setattr(rollout, "Lane", lambda model, params, size, *_: Reciter(answers, size))
+    episodes = [rollout.Episode(i, expert.task, i) for i, expert in enumerate(experts)]
+    return rollout.collect(episodes, pool, tokenizer, MODEL, {}, jax.random.key(0), settings, 1.0)[0]
+
+
+def check(shown, played, experts):
+    for theirs, ours, expert in zip(shown, played, experts, strict=True):
+        assert ours.won and ours.actions == list(expert.actions) == theirs.actions
+        assert (theirs.tokens, theirs.starts) == (ours.tokens, ours.starts)
+        assert theirs.turn == [-1 if turn in expert.mistakes else turn for turn in ours.turn]
+
+
+def longest_prompt(trajectories):
+    return max(t.turn[start:end].count(-1) for t in trajectories for start, end in t.contexts)

@@ -19,6 +19,9 @@ from epo_jax.trajectory import pack
 from tests import tiny
 
 EPISODE_TOKENS = tiny.TURNS * 4
+SETTINGS = rollout.RolloutConfig(
+    slots=8, max_turns=2, max_tokens=96, max_policy_tokens=16, response_tokens=8, style="bare", window=agent.Window(1)
+)
 
 
 def split(trajectory):
@@ -65,18 +68,15 @@ def test_the_layout_finds_every_token_in_its_order():
 
 def test_the_first_update_has_a_ratio_of_one():
     """Sampled, packed and trained on: with one mini-batch, the ratio to the sampler is 1 at every token."""
-    window = agent.Window(1)
+    window = SETTINGS.window
     demonstrations = toy.demonstrations(toy.list_tasks("train", {}), {})
     tokenizer = train_tokenizer([t for d in demonstrations for pair in sft.transcript(d, "bare", window) for t in pair], 400)
     model = DecoderConfig(tokenizer.vocab_size, 16, 1, 2, 1, 8, 32)
-    settings = rollout.RolloutConfig(
-        slots=8, max_turns=2, max_tokens=96, max_policy_tokens=16, response_tokens=8, style="bare", window=window
-    )
     params = tiny.init_params(model, jax.random.key(0))
     tasks = toy.list_tasks("train", {})
     episodes = [rollout.Episode(i, tasks[i // 4], i // 4) for i in range(12)]
     with EnvPool("toy", {}, 1) as pool:
-        sampled, _ = rollout.collect(episodes, pool, tokenizer, model, params, jax.random.key(1), settings, tiny.TEMPERATURE)
+        sampled, _ = rollout.collect(episodes, pool, tokenizer, model, params, jax.random.key(1), SETTINGS, tiny.TEMPERATURE)
     config, hyper = tiny.learner("grpo+epo", max_turns=2, turn_tokens=8)
     config = dataclasses.replace(
         config, model=model, optim=OptimConfig(1e-2, 8), episode_policy_tokens=16
@@ -91,11 +91,11 @@ def test_experts_are_cloned_from_the_same_windows():
     """A warm start with a window shows the agent's own messages, one context a turn."""
     demonstration = toy.demonstrations(toy.list_tasks("train", {})[4:5], {})[0]
     texts = [text for pair in sft.transcript(demonstration, "bare", agent.Window(1)) for text in pair]
-    first, second = demonstration.observations[:2]
+    first, second = (observation.text for observation in demonstration.observations[:2])
     assert texts == [
         f"{first}\n{toy.GOAL}", demonstration.actions[0],
         f"{first}\n> {demonstration.actions[0]}\n{second}\n{toy.GOAL}", demonstration.actions[1],
     ]  # fmt: skip
     tokenizer = train_tokenizer(texts, 300)
-    t = sft.to_trajectory(demonstration, tokenizer, "bare", agent.Window(1))
+    t = sft.to_trajectory(demonstration, tokenizer, SETTINGS)
     assert [tokenizer.decode(t.tokens[start:end]) for start, end in t.contexts] == ["".join(texts[:2]), "".join(texts[2:])]

@@ -85,6 +85,23 @@ def next_message(observation: Observation, style: str) -> str:
     return _lines(_now(observation.text), _offer(observation), _RULES)
 
 
+def message(
+    first: Observation,
+    history: Sequence[tuple[str, str]],
+    observation: Observation,
+    style: str,
+    window: Window | None = None,
+    fits: Callable[[str], bool] = lambda message: True,
+) -> str:
+    """The user turn that follows `observation`: with a window `window_message`, else what a conversation grows by.
+
+    Args: see `window_message`.
+    """
+    if window is not None:
+        return window_message(first, history, observation, style, window, fits)
+    return next_message(observation, style) if history else first_message(first, style)
+
+
 def window_message(
     first: Observation,
     history: Sequence[tuple[str, str]],

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworld_rooms
-from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task
+from epo_jax.envs.alfworld_env import AlfworldEnv
+from epo_jax.envs.base import SPLITS, Demonstration, Task, from_fields
 from epo_jax.errors import UserError
 
-WIN_REWARD = 10.0
 HINTS = ("none", "admissible")
 INDEX_VERSION = 1
-DEMONSTRATION_VERSION = 4
+DEMONSTRATION_VERSION = 5
 _INDEX = "index.json"  # written last: a folder that has it is complete
 
 Index = dict[str, list[Task]]
@@ -74,8 +74,8 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
         raise UserError(f"the index {path} is damaged; delete its folder and it is made again.") from None
 
 
-def make_env(options: dict[str, Any]) -> "AlfworldEnv":
-    return AlfworldEnv(str(_cache(options) / "compiled"), options.get("hints", "none") == "admissible")
+def make_env(options: dict[str, Any]) -> AlfworldEnv:
+    return AlfworldEnv(str(_cache(options) / "compiled"), _tells_admissible(options))
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
@@ -89,7 +89,8 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
     hesitation = options.get("hesitation", 0.0)
     mistakes = options.get("mistakes", 0.0)
     max_turns = options["max_turns"] * (1 + (hesitation > 0) + (mistakes > 0))
-    key = [DEMONSTRATION_VERSION, max_turns, hesitation, mistakes, [task["file"] for task in tasks]]
+    told = _tells_admissible(options)
+    key = [DEMONSTRATION_VERSION, max_turns, hesitation, mistakes, told, [task["file"] for task in tasks]]
     path = _cache(options) / "demonstrations" / f"{_digest(key)}.jsonl"
     if path.exists():
         episodes = [json.loads(line) for line in path.read_text().splitlines()]
@@ -100,52 +101,22 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
             playing.append({**task, "seed": f"{task['id']}/{times[task['id']]}"})
             times[task["id"]] += 1
         share = -(-len(tasks) // max(1, options["workers"]))
-        common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled")}
+        common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled"), "admissible": told}
         common |= {"max_turns": max_turns, "hesitation": hesitation, "mistakes": mistakes}
         jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
         episodes = alfworld_jobs.run_jobs(jobs, _progress("expert episodes played", len(tasks)))
         alfworld_engine.write_atomically(path, "".join(json.dumps(e) + "\n" for e in episodes).encode())
     return [
-        Demonstration(task, e["goal"], tuple(e["observations"]), tuple(e["actions"]), e["won"], tuple(e["mistakes"]))
+        Demonstration(task, tuple(map(from_fields, e["observations"])), tuple(e["actions"]), tuple(e["mistakes"]))
         for task, e in zip(tasks, episodes, strict=True)
     ]
 
 
-class AlfworldEnv:
-    """One episode at a time; the loaded games are shared by all environments of a process."""
-
-    def __init__(self, compiled: str, admissible: bool):
-        self._compiled = compiled
-        self._admissible = admissible
-        self._game: alfworld_engine.Game | None = None
-        self._state: alfworld_engine.State | None = None
-        self._goal = ""
-
-    def reset(self, task: Task) -> Observation:
-        """Start the task's game. Raises UserError naming the game file when it cannot be played."""
-        self._file = task["file"]
-        self._game = alfworld_engine.load_game(self._file, self._compiled)
-        self._state = self._game.start
-        text, self._goal = alfworld_jobs.split_intro(self._game.intro)
-        return self._observe(text, reward=0.0)
-
-    def step(self, action: str) -> Observation:
-        """Play one command; case and surrounding blanks do not matter. The reward comes once, with the winning step."""
-        won_before = self._state.won
-        try:
-            self._state, text = self._game.step(self._state, action.strip().lower())
-        except UserError as error:
-            raise UserError(f"the game file {self._file} cannot be played: {error}") from None
-        return self._observe(text, reward=WIN_REWARD if self._state.won and not won_before else 0.0)
-
-    def _observe(self, text: str, reward: float) -> Observation:
-        won = self._state.won
-        # Without "help", as in the paper's prompt: it tells about the game and does nothing in it.
-        admissible = tuple(c for c in self._game.admissible(self._state) if c != "help") if self._admissible else ()
-        return Observation(text, self._goal, reward, won, won, 100.0 * won, admissible)
-
-
 # ---------------------------------------------------------------------------------------------- folders
+
+
+def _tells_admissible(options: dict[str, Any]) -> bool:
+    return options.get("hints", "none") == "admissible"
 
 
 def _cache(options: dict[str, Any]) -> Path:

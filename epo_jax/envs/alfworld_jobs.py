@@ -16,17 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from epo_jax.envs import alfworld_engine, alfworld_games, experts
+from epo_jax.envs.alfworld_env import AlfworldEnv
+from epo_jax.envs.base import Observation, to_fields
 from epo_jax.errors import UserError
-
-BANNER = "-= Welcome to TextWorld, ALFRED! =-"
-GOAL_PREFIX = "Your task is to: "
-
-
-def split_intro(intro: str) -> tuple[str, str]:
-    """TextWorld's first text -> (what the room looks like, the task without its full stop)."""
-    text, _, goal = intro.rpartition(GOAL_PREFIX)
-    return text.removeprefix(BANNER).strip(), goal.strip().removesuffix(".")
-
 
 # ---------------------------------------------------------------------------------------------- the parent's side
 
@@ -111,21 +103,21 @@ def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Play job["tasks"] by the expert, and where it fails by the game's walkthrough (which knows the hidden state).
 
     A task's "seed" is that of its hesitations and mistakes."""
+    env = AlfworldEnv(job["compiled"], job["admissible"])
     for task in job["tasks"]:
-        game = alfworld_engine.load_game(task["file"], job["compiled"])
-        text, goal = split_intro(game.intro)
+        start = env.reset(task)
         wanted = _goal(task["file"])
-        moves = experts.expert_moves(wanted, text)
+        moves = experts.expert_moves(wanted, start.text)
         if job["mistakes"]:
-            moves = experts.erring(moves, job["mistakes"], f"{task['seed']}/mistakes", text, wanted.object)
+            moves = experts.erring(moves, job["mistakes"], f"{task['seed']}/mistakes", start.text, wanted.object)
         if job["hesitation"]:
             moves = experts.hesitating(moves, job["hesitation"], task["seed"])
-        episode = _play(game, text, moves, job["max_turns"])
+        episode = _play(env, start, moves, job["max_turns"])
         if not episode["won"]:
             walkthrough = json.loads(Path(task["file"]).read_bytes()).get("walkthrough") or ()
-            told = _play(game, text, _recite(walkthrough), job["max_turns"])
+            told = _play(env, env.reset(task), _recite(walkthrough), job["max_turns"])
             episode = told if told["won"] else episode
-        yield {"goal": goal, **episode}
+        yield episode
 
 
 def _goal(game_file: str) -> experts.Goal:
@@ -144,20 +136,20 @@ def _recite(walkthrough) -> experts.Moves:
         _ = yield command  # not `yield from`: that would send the texts on to the list
 
 
-def _play(game: alfworld_engine.Game, text: str, moves: experts.Moves, max_turns: int) -> dict[str, Any]:
-    state, observations, actions, mistakes = game.start, [text], [], []
+def _play(env: AlfworldEnv, start: Observation, moves: experts.Moves, max_turns: int) -> dict[str, Any]:
+    observations, actions, mistakes = [start], [], []
     action = next(moves, None)
-    while action is not None and not state.won and len(actions) < max_turns:
-        state, text = game.step(state, action)
+    while action is not None and not observations[-1].won and len(actions) < max_turns:
         if isinstance(action, experts.Mistake):
             mistakes.append(len(actions))
         actions.append(action)
-        observations.append(text)
+        observations.append(env.step(action))
         try:
-            action = moves.send(text)
+            action = moves.send(observations[-1].text)
         except StopIteration:
             action = None
-    return {"observations": observations, "actions": actions, "mistakes": mistakes, "won": state.won}
+    told = [to_fields(observation) for observation in observations]
+    return {"observations": told, "actions": actions, "mistakes": mistakes, "won": observations[-1].won}
 
 
 def main() -> None:

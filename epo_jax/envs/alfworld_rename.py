@@ -6,10 +6,11 @@ same moves are right, so that a small model cannot learn a few hundred episodes 
 Appliances that a task names by their function keep their names.
 """
 
+import dataclasses
 import random
 import re
 
-from epo_jax.envs.base import Demonstration
+from epo_jax.envs.base import Demonstration, Observation
 
 _FUNCTIONAL = frozenset({"microwave", "fridge", "sinkbasin", "desklamp"})
 _THING = re.compile(r"\b([a-z]+) (\d+)\b")
@@ -21,8 +22,8 @@ def rename(demonstrations: list[Demonstration], seed: int) -> list[Demonstration
     Names are drawn from those that the episodes themselves hold; places (listed in an episode's first observation) and
     objects are permuted apart.
     """
-    places = {noun for d in demonstrations for noun, _ in _THING.findall(d.observations[0])} - _FUNCTIONAL
-    things = {noun for d in demonstrations for text in d.observations for noun, _ in _THING.findall(text)}
+    places = {noun for d in demonstrations for noun, _ in _THING.findall(d.observations[0].text)} - _FUNCTIONAL
+    things = {noun for d in demonstrations for o in d.observations for noun, _ in _THING.findall(o.text)}
     objects = things - places - _FUNCTIONAL
     pattern = re.compile(rf"\b({'|'.join(sorted(places | objects))})\b(?: (\d+)\b)?")
     rng = random.Random(seed)
@@ -32,7 +33,7 @@ def rename(demonstrations: list[Demonstration], seed: int) -> list[Demonstration
 def _renamed(demonstration, places, objects, pattern, rng) -> Demonstration:
     names = dict(zip(places, rng.sample(places, len(places)), strict=True))
     names |= dict(zip(objects, rng.sample(objects, len(objects)), strict=True))
-    texts = "\n".join(demonstration.observations)
+    texts = "\n".join(observation.text for observation in demonstration.observations)
     numbers = {}
     for noun in objects:
         held = sorted({number for name, number in _THING.findall(texts) if name == noun})
@@ -42,11 +43,13 @@ def _renamed(demonstration, places, objects, pattern, rng) -> Demonstration:
         noun, number = match.groups()
         return names[noun] if number is None else f"{names[noun]} {numbers.get(noun, {}).get(number, number)}"
 
-    return Demonstration(
-        task=demonstration.task,
-        goal=pattern.sub(swap, demonstration.goal),
-        observations=tuple(pattern.sub(swap, text) for text in demonstration.observations),
-        actions=tuple(pattern.sub(swap, action) for action in demonstration.actions),
-        won=demonstration.won,
-        mistakes=demonstration.mistakes,
-    )
+    def renamed(text: str) -> str:
+        return pattern.sub(swap, text)
+
+    def told(o: Observation) -> Observation:
+        # The engine lists commands in alphabetical order.
+        commands = sorted(map(renamed, o.admissible))
+        return dataclasses.replace(o, text=renamed(o.text), goal=renamed(o.goal), admissible=tuple(commands))
+
+    observations = tuple(map(told, demonstration.observations))
+    return dataclasses.replace(demonstration, observations=observations, actions=tuple(map(renamed, demonstration.actions)))

@@ -65,19 +65,40 @@ class Observation:
     commands: str = ""
 
 
+_BLANK = vars(Observation(text=""))
+
+
+def to_fields(observation: Observation) -> dict[str, Any]:
+    """What JSON keeps of an observation: the fields that say something."""
+    return {name: value for name, value in vars(observation).items() if value != _BLANK[name]}
+
+
+def from_fields(fields: dict[str, Any]) -> Observation:
+    """The observation that was written as `fields`. Raises TypeError for fields that it does not have."""
+    return Observation(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """An expert episode: `observations[i]` is what was seen before `actions[i]`; one more observation follows the last action.
+    """An expert episode, with all that an agent would be told in it.
 
-    `mistakes` are the turns whose actions are not for imitation: made on purpose, to show what is done after them.
+    Attributes:
+        observations: `observations[i]` is what was seen before `actions[i]`; one more follows the last action.
+        mistakes: the turns whose actions are not for imitation: made on purpose, to show what is done after them.
     """
 
     task: Task
-    goal: str
-    observations: tuple[str, ...]
+    observations: tuple[Observation, ...]
     actions: tuple[str, ...]
-    won: bool
     mistakes: tuple[int, ...] = ()
+
+    @property
+    def goal(self) -> str:
+        return self.observations[0].goal
+
+    @property
+    def won(self) -> bool:
+        return self.observations[-1].won
 
 
 class TextEnv(Protocol):

@@ -61,16 +61,15 @@ def ask(style: str) -> str:
     return line if style == "bare" or "<" in line else agent.expert_answer(line, style)
 
 
-def play(pool: EnvPool, task: Task, style: str, window: int | None, max_turns: int, answer: Callable[[], str]) -> Observation:
+def play(
+    pool: EnvPool, task: Task, style: str, window: agent.Window | None, max_turns: int, answer: Callable[[], str]
+) -> Observation:
     """Plays one episode on the terminal and returns the last observation. `answer` gives one answer a turn, or EOFError."""
     pool.reset(0, task)
     _, observation = pool.get()
     first, history = observation, []
     while not observation.done and len(history) < max_turns:
-        if window is not None:
-            message = agent.window_message(first, history, observation, style, agent.Window(window))
-        else:
-            message = agent.next_message(observation, style) if history else agent.first_message(observation, style)
+        message = agent.message(first, history, observation, style, window)
         print(f"\n--- turn {len(history) + 1} of {max_turns}, score {observation.score:g}\n{message}\n")
         try:
             said = answer()
@@ -109,9 +108,12 @@ def main(argv: Sequence[str]) -> int:
                 raise EOFError
             return said
 
+        window = None
+        if args.window is not None:
+            window = agent.Window(args.window, base_config(args.env).agent.history_actions)
         print(f"{args.env}, {args.split}: {task['id']}")
         with EnvPool(args.env, options, workers=1) as pool:
-            play(pool, task, args.style, args.window, options["max_turns"], answer)
+            play(pool, task, args.style, window, options["max_turns"], answer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -62,7 +62,7 @@ def _observation(fields: Any) -> Observation:
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         raise WorkerFailed(f"it answered {str(fields)[:80]!r} for an observation")
     try:
-        return Observation(**{**fields, **{name: tuple(fields.get(name, ())) for name in ("admissible", "objects")}})
+        return base.from_fields(fields)
     except TypeError as error:
         raise WorkerFailed(f"its observation is malformed ({error})") from None
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from epo_jax.envs import base, scienceworld_jvm
-from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task
+from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
 from epo_jax.errors import UserError
 from epo_jax.files import write_atomically
 
@@ -149,7 +149,7 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
     if missing:
         processes = max(1, min(options["workers"], os.cpu_count() or 1, len(missing) // 8))
         parts = [missing[i::processes] for i in range(processes)]
-        request = {"op": "gold", "simplification": options["simplification"]}
+        request = {"op": "gold", "simplification": options["simplification"], "hints": options.get("hints", "none")}
         for answer in _ask([{**request, "jobs": part} for part in parts]):
             known[answer.pop("task")][str(answer.pop("variation"))] = answer
         for name in sorted({name for name, _ in missing}):
@@ -157,17 +157,8 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
     demos = []
     for task in tasks:
         gold = known[task["type"]][str(task["variation"])]
-        if gold["won"] and len(gold["actions"]) <= options["max_turns"]:
-            demos.append(
-                Demonstration(
-                    task=task,
-                    goal=gold["goal"],
-                    observations=tuple(gold["observations"]),
-                    actions=tuple(gold["actions"]),
-                    won=True,
-                )
-            )
-    return demos
+        demos.append(Demonstration(task, tuple(map(from_fields, gold["observations"])), tuple(gold["actions"])))
+    return [demo for demo in demos if demo.won and len(demo.actions) <= options["max_turns"]]
 
 
 @functools.cache
@@ -217,7 +208,8 @@ def _folder(options: dict[str, Any]) -> Path:
 
 
 def _gold_path(name: str, options: dict[str, Any]) -> Path:
-    return _folder(options) / f"gold-{options['simplification'] or 'plain'}" / f"{name}.json"
+    told = f"{options['simplification'] or 'plain'}-{options.get('hints', 'none')}"
+    return _folder(options) / f"demonstrations-{told}" / f"{name}.json"
 
 
 def _splits(options: dict[str, Any]) -> dict[str, dict[str, list[int]]]:

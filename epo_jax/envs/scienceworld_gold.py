@@ -5,8 +5,8 @@ simulator for good. Reads one JSON request from standard input and answers in JS
 
     {"op": "splits", "simplification": ""}
         {"task": "boil", "train": [...], "dev": [...], "test": [...]}        for every task
-    {"op": "gold", "simplification": "easy", "jobs": [["boil", 0], ...]}
-        {"task": "boil", "variation": 0, "goal": "...", "observations": [...], "actions": [...], "won": true}
+    {"op": "gold", "simplification": "easy", "hints": "none", "jobs": [["boil", 0], ...]}
+        {"task": "boil", "variation": 0, "observations": [{"text": "..."}, ...], "actions": [...]}
     a request that cannot be met
         {"user_error": "..."}
 
@@ -20,6 +20,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from epo_jax.envs.agent import parse_action
+from epo_jax.envs.base import Observation, to_fields
+from epo_jax.envs.scienceworld import ScienceWorld
 from epo_jax.envs.scienceworld_jvm import Episode, Simulator
 from epo_jax.errors import UserError
 
@@ -39,43 +42,52 @@ def _splits(simulator: Simulator) -> Iterator[dict[str, Any]]:
         }
 
 
-def _play(episode: Episode, job: tuple[str, int], actions: list[str], tidy: bool) -> dict[str, Any]:
-    """Plays `actions` until the task is completed; with `tidy`, as the module says, but for the time idle ones took."""
+def _tidied(episode: Episode, job: tuple[str, int], actions: list[str]) -> list[str]:
+    """`actions` as the module says, but for the time that the idle ones took."""
     episode.load(*job)
-    observations, played, looked = [episode.step("look around").text], [], True
-    completed, score = False, 0
+    episode.step("look around")
+    played, looked = [], True
     for wanted in actions:
-        for action in ["look around", wanted] if tidy and not looked and wanted.startswith("focus on") else [wanted]:
-            text, score, completed = episode.step(action)
-            if tidy and text == _NOTHING_DONE:
+        for action in ["look around", wanted] if not looked and wanted.startswith("focus on") else [wanted]:
+            text, _, completed = episode.step(action)
+            if text == _NOTHING_DONE:
                 continue
             played.append(action)
-            observations.append(text)
             looked = action == "look around" or (looked and not action.startswith(("go ", "teleport ")))
         if completed:
             break
-    won = completed and score == 100
-    return {"goal": episode.server.getTaskDescription(), "observations": observations, "actions": played, "won": won}
+    return played
 
 
-def _gold(simulator: Simulator, jobs: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    expert, player = Episode(simulator), Episode(simulator)
-    for task, variation in jobs:
-        expert.load(task, variation, gold=True)
-        actions = list(expert.server.getGoldActionSequence())
-        demo = _play(player, (task, variation), actions, tidy=True)
-        if demo["won"]:  # once more without the idle actions, whose time is now missing
-            demo = _play(player, (task, variation), demo["actions"], tidy=False)
-        if not demo["won"]:
-            demo = _play(player, (task, variation), actions, tidy=False)
-        yield {"task": task, "variation": variation, **demo}
+def _play(env: ScienceWorld, job: tuple[str, int], actions: list[str]) -> tuple[list[Observation], list[str]]:
+    """(observations, actions) of an agent that takes `actions` until the episode ends."""
+    task, variation = job
+    observations = [env.reset({"id": f"{task}/{variation}", "type": task, "variation": variation})]
+    for action in actions:
+        observations.append(env.step(action))
+        if observations[-1].done:
+            break
+    return observations, actions[: len(observations) - 1]
+
+
+def _gold(simulator: Simulator, jobs: list[tuple[str, int]], hints: str) -> Iterator[dict[str, Any]]:
+    expert, helper, env = Episode(simulator), Episode(simulator), ScienceWorld(simulator, hints)
+    for job in jobs:
+        expert.load(*job, gold=True)
+        # In lower case, say, as an agent's are.
+        actions = [parse_action(action, tags=False).action for action in expert.server.getGoldActionSequence()]
+        observations, played = _play(env, job, _tidied(helper, job, actions))
+        if not observations[-1].won:
+            observations, played = _play(env, job, actions)
+        told = [to_fields(observation) for observation in observations]
+        yield {"task": job[0], "variation": job[1], "observations": told, "actions": played}
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     try:
         simulator = Simulator(request["simplification"])
-        answers = _splits(simulator) if request["op"] == "splits" else _gold(simulator, request["jobs"])
+        answers = _splits(simulator) if request["op"] == "splits" else _gold(simulator, request["jobs"], request["hints"])
         for answer in answers:
             print(json.dumps(answer))
         simulator.close()

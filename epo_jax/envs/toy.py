@@ -67,6 +67,5 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
         env = ToyEnv()
         actions = (task["colour"], task["digit"])
         seen = [env.reset(task), *(env.step(action) for action in actions)]
-        texts = tuple(observation.text for observation in seen)
-        demos.append(Demonstration(task=task, goal=GOAL, observations=texts, actions=actions, won=seen[-1].won))
+        demos.append(Demonstration(task, tuple(seen), actions))
     return demos

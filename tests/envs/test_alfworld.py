@@ -225,16 +225,24 @@ def test_demonstrations_win_and_play_back_exactly(options):
         assert [d.task for d in shown] == tasks
         for demonstration in shown:
             first = env.reset(demonstration.task)
-            observations = [first, *(env.step(action) for action in demonstration.actions)]
-            assert tuple(o.text for o in observations) == demonstration.observations
-            assert demonstration.goal == first.goal
-            assert demonstration.won and observations[-1].won and len(demonstration.actions) <= options["max_turns"]
+            assert demonstration.observations == (first, *(env.step(action) for action in demonstration.actions))
+            assert demonstration.won and len(demonstration.actions) <= options["max_turns"]
+
+
+def test_demonstrations_tell_what_an_agent_is_told(options):
+    task = alfworld.list_tasks("train", options)[0]
+    hinted = {**options, "hints": "admissible"}
+    shown, bare = (alfworld.demonstrations([task], each)[0] for each in (hinted, options))
+    env = alfworld.make_env(hinted)
+    assert shown.observations == (env.reset(task), *(env.step(action) for action in shown.actions))
+    assert all(action in seen.admissible for seen, action in zip(shown.observations, shown.actions, strict=False))
+    assert shown.actions == bare.actions and not any(seen.admissible for seen in bare.observations)
 
 
 def test_the_expert_makes_no_idle_move(options):
     for split in SPLITS:
         for demonstration in alfworld.demonstrations(alfworld.list_tasks(split, options), options):
-            assert not any("Nothing happens" in text for text in demonstration.observations)
+            assert not any("Nothing happens" in seen.text for seen in demonstration.observations)
             assert {action.split()[0] for action in demonstration.actions} <= {
                 "go", "open", "take", "move", "use", "heat", "cool", "clean",
             }  # fmt: skip
@@ -268,7 +276,7 @@ def test_mistakes_change_nothing_in_the_game_and_are_marked(options):
     made = 0
     for sound, shown in zip(plain, alfworld.demonstrations(tasks, {**options, "mistakes": 0.5}), strict=True):
         assert shown.won
-        assert all(shown.observations[turn + 1].strip() == "Nothing happens." for turn in shown.mistakes)
+        assert all(shown.observations[turn + 1].text.strip() == "Nothing happens." for turn in shown.mistakes)
         assert [a for turn, a in enumerate(shown.actions) if turn not in shown.mistakes] == list(sound.actions)
         made += len(shown.mistakes)
     assert made > 4
@@ -277,7 +285,7 @@ def test_mistakes_change_nothing_in_the_game_and_are_marked(options):
 def test_where_the_expert_fails_the_walkthrough_is_shown(options, monkeypatch):
     tasks = alfworld.list_tasks("train", options)[:2]
     job = {"tasks": [{**task, "seed": ""} for task in tasks], "max_turns": 25, "hesitation": 0.0, "mistakes": 0.0}
-    job["compiled"] = str(Path(options["data_dir"]) / "alfworld" / "compiled")
+    job |= {"admissible": False, "compiled": str(Path(options["data_dir"]) / "alfworld" / "compiled")}
     monkeypatch.setattr(experts, "expert_moves", lambda goal, text: iter(()))
     for task, episode in zip(tasks, alfworld_jobs.demonstrate(job), strict=True):
         assert episode["won"] and episode["actions"] == json.loads(Path(task["file"]).read_text())["walkthrough"]

@@ -32,4 +32,4 @@ def test_answers_can_be_read_and_demonstrations_win():
     for demo in toy.demonstrations(toy.list_tasks("train", {}), {}):
         assert demo.won and len(demo.observations) == len(demo.actions) + 1 == 3
         for observation, action in zip(demo.observations, demo.actions, strict=False):
-            assert action in observation
+            assert action in observation.text
