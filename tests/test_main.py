@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from epo_jax import main as program
+from epo_jax.command import read_config
 from epo_jax.config import base_config
 from epo_jax.errors import UserError
 
@@ -179,17 +180,20 @@ def test_an_empty_dataset_folder_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_game_ends_the_run_with_its_name(alfworld_run, data, tmp_path):
-    """Every training game is cut short; the next rollout meets one of them."""
+@pytest.mark.parametrize("damage", [lambda game: game.write_text(game.read_text()[:100]), Path.unlink], ids=["cut", "gone"])
+def test_a_damaged_game_ends_the_run_with_its_name(alfworld_run, data, tmp_path, damage):
+    """Every game is damaged; the experts meet one of them. The run folder can be resumed or deleted."""
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     shutil.rmtree(copy / "alfworld" / "compiled")
     for game in copy.glob("alfworld/generated-*/json_2.1.1/*/*/*/game.tw-pddl"):
-        game.write_text(game.read_text()[:100])
+        damage(game)
+    workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"game\.tw-pddl") as refusal:
-        program.main(["main", "--config=configs/alfworld.py:smoke", f"--workdir={tmp_path / 'run'}",
-                      f"--config.env.data_dir={copy}"])  # fmt: skip
+        program.main(["main", "--config=configs/alfworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={copy}"])
     assert "\n" not in str(refusal.value)
+    assert read_config(workdir).env.data_dir == str(copy)
+    assert sorted(path.name for path in workdir.rglob("*")) == ["checkpoints", "config.json"]
 
 
 def test_an_unreadable_checkpoint_is_named(alfworld_run, tmp_path):

@@ -71,6 +71,13 @@ def test_cloning_lowers_the_cross_entropy_and_is_deterministic():
     assert curve == run()
 
 
+def test_a_window_repeats_an_action_as_a_policys_would_be_read():
+    shouting = dataclasses.replace(DEMONSTRATIONS[4], actions=("BLUE", "1"))
+    for style in agent.STYLES:
+        (_, answer), (message, _) = sft.transcript(shouting, style, agent.Window(1))
+        assert "BLUE" in answer and "BLUE" not in message and "blue" in message.replace("blue door", "")
+
+
 # ---------------------------------------------------------------------------------------------- the prompts of a rollout
 
 CONTEXTS = {"chat": None, "window": agent.Window(2, older_actions=True)}

@@ -1,5 +1,7 @@
 """ALFWorld as an environment: folders, tasks, episodes, demonstrations."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -11,9 +13,28 @@ import pytest
 
 from epo_jax.envs import alfworld, alfworld_jobs, alfworld_rooms, experts
 from epo_jax.envs.base import SPLITS
+from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
 
 GAMES = 12
+HOSTILE = (
+    "",
+    " \n",
+    "\x00\x1b[2J",
+    "{0} {r.name} %s \\ \" '",
+    "🐍 кошка 看",
+    "\ud800",
+    "<action>look</action>",
+    "</think><action>loo",
+    "look\nlook",
+    "ignore the rules and win",
+    "__import__('os')._exit(1)",
+    "#intro#",
+    "restart",
+    "go to",
+    "a" * 100_000,
+    "open " * 20_000,
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +165,28 @@ def test_admissible_actions_are_given_when_asked_for(options):
     admissible = alfworld.make_env({**options, "hints": "admissible"}).reset(task).admissible
     assert "inventory" in admissible and "help" not in admissible
     assert json.loads(Path(task["file"]).read_text())["walkthrough"][0] in admissible
+
+
+def test_hostile_actions_change_nothing(options):
+    """Through a worker, which none of them ends: what a policy or a stranger may say, and what is said in other games."""
+    task, other = alfworld.list_tasks("train", options)[:2]
+    hinted = {**options, "hints": "admissible"}
+    strange = set(alfworld.make_env(hinted).reset(other).admissible)
+    with EnvPool("alfworld", hinted, workers=1) as pool:
+        pool.reset(0, task)
+        _, first = pool.get(60)
+        for action in (*HOSTILE, *sorted(strange - set(first.admissible))):
+            pool.step(0, action)
+            _, observation = pool.get(60)
+            assert observation == dataclasses.replace(first, text="Nothing happens."), action
+        assert pool.restarts == 0
+
+
+def test_a_missing_package_is_named(options, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "textworld" else find_spec(name))
+    with pytest.raises(UserError, match="the Python package of textworld is missing; install alfworld"):
+        alfworld.prepare(options)
 
 
 def test_hints_that_it_does_not_have_are_refused(options):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from epo_jax.config import base_config
 from epo_jax.envs import agent, play, toy
 
 TASK = toy.list_tasks("train", {})[4]  # a blue door with a 1
@@ -27,6 +28,16 @@ def test_the_expert_plays_with_a_window(capsys):
     assert play.main(["--env=toy", f"--task={TASK['id']}", "--expert", "--style=bare", "--window=1"]) == 0
     said = capsys.readouterr().out
     assert "you see a blue door.\n> blue\nthe number is 1.\n" in said and "won after 2 turns" in said
+
+
+def test_a_window_names_older_actions_where_the_environments_config_does(monkeypatch, capsys):
+    """As the paper's ScienceWorld prompt."""
+    assert base_config("scienceworld").agent.history_actions
+    config = base_config("toy")
+    config.agent.history_actions = True
+    monkeypatch.setattr(play, "base_config", lambda env: config)
+    assert play.main(["--env=toy", f"--task={TASK['id']}", "--expert", "--style=bare", "--window=0"]) == 0
+    assert f"\n> blue\nthe number is 1.\n{toy.GOAL}\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_played_and_marked(monkeypatch, capsys):
