@@ -1,4 +1,4 @@
-"""ALFWorld's episodes: what an agent is told, and an expert that is to be imitated."""
+"""An ALFWorld episode as it is told, in a worker to an agent and in a job to the expert."""
 
 from epo_jax.envs import alfworld_engine
 from epo_jax.envs.base import Observation, Task

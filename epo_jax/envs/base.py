@@ -69,8 +69,8 @@ _BLANK = vars(Observation(text=""))
 
 
 def to_fields(observation: Observation) -> dict[str, Any]:
-    """What JSON keeps of an observation: the fields that say something."""
-    return {name: value for name, value in vars(observation).items() if value != _BLANK[name]}
+    """What JSON keeps of an observation: its text, and every other field that says something."""
+    return {name: value for name, value in vars(observation).items() if name == "text" or value != _BLANK[name]}
 
 
 def from_fields(fields: dict[str, Any]) -> Observation:

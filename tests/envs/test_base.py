@@ -1,5 +1,6 @@
 """Environments by name, and the guide to writing one, followed to the letter."""
 
+import json
 import os
 import re
 import subprocess
@@ -74,3 +75,11 @@ def test_an_environment_without_an_expert_says_so():
     assert lonely.prepare({}) is None
     with pytest.raises(UserError, match="has no expert demonstrations; set config.warm_start.episodes=0"):
         lonely.demonstrations([], {})
+
+
+@pytest.mark.parametrize("fields", [{"text": ""}, {"text": "a room", "goal": "g", "won": True, "objects": ("box",)}])
+def test_an_observation_comes_back_from_json(fields):
+    observation = base.Observation(**fields)
+    written = json.dumps(base.to_fields(observation))
+    assert base.from_fields(json.loads(written)) == observation
+    assert json.loads(written).keys() == fields.keys()
