@@ -1,14 +1,17 @@
 """One update of the arms `+released` against the release's functions, called as the release calls them: on turn rows, a
 micro-batch at a time."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from epo_jax.objectives import entropy, released, released_rows
+from epo_jax.optim import OptimConfig, stuck
 from tests import tiny
 
 LENGTH, GATE = 4, tiny.TURNS // 2
@@ -32,13 +35,13 @@ def turn_table(trajectories, batch):
     return table
 
 
-def copied_turns(batch, table, step):
+def copied_turns(table, step, mini_turns):
     """The turns that the step copied, as indices into `table`; that they are drawn rightly is `test_released_rows`'s."""
     tokens = np.zeros(tiny.EPISODES * tiny.TURNS, np.int32)
     for i, u, places in table:
         tokens[i * tiny.TURNS + u] = len(places)
     key = jax.random.fold_in(jax.random.key(0), step)
-    rows = released_rows.turn_rows(jnp.asarray(tokens), jnp.zeros(tokens.size, jnp.int32), 1, 5, key)
+    rows = released_rows.turn_rows(jnp.asarray(tokens), mini_turns, 5, key)
     index = {i * tiny.TURNS + u: row for row, (i, u, _) in enumerate(table)}
     return [index[int(k)] for k in rows.key[rows.live > 0]][len(table) :]
 
@@ -79,7 +82,7 @@ def test_an_update_is_the_releases(base):
     gradient, metrics = tiny.first_update(config, hyper, batch, **state)
 
     table = turn_table(trajectories, batch)
-    copies = copied_turns(batch, table, 1)
+    copies = copied_turns(table, 1, tiny.OBJECTIVE.mini_turns)
     rows = table + [table[c] for c in copies]
     assert copies and len(rows) % 5 == 0, "the batch needs no copies: choose another"
     inputs, mask = tiny.inputs(batch), padded(batch.policy_mask[0], rows)
@@ -107,3 +110,82 @@ def test_an_update_is_the_releases(base):
     value, expected = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(tiny.as_params())
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-4, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), gradient, expected)
+
+
+def own_advantages(trajectories, rows, mask):
+    """GRPO as the release has it: every turn row of a group, copies among them, is one more sample."""
+    score = np.array([sum(trajectories[i].rewards) - 0.5 * (not trajectories[i].valid[u]) for i, u, _ in rows])
+    group = np.array([trajectories[i].group for i, _, _ in rows])
+    members = [score[group == g] for g in group]
+    row = [(s - m.mean()) / (m.std(ddof=1) + 1e-6) for s, m in zip(score, members, strict=True)]
+    return np.array(row)[:, None] * mask
+
+
+def micro_batch_loss(params, inputs, old, reference, advantage, mask, places):
+    """The release's actor loss of one micro-batch of turn rows, without the penalty, which is a constant."""
+    log_p = tiny.dense_log_p(params, inputs)
+    here = places[..., 0], places[..., 1]
+    chosen = jnp.take_along_axis(log_p, inputs.label[..., None], -1)[..., 0][here]
+    uncertain = -(jnp.exp(log_p) * log_p).sum(-1)[here]
+    ratio = jnp.exp(chosen - old[here])
+    clipped = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 0.8, 1.2))
+    policy = jnp.where(advantage < 0, jnp.minimum(clipped, -3.0 * advantage), clipped)
+    gap = reference[here] - chosen
+    token = policy - 0.3 * uncertain + 0.2 * jnp.clip(jnp.exp(gap) - gap - 1.0, -10.0, 10.0)
+    return (token * mask).sum() / mask.sum()
+
+
+def test_three_steps_are_the_releases():
+    """Three RL steps of three mini-batches: the release's loop over rows, its AdamW and its schedule written out, in
+    float64 but for the model. The rate is 0 in the first step, the whole in the second, and one for all its updates."""
+    mini_turns, micro_turns, peak, steps = 10, 5, 1e-2, 4
+    trajectories, batch = problem()
+    config, hyper = tiny.learner("grpo+released", **SETTINGS, mini_turns=mini_turns)
+    optim = OptimConfig(peak, steps, warmup_ratio=0.3, clip_norm=0.05, released=True)
+    config = dataclasses.replace(config, optim=optim)
+    state, step = tiny.start(config, reference=tiny.as_params(tiny.parameters(1))), tiny.program(config)
+    for _ in range(3):
+        state, metrics = step(state, batch, hyper)
+    # There is room for a fourth mini-batch, which has no rows; that is no failure.
+    assert metrics["updates"] == 3 and metrics["skipped_updates"] == 0 and not stuck(metrics)
+
+    inputs, old = tiny.inputs(batch), jnp.asarray(batch.behaviour_log_prob[0])
+    reference = tiny.own_statistics(batch, tiny.parameters(1))[0]
+    gradient_of = jax.jit(jax.grad(micro_batch_loss), compiler_options=tiny.QUICK)
+    table = turn_table(trajectories, batch)
+    flat, unravel = ravel_pytree(tiny.as_params())
+    params, first, second, updates = np.asarray(flat, np.float64), 0.0, 0.0, 0
+    for rl_step in range(3):
+        rate = peak * (0.0, 1.0, 0.6 + 0.4 * np.cos(np.pi / 3))[rl_step]
+        rows = table + [table[c] for c in copied_turns(table, rl_step, mini_turns)]
+        assert len(table) > 2 * mini_turns and len(table) % mini_turns and len(rows) == 3 * mini_turns
+        places, mask = np.zeros((len(rows), LENGTH, 2), int), np.zeros((len(rows), LENGTH))
+        for r, (_, _, where) in enumerate(rows):
+            places[r, : len(where)], mask[r, : len(where)] = where, 1.0
+        advantage = own_advantages(trajectories, rows, mask)
+        for start in range(0, len(rows), mini_turns):
+            gradient = 0.0
+            for micro in (slice(i, i + micro_turns) for i in range(start, start + mini_turns, micro_turns)):
+                columns = (jnp.asarray(x[micro], jnp.float32) for x in (advantage, mask))
+                found = gradient_of(unravel(jnp.asarray(params, jnp.float32)), inputs, old, reference, *columns, places[micro])
+                gradient += np.asarray(ravel_pytree(found)[0], np.float64) / (mini_turns // micro_turns)
+            norm = np.linalg.norm(gradient)
+            assert norm > 0.05, "nothing is clipped: choose a lower bound"
+            gradient *= 0.05 / norm
+            updates += 1
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            scaled = first / (1 - 0.9**updates) / (np.sqrt(second / (1 - 0.999**updates)) + 1e-8)
+            params = params * (1 - rate * 0.01) - rate * scaled
+    moved = np.abs(np.asarray(ravel_pytree(state.params)[0]) - flat)
+    assert np.median(moved) > 1e-2
+    np.testing.assert_allclose(ravel_pytree(state.params)[0], params, atol=1e-4)
+
+
+def test_an_update_without_a_finite_gradient_is_left_out():
+    trajectories, batch = problem()
+    config, hyper = tiny.learner("grpo+released", **SETTINGS)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_ratio=0.0, released=True))
+    before = tiny.as_params()
+    state, metrics = tiny.program(config)(tiny.start(config), batch, hyper._replace(lam=np.float32(np.nan)))
+    assert metrics["updates"] == metrics["skipped_updates"] == 1 and stuck(metrics)
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)

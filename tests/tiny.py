@@ -21,7 +21,7 @@ ROW, POLICY = 48, 24  # tokens and policy tokens of a row
 TEMPERATURE = 0.9
 QUICK = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 OBJECTIVE = ObjectiveConfig(
-    num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW, turn_tokens=4, micro_turns=5
+    num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW, turn_tokens=4, mini_turns=40, micro_turns=5
 )
 
 
