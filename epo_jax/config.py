@@ -148,8 +148,9 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     algo.gigpo_weight = 1.0  # of gigpo's step advantage, beside its episode advantage
     algo.aggregation = "token-mean"  # how the policy loss is averaged
     # Arms with "+released" alone: turns of a mini-batch, which takes the place of algo.mini_batches, and of a micro-batch.
-    algo.released_mini_turns = 256
-    algo.released_micro_turns = 32
+    # The release's PPO on ScienceWorld has 64 and 8.
+    algo.released_mini_turns = 256 if env == "alfworld" else 128
+    algo.released_micro_turns = 32 if env == "alfworld" else 16
 
     config.epo = epo = ConfigDict()
     epo.lam = 0.001  # weight of the whole term; 0 = the base algorithm alone

@@ -171,8 +171,7 @@ def lots(rows: LossRows, key: Array) -> Float[Array, "B T"]:
 
 def clip_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
     """Clip-Cov (arXiv 2505.22617): a random `cov_fraction` of the tokens, drawn from those with covariance in
-    (cov_low, cov_high), gives
-    no policy gradient."""
+    (cov_low, cov_high), gives no policy gradient."""
     share = covariance(rows)
     band = jnp.where((share > hyper.cov_low) & (share < hyper.cov_high), rows.policy_mask, 0.0)
     drawn = largest(lots(rows, key) * band, rows.policy_mask, hyper.cov_fraction) * band
