@@ -147,7 +147,10 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     algo.format_penalty_place = "after"  # taken from its advantage; "before": from its reward, before normalisation (release)
     algo.gigpo_weight = 1.0  # of gigpo's step advantage, beside its episode advantage
     algo.aggregation = "token-mean"  # how the policy loss is averaged
-    algo.released_micro_turns = 32  # turns of a micro-batch of the release, whose means arms with "+released" average
+    # Arms with "+released" alone: turns of a mini-batch, which takes the place of algo.mini_batches, and of a micro-batch.
+    # The release's PPO on ScienceWorld has 64 and 8.
+    algo.released_mini_turns = 256 if env == "alfworld" else 128
+    algo.released_micro_turns = 32 if env == "alfworld" else 16
 
     config.epo = epo = ConfigDict()
     epo.lam = 0.001  # weight of the whole term; 0 = the base algorithm alone
@@ -175,6 +178,7 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     control.cov_low = 1.0  # +clip_cov: the band of covariances that it draws from
     control.cov_high = 5.0
     control.cov_coef = 1.0  # +kl_cov: weight of the divergence
+    control.nucleus = 0.8  # +siren: the share of the probability whose words make an entropy
     control.peak_quantile = 0.8  # +siren: of an episode's entropies, above which they are regularised
     control.target_entropy = 0.2  # +target: nats per policy token; epo.lam is where the coefficient starts
     control.target_delta = 1e-4  # its move per RL step
@@ -298,6 +302,11 @@ def _validate_pairs(config: ConfigDict) -> None:
             f"config.rollout.group_size={rollout.group_size} must be at least 2 for config.algo.name={algo.name!r}, "
             "which compares episodes of one task."
         )
+    if algo.released_mini_turns % algo.released_micro_turns:
+        raise UserError(
+            f"config.algo.released_mini_turns={algo.released_mini_turns} must be a multiple of "
+            f"config.algo.released_micro_turns={algo.released_micro_turns}."
+        )
     if algo.kl_kind == "full" and algo.kl_place == "reward":
         raise UserError(
             "config.algo.kl_kind='full' belongs in the loss; for config.algo.kl_place='reward' choose an estimate "
@@ -360,8 +369,8 @@ _RANGES = (
         "agent.response_tokens agent.max_tokens model.d_model model.num_layers model.num_heads model.num_kv_heads "
         "model.head_dim model.d_ff warm_start.batch_tokens rollout.groups rollout.group_size rollout.slots rollout.lanes "
         "rollout.block rollout.devices "
-        "algo.epochs algo.mini_batches algo.micro_batch_rows algo.released_micro_turns epo.window train.steps train.rows_tokens "
-        "train.rows_policy_tokens checkpoint.every checkpoint.keep train.max_skipped",
+        "algo.epochs algo.mini_batches algo.micro_batch_rows algo.released_mini_turns algo.released_micro_turns epo.window "
+        "train.steps train.rows_tokens train.rows_policy_tokens checkpoint.every checkpoint.keep train.max_skipped",
         lambda value: value >= 1,
         "a whole number of at least 1",
     ),
@@ -391,7 +400,7 @@ _RANGES = (
     ),
     ("optim.b1 optim.b2 epo.ema_decay env.hesitation env.mistakes", lambda value: 0 <= value < 1, "in [0, 1)"),
     ("algo.clip_low", lambda value: value < 1, "below 1"),
-    ("eval.top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
+    ("eval.top_p control.nucleus", lambda value: 0 < value <= 1, "in (0, 1]"),
     ("algo.dual_clip", lambda value: value > 1, "above 1"),
     ("model.vocab_size", lambda value: value >= 300, "at least 300, as 256 bytes and the special tokens come first"),
     (

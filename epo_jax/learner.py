@@ -308,9 +308,7 @@ def make_train_step(config: LearnerConfig, on: Mesh | None = None) -> TrainStep:
 def step_function(config: LearnerConfig) -> TrainStep:
     """One RL step as a pure function."""
     objective, micro_rows = config.objective, config.micro_rows
-    optimizer = make_optimizer(config.optim)
     plain_model = dataclasses.replace(config.model, lora=None)
-    critic_optimizer = make_optimizer(config.critic_optim) if config.critic_optim else None
 
     def per_policy_token(fn: Callable, batch: TokenBatch):
         """`fn(micro_batch) -> [rows, P]`, or several of them, over every live row, without gradient: [M, R, P]."""
@@ -334,15 +332,15 @@ def step_function(config: LearnerConfig) -> TrainStep:
         """Log-probability and entropy of the data before this step's updates: what the sampler recorded, or where that
         will not do (it saw another arithmetic, or the whole distribution) the learner's own."""
         log_prob, token_entropy = batch.behaviour_log_prob, batch.behaviour_entropy
-        if objective.truncated_importance or objective.nucleus is not None:
+        if objective.truncated_importance or objective.entropy_top_p is not None:
             own = per_policy_token(
                 lambda micro: policy_statistics(
-                    config.model, state.policy(), micro, config.temperature, objective.nucleus
+                    config.model, state.policy(), micro, config.temperature, objective.entropy_top_p
                 ),
                 batch,
             )
             log_prob = own[0] if objective.truncated_importance else log_prob
-            token_entropy = own[1] if objective.nucleus is not None else token_entropy
+            token_entropy = own[1] if objective.entropy_top_p is not None else token_entropy
         return log_prob, token_entropy
 
     def reference_policy(state: TrainState) -> tuple[DecoderConfig, Params]:
@@ -356,13 +354,13 @@ def step_function(config: LearnerConfig) -> TrainStep:
         )
 
     def critic_values(state: TrainState, batch: TokenBatch) -> Float[Array, "M R P"]:
-        if not critic_optimizer:
+        if not config.critic_optim:
             return jnp.zeros_like(batch.policy_mask)
         policy = state.policy()
         return per_policy_token(lambda micro: values(config.critic, config.model, state.critic, policy, *micro[:4]), batch)
 
-    def advantages(batch: TokenBatch, data: dict, hyper: Hyper, key) -> tuple[Estimate, Float[Array, "M R P"] | None]:
-        """The estimate, and with the release's arithmetic the weights that stand for its averages."""
+    def advantages(batch: TokenBatch, data: dict, hyper: Hyper, key) -> tuple[Estimate, Float[Array, "M K"] | None]:
+        """The estimate, and with the release's arithmetic what each turn weighs in each of its mini-batches."""
         shape = batch.policy_mask.shape
         by_token = (
             batch.policy_mask, batch.trajectory, batch.turn, batch.reward, batch.valid,
@@ -377,16 +375,14 @@ def step_function(config: LearnerConfig) -> TrainStep:
             laid_out = [x.reshape(-1, shape[-1]) for x in by_token]
         episodes = Episodes(*laid_out, returns=batch.returns, group=batch.group, anchor=batch.anchor)
         if objective.released:
-            mini_of_row = jnp.broadcast_to(jnp.arange(shape[0])[:, None, None], shape)
-            mini = jax.ops.segment_max(
-                jnp.where(batch.policy_mask > 0, mini_of_row, 0).ravel(), batch.trajectory.ravel(), batch.returns.size
-            )
-            found = released_rows.estimate(episodes, mini, shape[0], key, hyper, objective)
+            found, turn_weights = released_rows.estimate(episodes, key, hyper, objective)
         else:
-            found = estimate(episodes, hyper, objective), None
+            found, turn_weights = estimate(episodes, hyper, objective), None
         if layout is not None:
-            return jax.tree.map(lambda x: x.at[layout].get(mode="fill", fill_value=0.0), found)
-        return jax.tree.map(lambda x: x.reshape(shape), found)
+            found = jax.tree.map(lambda x: x.at[layout].get(mode="fill", fill_value=0.0), found)
+        else:
+            found = jax.tree.map(lambda x: x.reshape(shape), found)
+        return found, turn_weights
 
     @jax.named_scope("train_step")
     def train_step(state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
@@ -395,7 +391,12 @@ def step_function(config: LearnerConfig) -> TrainStep:
         data = {"ref_log_prob": reference_log_prob(state, batch), "value": critic_values(state, batch)}
         data["old_log_prob"], data["old_entropy"] = before_update(state, batch)
         key = jax.random.fold_in(jax.random.key(0), state.step)
-        estimated, given_weight = advantages(batch, data, hyper, key)
+        estimated, turn_weights = advantages(batch, data, hyper, key)
+        mini_batches = jnp.tile(jnp.arange(batch.rows.shape[0]), config.epochs)
+        if objective.released:
+            if batch.rows.shape[0] != 1:
+                raise ValueError("An arm with +released cuts its own mini-batches: pack with mini_batches=1.")
+            mini_batches = jnp.zeros(config.epochs * turn_weights.shape[0], jnp.int32)
 
         # A corridor is built from earlier steps alone; the release has the current one in it.
         by_token = (data["old_entropy"], batch.policy_mask, batch.trajectory, batch.turn)
@@ -406,7 +407,12 @@ def step_function(config: LearnerConfig) -> TrainStep:
             params, opt_state, critic, critic_opt_state = carry
             i, m = step_and_mini
             by_row = batch._replace(rows=None, returns=None, group=None, anchor=None)
-            b, known, estimates, weight = jax.tree.map(lambda x: x[m], (by_row, data, estimated, given_weight))
+            b, known, estimates = jax.tree.map(lambda x: x[m], (by_row, data, estimated))
+            live, weight = batch.rows[m], None
+            if objective.released:
+                turns = turn_weights[i % turn_weights.shape[0]]
+                weight = turns[b.trajectory * objective.max_turns + b.turn] * estimates.policy_mask
+                estimates = estimates._replace(policy_mask=(weight > 0).astype(weight.dtype))
             weighted = loss_rows(
                 estimates.policy_mask, b.trajectory, b.turn, known["old_log_prob"], known["ref_log_prob"],
                 estimates.advantage, hyper, objective, behaviour_log_prob=b.behaviour_log_prob,
@@ -417,11 +423,14 @@ def step_function(config: LearnerConfig) -> TrainStep:
             )
             inputs = Inputs(b.tokens, b.positions, b.segment_ids, b.index, b.label)
             rows = Rows(inputs, weighted, known["value"], estimates.returns)
+            if objective.released:  # rows without a turn of this mini-batch are not visited
+                needed = weight.any(axis=1)
+                live, rows = needed.sum(), jax.tree.map(lambda x: x[jnp.argsort(~needed, stable=True)], rows)
 
             def policy_objective(params, micro: Rows):
                 label, full_kl = micro.inputs.label, None
                 head = head_inputs(config.model, lora.join(state.base, params), micro.inputs)
-                log_prob, token_entropy = head_statistics(*head, label, config.temperature, objective.nucleus)
+                log_prob, token_entropy = head_statistics(*head, label, config.temperature, objective.entropy_top_p)
                 if objective.kl == "full":
                     reference = head_inputs(*reference_policy(state), micro.inputs)
                     full_kl = head_divergence(*head, *reference, config.temperature).reshape(label.shape)
@@ -434,11 +443,11 @@ def step_function(config: LearnerConfig) -> TrainStep:
                 return loss, (sums, maxima)
 
             policy = lora.join(state.base, params)
-            gradient, metrics, maxima = summed_gradients(policy_objective, params, rows, batch.rows[m], micro_rows)
+            gradient, metrics, maxima = summed_gradients(policy_objective, params, rows, live, micro_rows)
             params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(
-                optimizer, gradient, opt_state, params, hyper.lr_scale
+                config.optim, gradient, opt_state, params, hyper.lr_scale, state.step, live
             )
-            if critic_optimizer:
+            if config.critic_optim:
 
                 def critic_objective(critic, micro: Rows):
                     value = values(config.critic, config.model, critic, policy, *micro.inputs[:4])
@@ -446,20 +455,20 @@ def step_function(config: LearnerConfig) -> TrainStep:
                     total = hyper.value_coef * (micro.loss.mean_weight * loss).sum()
                     return total, ({"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}, {})
 
-                gradient, critic_metrics, _ = summed_gradients(critic_objective, critic, rows, batch.rows[m], micro_rows)
+                gradient, critic_metrics, _ = summed_gradients(critic_objective, critic, rows, live, micro_rows)
                 critic, critic_opt_state, _, skipped = guarded_update(
-                    critic_optimizer, gradient, critic_opt_state, critic, hyper.critic_lr_scale
+                    config.critic_optim, gradient, critic_opt_state, critic, hyper.critic_lr_scale, state.step, live
                 )
                 metrics |= critic_metrics
                 metrics["skipped_updates"] = jnp.maximum(metrics["skipped_updates"], skipped)
             metrics |= {"beta": terms.beta, "lam": terms.lam}
-            return (params, opt_state, critic, critic_opt_state), (metrics, maxima)
+            return (params, opt_state, critic, critic_opt_state), (metrics, maxima, live > 0)
 
-        mini_batches = jnp.tile(jnp.arange(batch.rows.shape[0]), config.epochs)
         carry = (state.params, state.opt_state, state.critic, state.critic_opt_state)
-        carry, (metrics, maxima) = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
-        skipped = metrics["skipped_updates"].sum()
-        metrics = jax.tree.map(jnp.mean, metrics) | {"skipped_updates": skipped}
+        carry, (metrics, maxima, done) = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
+        updates, skipped = done.sum(), metrics["skipped_updates"].sum()
+        metrics = jax.tree.map(lambda x: jnp.where(done, x, 0.0).sum() / jnp.maximum(updates, 1), metrics)
+        metrics |= {"updates": updates.astype(jnp.float32), "skipped_updates": skipped}
 
         center = entropy.center(seen, objective.history, hyper.window, hyper.ema_decay)
         policy_tokens = batch.policy_mask.sum()

@@ -29,7 +29,7 @@ from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_p
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.optim import OptimConfig
+from epo_jax.optim import OptimConfig, stuck
 from epo_jax.stopping import StopRequest
 from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
 from epo_jax.trajectory_log import TrajectoryLog
@@ -187,11 +187,12 @@ def train(command: Command) -> None:
             if stop.asked:
                 end_early(step)
             rolled_out = time.perf_counter()
-            batch = mesh.place(step_batch(config, step, trajectories, learner.micro_rows), batch_shardings(devices))
+            batch = step_batch(config, objective, step, trajectories, learner.micro_rows)
+            batch = mesh.place(batch, batch_shardings(devices))
             state, metrics = train_step(state, batch, hyper)
             metrics = {name: float(value) for name, value in metrics.items()}
             updated = time.perf_counter()
-            skipped = skipped + 1 if metrics["skipped_updates"] >= config.algo.epochs * config.algo.mini_batches else 0
+            skipped = skipped + 1 if stuck(metrics) else 0
             if skipped >= config.train.max_skipped:
                 raise UserError(
                     f"No update of the last {skipped} RL steps had a finite gradient; the weights are as before them. "
@@ -255,14 +256,16 @@ def blank_model(config, tokenizer: ChatTokenizer) -> tuple[DecoderConfig, Params
     return model, params
 
 
-def step_batch(config, step: int, trajectories: list[Trajectory], micro_rows: int) -> TokenBatch:
+def step_batch(
+    config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int
+) -> TokenBatch:
     """What the learner sees of RL step `step`, in micro-batches of `micro_rows`."""
     return pack(
         trajectories,
         config.train.rows_tokens,
         config.train.rows_policy_tokens,
         config.env.max_turns,
-        config.algo.mini_batches,
+        1 if objective.released else config.algo.mini_batches,  # the release's are cut from turns, inside the train step
         micro_rows,
         np.random.default_rng([config.seed, step]).permutation(len(trajectories)),
         *contexts(config),
@@ -388,11 +391,13 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         history_index=epo.history_index,
         phase=epo.phase,
         turn_gate=epo.turn_gate,
+        nucleus=config.control.nucleus,
         entropy_aggregation=epo.aggregation,
         num_trajectories=config.rollout.groups * config.rollout.group_size,
         max_turns=config.env.max_turns,
         max_tokens=config.agent.max_tokens,
         turn_tokens=config.agent.response_tokens,
+        mini_turns=algo.released_mini_turns,
         micro_turns=algo.released_micro_turns,
     )
     coefficients = {**config.control.to_dict(), **epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
@@ -404,16 +409,20 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
 def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 1) -> LearnerConfig:
     """What is static about the run's train step, on a mesh that deals rows to `row_shards`."""
     algo = config.algo
-    updates = config.train.steps * algo.epochs * algo.mini_batches
+    updates = config.train.steps * (1 if objective.released else algo.epochs * algo.mini_batches)
 
-    def optim(lr: float) -> OptimConfig:
-        return OptimConfig(updates=updates, **{**config.optim.to_dict(), "lr": lr})
+    def optim(**changes) -> OptimConfig:
+        return OptimConfig(updates=updates, released=objective.released, **{**config.optim.to_dict(), **changes})
+
+    critic = {"lr": algo.critic_lr}
+    if objective.released:  # its critic's rate is constant
+        critic |= {"warmup_ratio": 0.0, "floor_ratio": 1.0}
 
     return LearnerConfig(
         model=model,
         objective=objective,
-        optim=optim(config.optim.lr),
-        critic_optim=optim(algo.critic_lr) if objective.estimator == "gae" else None,
+        optim=optim(),
+        critic_optim=optim(**critic) if objective.estimator == "gae" else None,
         reference=objective.kl != "none",
         epochs=algo.epochs,
         micro_rows=algo.micro_batch_rows * row_shards,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool
 from epo_jax.learner import LearnerConfig, Metrics, TrainState, make_train_step
 from epo_jax.models.decoder import Params
 from epo_jax.objectives.loss import Hyper
+from epo_jax.optim import stuck
 from epo_jax.trajectory import TokenBatch
 
 
@@ -32,7 +33,7 @@ def make_members_step(
         after, metrics = train_step(state._replace(base=base), batch, hyper)
         after = after._replace(base={})
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(after)]).all()
-        alive = alive & finite & (metrics["skipped_updates"] < config.epochs * batch.rows.shape[0])
+        alive = alive & finite & ~stuck(metrics)
         return jax.tree.map(lambda new, old: jnp.where(alive, new, old), after, state), metrics, alive
 
     def of_device(base, *members):

@@ -1,13 +1,15 @@
-"""The optimiser, and one update that leaves things as they are where the gradient is not finite."""
+"""The optimiser, and one update that leaves things as they are where there is nothing sound to learn."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from epo_jax.models.decoder import Params
+from epo_jax.objectives import released
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +18,7 @@ class OptimConfig:
 
     With `muon`, updates of the layers' matrices are orthogonalised (Muon, https://kellerjordan.github.io/posts/muon) and scaled
     to the size of Adam's; all else has Adam with Nesterov's momentum.
+    With `released` the rate is the release's: `updates` are RL steps, and all updates of a step have one rate.
     """
 
     lr: float
@@ -27,20 +30,23 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     muon: bool = False
+    released: bool = False
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """The optimiser; with `released` at its highest rate, which `guarded_update` lowers."""
     warmup = int(config.warmup_ratio * config.updates)
-    schedule = optax.warmup_cosine_decay_schedule(
+    rate = optax.warmup_cosine_decay_schedule(
         init_value=config.lr / (warmup + 1),
         peak_value=config.lr,
         warmup_steps=warmup,
         decay_steps=max(config.updates, warmup + 1),
         end_value=config.floor_ratio * config.lr,
     )
+    rate = config.lr if config.released else rate
     if config.muon:
         update = optax.contrib.muon(
-            schedule,
+            rate,
             adam_b1=config.b1,
             adam_b2=config.b2,
             weight_decay=config.weight_decay,
@@ -49,7 +55,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
             consistent_rms=0.2,
         )
     else:
-        update = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+        update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
@@ -60,16 +66,29 @@ def _matrices(params: Params):
 
 
 def guarded_update(
-    optimizer: optax.GradientTransformation,
+    config: OptimConfig,
     gradient: Params,
     opt_state: optax.OptState,
     params: Params,
     lr_scale: Float[Array, ""] | float,
+    step: Int[Array, ""],
+    live: Int[Array, ""],
 ) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
-    """(params, opt_state, norm of the gradient, skipped); where the norm is not finite, nothing changes and `skipped` is 1."""
+    """(params, opt_state, norm of the gradient, skipped) after an update on `live` rows in RL step `step`.
+
+    Without rows, or where the norm is not finite, nothing changes; `skipped` is 1 in the second case.
+    """
     norm = optax.global_norm(gradient)
-    updates, next_state = optimizer.update(gradient, opt_state, params)
+    updates, next_state = make_optimizer(config).update(gradient, opt_state, params)
+    if config.released:
+        lr_scale *= released.learning_rate(step, config.updates, config.warmup_ratio, config.floor_ratio)
     updated = optax.apply_updates(params, optax.tree.scale(lr_scale, updates)), next_state
     finite = jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (params, opt_state))
-    return params, opt_state, norm, 1.0 - finite
+    made = finite & (live > 0)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(made, new, old), updated, (params, opt_state))
+    return params, opt_state, norm, jnp.where(live > 0, 1.0 - finite, 0.0)
+
+
+def stuck(metrics: Mapping[str, Float[Array, ""] | float]) -> Bool[Array, ""] | bool:
+    """Whether an RL step had updates to make and none of them a finite gradient."""
+    return (metrics["updates"] > 0) & (metrics["skipped_updates"] >= metrics["updates"])

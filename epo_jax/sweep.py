@@ -312,7 +312,7 @@ def train(
             trained: list[list[Trajectory]] = [[] for _ in members]
             for i in living:
                 trained[i], uniform[i] = rollout.choose_groups(rounds[i], groups)
-                batches[i] = step_batch(members[i].config, step, trained[i], learner.micro_rows)
+                batches[i] = step_batch(members[i].config, members[i].objective, step, trained[i], learner.micro_rows)
             empty = jax.tree.map(np.zeros_like, batches[living[0]])
             batches = stack([empty if batch is None else batch for batch in batches])
             states, metrics, still = members_step(states, base, batches, hypers, alive)

@@ -18,8 +18,8 @@ STRONG = {"alpha": 2.0, "kappa_l": 0.95, "kappa_r": 1.05, "cov_fraction": 0.2, "
 
 
 @functools.cache
-def batches():
-    return [tiny.batched(tiny.episodes(seed, uniform=(seed,))) for seed in range(3)]
+def batches(mini_batches: int):
+    return [tiny.batched(tiny.episodes(seed, uniform=(seed,)), mini_batches) for seed in range(3)]
 
 
 @functools.cache
@@ -28,9 +28,9 @@ def trained(arm: str) -> np.ndarray:
     config, hyper = tiny.learner(arm)
     given = {k: np.float32(v) for k, v in STRONG.items() if k not in overridden(arm)}
     hyper = hyper._replace(**given, lam=np.float32(0.1 * (hyper.lam > 0)))
-    state = tiny.start(config)
-    for batch in batches():
-        state, metrics = tiny.program(config, 2)(state, batch, hyper)
+    state, mini_batches = tiny.start(config), 1 if config.objective.released else 2
+    for batch in batches(mini_batches):
+        state, metrics = tiny.program(config, mini_batches)(state, batch, hyper)
         assert all(np.isfinite(value) for value in metrics.values()), metrics
     assert int(state.history.count) == 3
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from epo_jax.config import base_config
 from epo_jax.learner import advantage_statistics
+from epo_jax.main import objective_and_hyper
 from epo_jax.objectives.loss import Estimate
 from tests import tiny
 
@@ -136,6 +138,20 @@ def test_advantage_statistics_are_of_the_tokens_trained_on():
     assert {name.removeprefix("advantage_"): float(x) for name, x in found.items()} == pytest.approx(expected)
     nothing = advantage_statistics(Estimate(advantage, advantage, jnp.zeros_like(mask)))
     assert nothing["advantage_mean"] == nothing["advantage_std"] == 0.0 and not np.isfinite(nothing["advantage_max"])
+
+
+def test_every_key_of_a_control_is_read():
+    def read(key=None, value=None):
+        config = base_config("toy")
+        config.algo.name = "grpo+siren"
+        if key:
+            config.control[key] = value
+        return objective_and_hyper(config)
+
+    usual = read()
+    unread = [key for key, value in base_config("toy").control.items() if read(key, 0.75 * value) == usual]
+    assert not unread
+    assert read("nucleus", 0.6)[0].entropy_top_p == 0.6
 
 
 def test_sirens_entropy_is_that_of_the_nucleus(batch):

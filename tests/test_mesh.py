@@ -12,8 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from epo_jax import mesh
+from epo_jax.config import base_config
 from epo_jax.errors import UserError
 from epo_jax.learner import batch_shardings, init_state_on, make_train_step, state_shardings
+from epo_jax.main import step_batch
 from epo_jax.models.decoder import DecoderConfig, Lora, init_params
 from tests import tiny
 
@@ -80,6 +82,29 @@ def test_three_updates_are_those_of_one_device(shape):
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 3]
     held = {math.prod(x.sharding.shard_shape(x.shape)) * shape[1] * shape[2] for x in moments}
     assert held == {x.size for x in moments}
+
+
+def test_the_releases_mini_batches_are_those_of_one_device():
+    """Packed as a run packs them, whatever its `algo.mini_batches`; rows change devices as each mini-batch takes its own."""
+    config, hyper = tiny.learner("grpo+released", MICRO_ROWS, mini_turns=10)
+    config = dataclasses.replace(config, model=MODEL, optim=dataclasses.replace(config.optim, lr=1e-3))
+    run = base_config("toy")
+    run.train.update(rows_tokens=ROW, rows_policy_tokens=tiny.POLICY)
+    run.env.max_turns, run.agent.context, run.algo.mini_batches = tiny.TURNS, "chat", 2
+    packed = step_batch(run, config.objective, 0, tiny.episodes(0), MICRO_ROWS)
+    assert packed.rows.shape == (1,)
+    found = []
+    for on in (None_mesh(), mesh.make_mesh(2, 2, 2)):
+        params = fresh(MODEL, jax.random.key(0))
+        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+        placed = mesh.place(packed, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
+        step = make_train_step(config, on).lower(state, *placed).compile(tiny.QUICK)
+        state, metrics = step(state, *placed)
+        found.append((jax.tree.map(np.asarray, state.params), metrics))
+    (alone, alone_metrics), (together, metrics) = found
+    assert metrics["updates"] == 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together, alone)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), metrics, alone_metrics)
 
 
 def None_mesh():

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from epo_jax.learner import Inputs, LearnerConfig, init_state, make_train_step, policy_statistics
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
+from epo_jax.models.value import init_critic
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 from epo_jax.optim import OptimConfig
@@ -21,7 +23,7 @@ ROW, POLICY = 48, 24  # tokens and policy tokens of a row
 TEMPERATURE = 0.9
 QUICK = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 OBJECTIVE = ObjectiveConfig(
-    num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW, turn_tokens=4, micro_turns=5
+    num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW, turn_tokens=4, mini_turns=40, micro_turns=5
 )
 
 
@@ -87,6 +89,42 @@ def dense_log_p(params, rows: Inputs):
     module = bind(MODEL, params)
     hidden = jnp.take_along_axis(module(rows.tokens, rows.positions, rows.segment_ids), rows.index[..., None], axis=1)
     return jax.nn.log_softmax(jnp.einsum("rpd,vd->rpv", hidden, module.output_embedding()) / TEMPERATURE)
+
+
+@jax.jit
+def dense_values(critic, rows: Inputs):
+    """The critic's value before every policy token, [R, P]."""
+    hidden = bind(MODEL, critic["decoder"])(rows.tokens, rows.positions, rows.segment_ids)
+    return jnp.take_along_axis(hidden, rows.index[..., None], axis=1) @ critic["value"]
+
+
+def critic():
+    """One that has opinions already."""
+    blank = init_critic("own", as_params(parameters(2)))
+    return blank | {"value": jax.random.normal(jax.random.key(3), blank["value"].shape)}
+
+
+class AdamW:
+    """The optimiser written out in float64, for all parameters as one `vector`."""
+
+    def __init__(self, params, clip_norm: float):
+        start, self.unravel = ravel_pytree(params)
+        self.vector, self.clip_norm = np.asarray(start, np.float64), clip_norm
+        self.first, self.second, self.updates = 0.0, 0.0, 0
+
+    def params(self):
+        return self.unravel(jnp.asarray(self.vector, jnp.float32))
+
+    def update(self, gradient, rate: float) -> float:
+        """Moves `vector` along its gradient; returns the gradient's norm."""
+        gradient = np.array(gradient, np.float64)
+        norm = np.linalg.norm(gradient)
+        gradient *= min(1.0, self.clip_norm / norm)
+        self.updates += 1
+        self.first, self.second = 0.9 * self.first + 0.1 * gradient, 0.999 * self.second + 0.001 * gradient**2
+        scaled = self.first / (1 - 0.9**self.updates) / (np.sqrt(self.second / (1 - 0.999**self.updates)) + 1e-8)
+        self.vector = self.vector * (1 - rate * 0.01) - rate * scaled
+        return norm
 
 
 def learner(arm: str, micro_rows: int = 2, **choices):

@@ -170,8 +170,8 @@ def lots(rows: LossRows, key: Array) -> Float[Array, "B T"]:
 
 
 def clip_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
-    """Clip-Cov: a random `cov_fraction` of the tokens, drawn from those with covariance in (cov_low, cov_high), gives
-    no policy gradient."""
+    """Clip-Cov (arXiv 2505.22617): a random `cov_fraction` of the tokens, drawn from those with covariance in
+    (cov_low, cov_high), gives no policy gradient."""
     share = covariance(rows)
     band = jnp.where((share > hyper.cov_low) & (share < hyper.cov_high), rows.policy_mask, 0.0)
     drawn = largest(lots(rows, key) * band, rows.policy_mask, hyper.cov_fraction) * band
@@ -179,7 +179,7 @@ def clip_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
 
 
 def kl_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
-    """KL-Cov: the `cov_fraction` of tokens with the largest covariance pays `cov_coef` * |log pi - log pi_old|. The arm
-    opens PPO's clip, which this divergence replaces."""
+    """KL-Cov (arXiv 2505.22617): the `cov_fraction` of tokens with the largest covariance pays `cov_coef` *
+    |log pi - log pi_old|. The arm opens PPO's clip, which this divergence replaces."""
     chosen = largest(covariance(rows), rows.policy_mask, hyper.cov_fraction)
     return rows._replace(divergence_weight=rows.weight * chosen * hyper.cov_coef)

@@ -127,7 +127,7 @@ def epo_loss(
     objective: ObjectiveConfig,
     full_kl: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """These rows' share of L = L_MT - lam * (L_H - beta * L_smooth) + kl_coef * KL (eq. 2), and of the metrics.
+    """These rows' share of L = L_MT - lam * (L_H - beta * L_smooth) + kl_coef * KL (EPO v2, eq. 2-6), and of the metrics.
 
     `log_prob` and `token_entropy` are the current policy's at the sampled tokens; off the mask anything finite.
     `full_kl` is needed with kl = "full" (`head.fused_full_kl`). The metric `kl` is nats per policy token.

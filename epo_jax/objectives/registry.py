@@ -70,8 +70,7 @@ OVERLAYS: dict[str, dict] = {
     "empg": {"lam": 0.0, "shaper": "empg"},
     "clip_cov": {"lam": 0.0, "token_control": "clip_cov"},
     "kl_cov": {"lam": 0.0, "token_control": "kl_cov", "clip_low": 1.0, "clip_high": 1e9, "dual_clip": 1e9},  # no clip
-    "siren": {"entropy_term": "siren", "history": "initial", "entropy_aggregation": "seq-mean-token-mean",
-              "nucleus": 0.8},
+    "siren": {"entropy_term": "siren", "history": "initial", "entropy_aggregation": "seq-mean-token-mean"},
     "target": {"alpha": 0.0, "coefficient": "target"},
     # Turn rows and their averages by `released`; what is a choice of ours anyway, by that choice.
     "released": {

@@ -5,14 +5,14 @@ turn rows exist only as a table of indices; all that the release does with them 
 token:
 
     group statistics, whitening and GAE   over turn rows, copies among them
-    rows copied at random                 until each mini-batch has a multiple of `micro_turns` rows
+    rows copied at random                 until the batch is a multiple of `mini_turns` rows
+    mini-batches                          the batch cut every `mini_turns` rows, in order, wherever that cuts an episode
     micro-batches averaged alike          a token weighs 1 / (micro-batches * tokens of its micro-batch)
     entropy history                       one mean per turn index, right-aligned, the current step's among them
 
-Two things differ: a mini-batch holds whole episodes (the release: a fixed number of turn rows, wherever that cuts an
-episode), and copies fill each up to whole micro-batches (the release: the batch, up to whole mini-batches). What the
-release's sampler does wrong (finished episodes play on and count in the history; contexts are cut) is not the objective's
-and not reproduced.
+How many mini-batches there are depends on how many turns were played, so the weights have room for the most there can be.
+What the release's sampler does wrong (finished episodes play on and count in the history; contexts are cut) is not the
+objective's and not reproduced.
 """
 
 from typing import NamedTuple
@@ -27,13 +27,13 @@ from epo_jax.objectives.spec import Episodes, Hyper, ObjectiveConfig
 
 
 class TurnRows(NamedTuple):
-    """The release's batch: B rows, first every turn in the order of mini-batch, episode and turn, then the copies.
+    """The release's batch: B rows, first every turn in the order of episode and turn, then the copies.
 
     Attributes:
         key: which turn the row is, trajectory * max_turns + turn.
         live: 1 where there is a row; shapes are fixed, so some are empty.
         mini: its mini-batch.
-        micro: its micro-batch, counted within the mini-batch.
+        micro: its micro-batch, counted over the whole batch.
     """
 
     key: Int[Array, " B"]
@@ -42,49 +42,43 @@ class TurnRows(NamedTuple):
     micro: Int[Array, " B"]
 
 
-def turn_rows(
-    tokens: Int[Array, " K"], mini: Int[Array, " K"], num_mini: int, micro_turns: int, key: Array
-) -> TurnRows:
-    """The rows of a batch of K possible turns with `tokens` policy tokens each (0: no such turn), dealt to `num_mini`
-    mini-batches by `mini`. In each, random turns are copied until the rows are a multiple of `micro_turns`."""
-    live = tokens > 0
-    mini = jnp.where(live, mini, num_mini)
-    count = jax.ops.segment_sum(live.astype(jnp.int32), mini, num_mini + 1)[:num_mini]
-    start = jnp.cumsum(count) - count
-    order = jnp.lexsort((jnp.arange(tokens.size), mini))
-    shuffled = jnp.lexsort((jax.random.uniform(key, mini.shape), mini))
-    turns = mini[order]
-    rank = jnp.arange(tokens.size) - start[jnp.minimum(turns, num_mini - 1)]
-
-    # The slots for copies of every mini-batch, as many as can be needed.
-    of, slot = (x.ravel() for x in jnp.mgrid[:num_mini, : micro_turns - 1])
-    copied = shuffled[start[of] + slot % jnp.maximum(count[of], 1)]
-    needed = (slot < -count[of] % micro_turns).astype(jnp.float32)
+def turn_rows(tokens: Int[Array, " K"], mini_turns: int, micro_turns: int, key: Array) -> TurnRows:
+    """The rows of a batch of K possible turns with `tokens` policy tokens each (0: no such turn). Random turns are copied
+    until the rows are a multiple of `mini_turns`; the rows are then cut into mini-batches, and these every `micro_turns`
+    rows into micro-batches."""
+    absent = tokens == 0
+    count = (~absent).sum()
+    order = jnp.argsort(absent, stable=True)
+    shuffled = jnp.lexsort((jax.random.uniform(key, absent.shape), absent))
+    rank, slot = jnp.arange(tokens.size), jnp.arange(mini_turns - 1)
+    place = jnp.concatenate([rank, count + slot])
     return TurnRows(
-        key=jnp.concatenate([order, copied]),
-        live=jnp.concatenate([live[order].astype(jnp.float32), needed]),
-        mini=jnp.concatenate([jnp.minimum(turns, num_mini - 1), of]),
-        micro=jnp.concatenate([rank, count[of] + slot]) // micro_turns,
+        key=jnp.concatenate([order, shuffled[slot % jnp.maximum(count, 1)]]),
+        live=jnp.concatenate([rank < count, slot < -count % mini_turns]).astype(jnp.float32),
+        mini=place // mini_turns,
+        micro=place // micro_turns,
     )
 
 
-def turn_weights(rows: TurnRows, tokens: Int[Array, " K"], num_mini: int) -> Float[Array, " K"]:
-    """What a token of each turn weighs in its mini-batch: the mean over micro-batches of their token means."""
-    size = rows.key.size
-    micro = rows.mini * size + rows.micro
-    micro_tokens = jax.ops.segment_sum(tokens[rows.key] * rows.live, micro, num_mini * size)[micro]
-    num_micro = 1 + jax.ops.segment_max(jnp.where(rows.live > 0, rows.micro, -1), rows.mini, num_mini)[rows.mini]
-    weight = rows.live / ((micro_tokens + 1e-8) * jnp.maximum(num_micro, 1))
-    return jax.ops.segment_sum(weight, rows.key, tokens.size)
+def turn_weights(
+    rows: TurnRows, tokens: Int[Array, " K"], mini_turns: int, micro_turns: int
+) -> Float[Array, "M K"]:
+    """What a token of each turn weighs in each mini-batch: the mean over micro-batches of their token means. A mini-batch
+    beyond the last row weighs nothing."""
+    num_mini, num_micro = -(-tokens.size // mini_turns), mini_turns // micro_turns
+    micro_tokens = jax.ops.segment_sum(tokens[rows.key] * rows.live, rows.micro, num_mini * num_micro)[rows.micro]
+    weight = rows.live / ((micro_tokens + 1e-8) * num_micro)
+    return jnp.zeros((num_mini, tokens.size)).at[rows.mini, rows.key].add(weight, mode="drop")
 
 
 def estimate(
-    episodes: Episodes, mini: Int[Array, " N"], num_mini: int, key: Array, hyper: Hyper, objective: ObjectiveConfig
-) -> tuple[Estimate, Float[Array, "B T"]]:
-    """Advantages as the release has them, and the weight of every token in its mini-batch's averages.
+    episodes: Episodes, key: Array, hyper: Hyper, objective: ObjectiveConfig
+) -> tuple[Estimate, Float[Array, "M K"]]:
+    """Advantages as the release has them, and what a token of turn k = trajectory * max_turns + turn weighs in the
+    averages of mini-batch m.
 
-    `mini` is the mini-batch of each trajectory. The episode's return is the reward of every turn's last token, less the
-    format penalty of that turn and the KL of its tokens.
+    The episode's return is the reward of every turn's last token, less the format penalty of that turn and the KL of its
+    tokens.
     """
     shape, length = (objective.num_trajectories, objective.max_turns), objective.turn_tokens
     mask, turn_key = episodes.policy_mask, episodes.trajectory * objective.max_turns + episodes.turn
@@ -105,17 +99,17 @@ def estimate(
         reward -= hyper.kl_coef * policy.kl_estimate(episodes.log_prob, episodes.ref_log_prob, objective.kl) * mask
     turn_mask = by_turn(mask)
     tokens = turn_mask.sum(1).astype(jnp.int32)
-    mini_of_turn = jnp.repeat(mini, shape[1], total_repeat_length=tokens.size)
-    rows = turn_rows(tokens, mini_of_turn, num_mini, objective.micro_turns, key)
+    rows = turn_rows(tokens, objective.mini_turns, objective.micro_turns, key)
     advantage, returns = _row_advantages(rows, by_turn, episodes, reward, turn_mask, hyper, objective)
 
     def by_token(x: Float[Array, "R L"]) -> Float[Array, "B T"]:
-        of_turn = jnp.zeros(turn_mask.shape, x.dtype).at[rows.key].set(x)  # a copy's advantage is its original's
+        place = jnp.where(rows.live > 0, rows.key, tokens.size)
+        of_turn = jnp.zeros(turn_mask.shape, x.dtype).at[place].set(x, mode="drop")  # a copy's advantage is its original's
         return of_turn[turn_key, jnp.minimum(column, length - 1)] * mask
 
-    weight = turn_weights(rows, tokens, num_mini)[turn_key] * mask
     shaped = registry.SHAPERS[objective.shaper](by_token(advantage), episodes, hyper, objective)
-    return Estimate(shaped * mask, by_token(returns), mask), weight
+    weights = turn_weights(rows, tokens, objective.mini_turns, objective.micro_turns)
+    return Estimate(shaped * mask, by_token(returns), mask), weights
 
 
 def _row_advantages(rows, by_turn, episodes, reward, turn_mask, hyper, objective):

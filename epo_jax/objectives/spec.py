@@ -88,7 +88,7 @@ class ObjectiveConfig:
     token_control: str = "none"  # which tokens the surrogate treats differently
     # entropy
     entropy_term: str = "epo"
-    nucleus: float | None = None  # entropy of the likeliest words that hold this probability; None = of all
+    nucleus: float = 0.8  # SIREN's entropy is that of the likeliest words that hold this probability
     coefficient: Literal["fixed", "target"] = "fixed"
     penalty: Penalty = "hinge"
     penalty_scope: PenaltyScope = "token"
@@ -104,7 +104,13 @@ class ObjectiveConfig:
     max_turns: int = 1  # U
     max_tokens: int = 1  # divisor of `seq-mean-token-sum-norm`
     turn_tokens: int = 1  # tokens of a turn at most, for `released`
+    mini_turns: int = 1  # turns of a mini-batch of the release, a multiple of `micro_turns`
     micro_turns: int = 1  # turns of a micro-batch of the release, each of which counts alike
+
+    @property
+    def entropy_top_p(self) -> float | None:
+        """The nucleus whose entropy the loss takes; None: all words."""
+        return self.nucleus if self.entropy_term == "siren" else None
 
 
 class EntropyHistory(NamedTuple):

@@ -7,6 +7,7 @@ from epo_jax.objectives import advantages, released
 from epo_jax.objectives.loss import estimate
 from epo_jax.objectives.registry import ESTIMATORS
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
+from tests.objectives import transcription
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, QUICK, TURNS, episodes_of, pack, trajectories
 
 RETURNS = np.array([1.0, 0.0, 0.0, 2.0, 2.0, 2.0])
@@ -18,16 +19,6 @@ def objective(**settings):
     return ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, format_penalty_place="after", **settings)
 
 
-def by_hand(rewards, values, mask, gamma, lam):
-    """GAE of one episode over its policy tokens alone."""
-    tokens = np.flatnonzero(mask > 0)
-    out, following, value_after = np.zeros(mask.size), 0.0, 0.0
-    for i in tokens[::-1]:
-        following = rewards[i] + gamma * value_after - values[i] + gamma * lam * following
-        out[i], value_after = following, values[i]
-    return out
-
-
 @pytest.mark.parametrize("layout", [ONE_PER_ROW, PACKED], ids=["rows", "packed"])
 def test_gae_runs_over_policy_tokens_across_turns_and_stops_at_episodes(layout):
     episodes = trajectories(0)
@@ -37,9 +28,10 @@ def test_gae_runs_over_policy_tokens_across_turns_and_stops_at_episodes(layout):
     )
     for i, e in enumerate(episodes):
         here = (rows["trajectory"] == i) & (rows["mask"] > 0)
-        expected = by_hand(e["reward"], e["value"], e["mask"], 0.9, 0.8)[e["mask"] > 0]
+        value = e["value"][e["mask"] > 0]
+        expected = transcription.gae(e["reward"][e["mask"] > 0], value, 0.9, 0.8)
         np.testing.assert_allclose(found[here], expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(returns[here], expected + e["value"][e["mask"] > 0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(returns[here], expected + value, rtol=1e-4, atol=1e-5)
     assert (found[rows["mask"] == 0] == 0).all()
 
 
@@ -56,7 +48,7 @@ def test_gae_within_turns_is_the_release_on_turn_rows():
             rewards = np.zeros(keep.sum())
             rewards[-1] = RETURNS[i]
             value = e["value"][keep]
-            expected = by_hand(rewards, value, np.ones(keep.sum()), 0.9, 0.8) + value
+            expected = transcription.gae(rewards, value, 0.9, 0.8) + value
             np.testing.assert_allclose(found[here], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -8,48 +8,45 @@ import pytest
 from epo_jax.objectives import entropy, released_rows
 
 TOKENS = jnp.array([3, 1, 0, 2, 4, 1, 0, 0, 2, 5])  # of ten possible turns, three of which never came
-MINI = jnp.array([1, 1, 1, 0, 0, 0, 0, 1, 1, 0])
+PLAYED = [0, 1, 3, 4, 5, 8, 9]
 
 
-def rows_of(rows, m):
-    """The turns in mini-batch m, in order, with their micro-batches."""
-    here = (np.asarray(rows.live) > 0) & (np.asarray(rows.mini) == m)
-    return np.asarray(rows.key)[here].tolist(), np.asarray(rows.micro)[here].tolist()
+def rows_of(rows):
+    """The live rows: (turns, mini-batches, micro-batches)."""
+    live = np.asarray(rows.live) > 0
+    return tuple(np.asarray(x)[live].tolist() for x in (rows.key, rows.mini, rows.micro))
 
 
-@pytest.mark.parametrize("micro_turns, sizes", [(1, (4, 3)), (3, (6, 3)), (4, (4, 4)), (9, (9, 9))])
-def test_each_mini_batch_is_filled_with_copies_of_its_own_turns(micro_turns, sizes):
-    rows = released_rows.turn_rows(TOKENS, MINI, 2, micro_turns, jax.random.key(0))
-    for m, (originals, size) in enumerate(zip(([3, 4, 5, 9], [0, 1, 8]), sizes, strict=True)):
-        turns, micro = rows_of(rows, m)
-        assert len(turns) == size and size % micro_turns == 0
-        assert turns[: len(originals)] == originals
-        copies = turns[len(originals) :]
-        assert set(copies) <= set(originals)
-        assert len(set(copies)) == min(len(copies), len(originals)), "a turn was copied twice before all were once"
-        assert micro == [i // micro_turns for i in range(size)]
+@pytest.mark.parametrize("mini_turns, micro_turns, size", [(1, 1, 7), (4, 2, 8), (3, 3, 9), (7, 1, 7), (12, 4, 12), (20, 5, 20)])
+def test_the_batch_is_filled_with_copies_and_cut_wherever_it_comes(mini_turns, micro_turns, size):
+    turns, mini, micro = rows_of(released_rows.turn_rows(TOKENS, mini_turns, micro_turns, jax.random.key(0)))
+    assert turns[:7] == PLAYED and len(turns) == size
+    copies = turns[7:]
+    assert set(copies) <= set(PLAYED)
+    assert len(set(copies)) == min(len(copies), 7), "a turn was copied twice before all were once"
+    assert mini == [i // mini_turns for i in range(size)]
+    assert micro == [i // micro_turns for i in range(size)]
 
 
 def test_copies_are_drawn_at_random():
-    drawn = {tuple(rows_of(released_rows.turn_rows(TOKENS, MINI, 2, 3, jax.random.key(k)), 0)[0]) for k in range(20)}
+    drawn = {tuple(rows_of(released_rows.turn_rows(TOKENS, 10, 5, jax.random.key(k)))[0]) for k in range(20)}
     assert len(drawn) > 5
 
 
 def test_weights_are_the_mean_over_micro_batches_of_their_token_means():
     x = jnp.arange(10.0)  # a value that all tokens of a turn share
-    rows = released_rows.turn_rows(TOKENS, MINI, 2, 3, jax.random.key(4))
-    weights = released_rows.turn_weights(rows, TOKENS, 2)
-    for m in range(2):
-        turns, micro = map(np.array, rows_of(rows, m))
-        means = [np.average(x[turns[micro == i]], weights=TOKENS[turns[micro == i]]) for i in set(micro)]
-        found = (weights * TOKENS * x)[MINI == m].sum()
-        np.testing.assert_allclose(found, np.mean(means), rtol=1e-5)
+    rows = released_rows.turn_rows(TOKENS, 6, 2, jax.random.key(4))
+    weights = released_rows.turn_weights(rows, TOKENS, 6, 2)
+    turns, _, micro = map(np.array, rows_of(rows))
+    means = [np.average(x[turns[micro == i]], weights=TOKENS[turns[micro == i]]) for i in range(6)]
+    np.testing.assert_allclose((weights * (TOKENS * x)[None]).sum(1), np.reshape(means, (2, 3)).mean(1), rtol=1e-5)
 
 
-def test_a_mini_batch_without_turns_weighs_nothing():
-    rows = released_rows.turn_rows(TOKENS, jnp.zeros_like(MINI), 2, 3, jax.random.key(0))
-    assert rows_of(rows, 1) == ([], [])
-    assert jnp.isfinite(released_rows.turn_weights(rows, TOKENS, 2)).all()
+@pytest.mark.parametrize("tokens", [TOKENS, jnp.zeros_like(TOKENS)])
+def test_a_mini_batch_without_turns_weighs_nothing(tokens):
+    weights = released_rows.turn_weights(released_rows.turn_rows(tokens, 3, 3, jax.random.key(0)), tokens, 3, 3)
+    live = -(-int((tokens > 0).sum()) // 3)
+    assert jnp.isfinite(weights).all() and (weights[:live].sum(1) > 0).all() and not weights[live:].any()
 
 
 def test_the_history_is_right_aligned_and_its_zeros_count():

@@ -126,9 +126,19 @@ def of_largest_covariance(old, advantage, fraction):
     return np.split(chosen, np.cumsum([o.size for o in old])[:-1])
 
 
+def gae(reward, value, discount, lam) -> np.ndarray:
+    """Advantages of one episode's policy tokens."""
+    out, following, value_after = np.zeros(len(reward)), 0.0, 0.0
+    for i in reversed(range(len(reward))):
+        following = reward[i] + discount * value_after - value[i] + discount * lam * following
+        out[i], value_after = following, value[i]
+    return out
+
+
 def value_and_gradients(episodes, advantage, hyper, objective, past: np.ndarray, step: int, total_steps: int):
-    """(loss, (gradient by log-probability, gradient by entropy)), tokens of all episodes in a row; `past` [k, I]. The sampler
-    of truncated importance sampling is taken to be the reference, as in `test_loss.total`."""
+    """(loss, (gradient by log-probability, gradient by entropy)), tokens of all episodes in a row; `past` [k, I]. An advantage
+    is one number for an episode or one for each of its tokens. The sampler of truncated importance sampling is taken to be
+    the reference, as in `test_loss.total`."""
     keep = [e["mask"] > 0 for e in episodes]
     turn, old, ref, sampled = (
         [e[name][k] for e, k in zip(episodes, keep, strict=True)]
@@ -171,7 +181,7 @@ def value_and_gradients(episodes, advantage, hyper, objective, past: np.ndarray,
             log_ratio = log_ratios(log_prob[i], old[i], turn[i], objective.ratio_scope) if turn[i].size else log_prob[i]
             ratio = jnp.exp(log_ratio)
             gain = jnp.minimum(a * ratio, a * jnp.clip(ratio, 1 - hyper.clip_low, 1 + hyper.clip_high))
-            gain = jnp.maximum(gain, hyper.dual_clip * a) if a < 0 else gain
+            gain = jnp.where(a < 0, jnp.maximum(gain, hyper.dual_clip * a), gain)
             if objective.truncated_importance:
                 gain *= np.minimum(np.exp(old[i] - ref[i]), hyper.importance_cap)
             if objective.token_control == "kl_cov":
