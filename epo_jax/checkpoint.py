@@ -122,16 +122,16 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None =
 
 
 def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step: int | None = None) -> dict[str, Params]:
-    """Some fields of the `TrainState` alone, of the newest checkpoint or that of `step`, on the first device.
+    """Some fields of the `TrainState` alone, of the newest checkpoint or that of `step`.
 
     Args:
-        like: for each wanted field, arrays or abstract arrays of its shapes and types.
+        like: for each wanted field, abstract arrays of its shapes, types and placement; without one, on the first device.
 
     Raises:
         UserError: as `restore`.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
     how = ocp.checkpoint_utils.construct_restore_args(wanted)
     return _read(manager, step, state=ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True))["state"]
 

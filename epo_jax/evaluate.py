@@ -5,7 +5,8 @@
     python -m epo_jax.evaluate --checkpoint=Qwen/Qwen2.5-3B-Instruct --config=configs/alfworld.py
 
 `--config` says what is played and how the policy is prompted. A run has its own, which is taken where --config is left out;
-a model needs one. Keys of a config that is given can be overridden as elsewhere, `--config.rollout.slots=32`.
+a model needs one. Keys of a config that is given can be overridden as elsewhere, `--config.rollout.slots=32`. On several hosts
+each of them runs the same command and plays its share (epo_jax/hosts.py).
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from epo_jax import mesh
+from epo_jax import hosts, mesh
 from epo_jax.command import ArgumentParser, check_output, number_type, parse_config, read_config, run, write_output
 from epo_jax.envs.base import SPLITS, Task, environment
 from epo_jax.envs.pool import EnvPool
@@ -30,7 +31,12 @@ from epo_jax.trajectory import Trajectory
 
 def main(argv: list[str]) -> None:
     options, rest = _parse(argv[1:])
-    if options.out is not None:
+    with hosts.joined(options):
+        _score(options, rest)
+
+
+def _score(options: argparse.Namespace, rest: list[str]) -> None:
+    if options.out is not None and hosts.is_first():
         check_output(options.out, "scores.json")
     if rest:
         config = parse_config(rest)
@@ -47,6 +53,8 @@ def main(argv: list[str]) -> None:
     env, env_options = environment(config.env.name), config.env.to_dict()
     env.prepare(env_options)
     tasks = {split: env.list_tasks(split, env_options) for split in options.split or config.eval.splits}
+    task_ids = {split: [task["id"] for task in tasks[split]] for split in tasks}
+    hosts.agree("config and tasks", [config.to_dict(), task_ids, sampling, seed, options.samples])
     # A run may have been trained on more devices than there are here.
     devices = mesh.make_mesh(**config.mesh.to_dict()) if rest else mesh.make_mesh()
     policy = load(options.checkpoint, options.step, config, devices)
@@ -60,7 +68,7 @@ def main(argv: list[str]) -> None:
             )  # fmt: skip
             rows.append(row)
             print(evaluation_table(row), flush=True)
-    if options.out is not None:
+    if options.out is not None and hosts.is_first():
         about = {"checkpoint": options.checkpoint, "step": policy.step, **sampling, "seed": seed, "samples": options.samples}
         write_output(options.out, json.dumps(plain(about | {"splits": rows}), indent=1) + "\n")
         print(f"wrote {options.out}")
@@ -121,6 +129,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--top_p", type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
     parser.add_argument("--seed", type=count)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    hosts.add_options(parser)
     return parser.parse_known_args(arguments)
 
 

@@ -7,19 +7,18 @@ began with. The tokenizer carries its chat template. (One made from scratch is f
 AutoTokenizer takes every Qwen2 model's for Qwen's own.)
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
 
-from epo_jax.command import read_config, run
+from epo_jax.command import ArgumentParser, read_config, run
 from epo_jax.errors import UserError
 from epo_jax.folders import load_run
 from epo_jax.models import lora, weights
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="epo_jax.export", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(prog="python -m epo_jax.export", description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=Path, required=True, help="the run folder")
     parser.add_argument("--to", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument("--step", type=int, help="of the checkpoint, in RL steps; the newest if left out")

@@ -47,14 +47,11 @@ def load(path: str, step: int | None, config: ConfigDict, devices: Mesh | None =
         config = ConfigDict(config.to_dict())
         config.model.path = path
         return Policy(*load_pretrained(config, devices), None, None)
-    policy = load_run(Path(path), read_config(path), step)
-    if devices is None:
-        return policy
-    return policy._replace(params=jax.device_put(policy.params, mesh.shardings(devices, policy.params)))
+    return load_run(Path(path), read_config(path), step, devices)
 
 
-def load_run(folder: Path, config: ConfigDict, step: int | None) -> Policy:
-    """The policy of the run folder with this config, on the first device.
+def load_run(folder: Path, config: ConfigDict, step: int | None, devices: Mesh | None = None) -> Policy:
+    """The policy of the run folder with this config, over a mesh's devices or on the first one.
 
     Raises:
         UserError: there is no checkpoint of `step` (the newest when None), or it cannot be read.
@@ -62,6 +59,9 @@ def load_run(folder: Path, config: ConfigDict, step: int | None) -> Policy:
     tokenizer = load_tokenizer(folder / "tokenizer")
     model = decoder_of_run(config, tokenizer.vocab_size)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    if devices is not None:
+        placed = mesh.shardings(devices, params)
+        params = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), params, placed)
     base, params = lora.split(params) if model.lora else ({}, params)
     with checkpoint.open_reader(checkpoint.place(folder, config.checkpoint.folder)) as manager:
         step = manager.latest_step() if step is None else step

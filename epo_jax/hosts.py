@@ -8,6 +8,7 @@ A process that dies would leave the others waiting for it for ever: a thread of 
 service of `jax.distributed`, and ends its own process with a message when another has fallen silent or failed.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib.util
@@ -37,6 +38,12 @@ _BEAT = 1.0
 _SILENCE = 30.0
 _SILENCE_AFTER_FAILURE = 5.0
 
+_OPTIONS = {
+    "coordinator": "HOST:PORT of the first process of several.",
+    "processes": "How many processes there are.",
+    "process": "Which of them this one is, from 0.",
+}
+
 _ALIVE = "epo_jax/alive"
 _DONE = "done"
 _FAILED = "failed: "
@@ -44,13 +51,19 @@ _FAILED = "failed: "
 
 def define_flags(values: flags.FlagValues) -> None:
     """The options that say which processes make up the run. On Cloud TPU they are found out."""
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process of several.", flag_values=values)
-    flags.DEFINE_integer("processes", None, "How many processes there are.", flag_values=values)
-    flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", flag_values=values)
+    flags.DEFINE_string("coordinator", None, _OPTIONS["coordinator"], flag_values=values)
+    for name in ("processes", "process"):
+        flags.DEFINE_integer(name, None, _OPTIONS[name], flag_values=values)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `define_flags`, for a program that parses its own."""
+    for name, about in _OPTIONS.items():
+        parser.add_argument(f"--{name}", type=str if name == "coordinator" else int, help=about)
 
 
 @contextlib.contextmanager
-def joined(values: flags.FlagValues) -> Iterator[None]:
+def joined(values: flags.FlagValues | argparse.Namespace) -> Iterator[None]:
     """Context of a run: connects the processes, and ends all of them when one of them fails. Before any use of a device.
 
     Raises:
@@ -214,7 +227,7 @@ class _Watch:
 
 
 def _end(why: str) -> NoReturn:
-    print(f"error: {why}; this process ends too. Mend the cause and go on with --resume.", file=sys.stderr, flush=True)
+    print(f"error: {why}; this process ends too. Mend it and start again, a run with --resume.", file=sys.stderr, flush=True)
     _exit(1)
 
 

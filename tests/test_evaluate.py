@@ -22,6 +22,7 @@ from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.rollout import RolloutConfig, rollout_config
 from tests import toy_sweep
+from tests.processes import Processes
 
 TOKENIZER = train_tokenizer([toy.GOAL, "you see a red door. the number is 3."], 400)
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
@@ -125,6 +126,17 @@ def test_a_model_folder_is_played_in_the_environment_of_a_config(folders, tmp_pa
     assert without_seconds(row) == without_seconds(same) | {"step": None}
 
 
+def test_two_processes_find_what_one_does(folders, tmp_path):
+    runs, out = folders[0], tmp_path / "two.json"
+    options = f"--checkpoint={runs}", "--temperature=0"
+    with Processes(2, tmp_path, "-m", "epo_jax.evaluate", *options, f"--out={out}") as running:
+        assert running.codes(120) == [0, 0], running.said(0)[-2000:] + running.said(1)[-2000:]
+        assert "valid_seen after 3 RL steps" in running.said(0) and f"wrote {out}" in running.said(0)
+        assert "valid_seen" not in running.said(1) and "wrote" not in running.said(1)
+    two, one = json.loads(out.read_text()), scores(tmp_path, *options)
+    assert [without_seconds(row) for row in two["splits"]] == [without_seconds(row) for row in one["splits"]]
+
+
 @pytest.mark.parametrize(
     ("which", "arguments", "culprit"),
     [
@@ -136,6 +148,7 @@ def test_a_model_folder_is_played_in_the_environment_of_a_config(folders, tmp_pa
         (0, ["--temperature=-1"], "temperature"),
         (0, ["--config.seed=1"], "--config must be given"),
         (0, ["--stepp=3"], "stepp"),
+        (0, ["--processes=2"], "--coordinator is missing"),
         (0, ["--out=/no/such/folder/scores.json"], "/no/such/folder"),
     ],
 )

@@ -53,7 +53,12 @@ def test_the_policy_with_its_adapters_and_its_frame(run_folder, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
-    [(["--adapters"], "adapters of a published model"), (["--to=."], "exists already"), (["--step=7"], "checkpoints/7")],
+    [
+        (["--adapters"], "adapters of a published model"),
+        (["--to=."], "exists already"),
+        (["--step=7"], "checkpoints/7"),
+        (["--step=x"], "invalid int value: 'x'"),
+    ],
 )
 def test_what_cannot_be_exported_is_refused(run_folder, tmp_path, arguments, culprit):
     with pytest.raises(UserError, match=culprit):
