@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from epo_jax import rollout
+from epo_jax import prompting, rollout
 from epo_jax.envs import agent, alfworld, base
 from epo_jax.envs.pool import EnvPool
 from epo_jax.lane import Sampler
@@ -63,7 +63,7 @@ class Scripted(rollout._Rollout):
 
 def ours(args, tokenizer, tasks):
     params = jax.jit(init_params, static_argnums=0)(args.model, jax.random.key(0))
-    config = rollout.RolloutConfig(
+    config = prompting.RolloutConfig(
         slots=args.slots, max_turns=args.turns, max_tokens=4096, max_policy_tokens=4096, response_tokens=LONGEST,
         style="tagged", lanes=args.lanes, block=args.block,
     )  # fmt: skip
@@ -237,7 +237,7 @@ def of_run(args):
     environment = base.environment(config.env.name)
     environment.prepare(options)
     tasks = environment.list_tasks("train", options)
-    settings = rollout.rollout_config(config)
+    settings = prompting.rollout_config(config)
     with EnvPool(config.env.name, options, config.env.workers) as pool:
         for step in range(4):
             episodes = program.step_episodes(tasks, config, step, 0)

@@ -25,7 +25,8 @@ from epo_jax.folders import is_run, load
 from epo_jax.metrics import Outcome, Row, evaluation_row, evaluation_table, plain
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.tokenizer import ChatTokenizer
-from epo_jax.rollout import Episode, RolloutConfig, collect, rollout_config
+from epo_jax.prompting import RolloutConfig, rollout_config
+from epo_jax.rollout import Episode, collect
 from epo_jax.trajectory import Trajectory
 
 

@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from epo_jax import rollout
+from epo_jax import prompting
 from epo_jax.command import ArgumentParser, number_type, run
 from epo_jax.config import base_config
 from epo_jax.envs import agent
@@ -90,7 +90,7 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
     env, env_options = environment(config.env.name), config.env.to_dict()
     env.prepare(env_options)
     number, task = _task(env.list_tasks(split, env_options), split, wanted)
-    settings = rollout.rollout_config(config)
+    settings = prompting.rollout_config(config)
     speaker = Speaker(policy, sampler, settings.response_tokens, settings.max_tokens, episode=number)
     game = env.make_env(env_options)
     first = observation = game.reset(task)
@@ -113,7 +113,7 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
 
 def _act(tokenizer, settings, speaker: Speaker, first: Observation, history, observation: Observation, given: str):
     """(answer, parsed action) of a turn: the policy's, or `given` in its place."""
-    ids = rollout.next_prompt(tokenizer, settings, first, history, observation)
+    ids = prompting.next_prompt(tokenizer, settings, first, history, observation)
     fresh = settings.window is not None or not history
     if given:
         answer = agent.expert_answer(given, settings.style)

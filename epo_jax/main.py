@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from epo_jax import checkpoint, figures, flops, hosts, mesh, profiling, rollout, sft, wandb_log
+from epo_jax import checkpoint, figures, flops, hosts, mesh, profiling, prompting, rollout, sft, wandb_log
 from epo_jax.command import Command, open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
@@ -118,7 +118,7 @@ def train(command: Command) -> None:
         raise UserError(f"--profile_steps={asked}: the run goes on from step {first_step}; name later steps.")
 
     # ---------------------------------------------------------------- rollout
-    settings = rollout.rollout_config(config)
+    settings = prompting.rollout_config(config)
     kept = config.metrics
 
     with contextlib.ExitStack() as stack:
@@ -243,7 +243,7 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
 
 def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
     """A tokenizer made from what the experts saw and did."""
-    window = rollout.window_of(config)
+    window = prompting.window_of(config)
     texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
     return train_tokenizer(texts, config.model.vocab_size, environment(config.env.name).phrases)
 
@@ -346,7 +346,7 @@ def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.
 def clone_experts(config, model, tokenizer, params, demonstrations):
     """The warm start, with a line now and then; returns the cloned parameters."""
     settings = config.warm_start
-    trajectories = [sft.to_trajectory(d, tokenizer, rollout.rollout_config(config)) for d in demonstrations]
+    trajectories = [sft.to_trajectory(d, tokenizer, prompting.rollout_config(config)) for d in demonstrations]
     fitting = [t for t in trajectories if t.longest_context <= config.train.rows_tokens]
     tokens = [len(t.tokens) for t in fitting]
     print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)

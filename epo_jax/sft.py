@@ -1,6 +1,6 @@
 """The warm start: behaviour cloning on expert episodes, so that a sparse reward has something to find.
 
-Expert episodes get the prompts that a rollout would show (`rollout.next_prompt`), in the same token batches; the loss is the
+Expert episodes get the prompts that a rollout would show (`prompting.next_prompt`), in the same token batches; the loss is the
 cross-entropy of the expert's action tokens plus, at a smaller weight, that of everything else in the transcript, from which a
 model trained from scratch learns what the game's words mean.
 """
@@ -21,7 +21,7 @@ from epo_jax.learner import head_statistics
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.optim import OptimConfig, make_optimizer
-from epo_jax.rollout import RolloutConfig, next_prompt
+from epo_jax.prompting import RolloutConfig, next_prompt
 from epo_jax.trajectory import TokenBatch, Trajectory, pack
 
 

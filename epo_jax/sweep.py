@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, flops, rollout, wandb_log
+from epo_jax import checkpoint, figures, flops, prompting, rollout, wandb_log
 from epo_jax.command import open_workdir, parse, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
@@ -234,7 +234,7 @@ def train(
     base = jax.device_put(base, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     members_step = make_members_step(learner, at_once, mesh)
     hypers = stack([member.hyper for member in members])
-    settings = rollout.rollout_config(config)
+    settings = prompting.rollout_config(config)
     keys = jnp.stack([jax.random.key(seed + 1) for seed in seeds])
     evaluation_keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     devices = list(mesh.devices) if mesh.size > 1 else []

@@ -20,7 +20,7 @@ from epo_jax.metrics import wilson
 from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
-from epo_jax.rollout import RolloutConfig, rollout_config
+from epo_jax.prompting import RolloutConfig, rollout_config
 from tests import toy_sweep
 from tests.processes import Processes
 

@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from epo_jax import checkpoint, evaluate, generate, rollout
+from epo_jax import checkpoint, evaluate, generate, prompting
 from epo_jax import main as program
 from epo_jax.command import write_config
 from epo_jax.config import base_config
@@ -66,7 +66,7 @@ def test_it_plays_the_episodes_that_an_evaluation_counts(folder, say):
     path, config, model, params = folder
     tasks = wander_env.list_tasks("valid_seen", {})
     with EnvPool("alfworld", {}, 1) as pool:
-        settings = rollout.rollout_config(config)
+        settings = prompting.rollout_config(config)
         _, played = evaluate.evaluate("valid_seen", tasks, 0, pool, TOKENIZER, model, params, settings, 0.9, 0)
     for number, task in ((2, "valid_seen-2"), (4, "4")):
         output = say(f"--checkpoint={path}", "--play", "--split=valid_seen", f"--task={task}", "--temperature=0.9")

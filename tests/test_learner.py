@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from epo_jax import rollout, sft
+from epo_jax import prompting, rollout, sft
 from epo_jax.envs import toy
 from epo_jax.envs.pool import EnvPool
 from epo_jax.learner import Inputs, LearnerConfig, init_state, make_train_step, policy_statistics
@@ -21,7 +21,7 @@ from epo_jax.trajectory import pack
 
 OPTIONS = {"name": "toy"}
 GROUPS, SIZE = 8, 8
-SETTINGS = rollout.RolloutConfig(
+SETTINGS = prompting.RolloutConfig(
     slots=64, max_turns=2, max_tokens=96, max_policy_tokens=32, response_tokens=8, style="bare"
 )
 

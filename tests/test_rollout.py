@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax import lane, mesh, rollout
+from epo_jax import lane, mesh, prompting, rollout
 from epo_jax.envs import agent, base, toy
 from epo_jax.envs.pool import EnvPool
 from epo_jax.learner import Inputs, policy_statistics
@@ -22,7 +22,7 @@ TASKS = toy.list_tasks("train", OPTIONS)
 TEXTS = [f"red blue green {i} {toy.GOAL} you see a door. the number is" for i in range(10)]
 TOKENIZER = train_tokenizer([*TEXTS, wander_env.GOAL, " ".join(wander_env.WORDS)], 400)
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
-SETTINGS = rollout.RolloutConfig(
+SETTINGS = prompting.RolloutConfig(
     slots=8, max_turns=2, max_tokens=160, max_policy_tokens=64, response_tokens=5, style="bare"
 )
 EPISODES = [rollout.Episode(100 + i, TASKS[i // 2], i // 2) for i in range(14)]
@@ -117,7 +117,7 @@ def test_the_learner_scores_what_was_sampled(wander, stirred, settings):
 def test_a_window_is_the_prompt_of_its_turn(wander):
     """Every turn is a context of its own that reads as the agent's message for it, cut to fit; nothing else is in it."""
     for settings in (WINDOW, dataclasses.replace(WINDOW, max_tokens=48)):
-        fits = lambda message, s=settings: rollout.fits(TOKENIZER, s, message)  # noqa: E731
+        fits = lambda message, s=settings: prompting.fits(TOKENIZER, s, message)  # noqa: E731
         trajectories, _ = wander(settings)
         lengths = []
         for t in trajectories:

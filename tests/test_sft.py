@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax import rollout, sft
+from epo_jax import prompting, rollout, sft
 from epo_jax.envs import agent, toy
 from epo_jax.envs.base import environment
 from epo_jax.envs.pool import EnvPool
@@ -19,7 +19,7 @@ from epo_jax.trajectory import pack
 
 DEMONSTRATIONS = toy.demonstrations(toy.list_tasks("train", {}), {})
 TOKENIZER = train_tokenizer([t for d in DEMONSTRATIONS for pair in sft.transcript(d, "bare") for t in pair], 400)
-SETTINGS = rollout.RolloutConfig(
+SETTINGS = prompting.RolloutConfig(
     slots=4, max_turns=2, max_tokens=128, max_policy_tokens=128, response_tokens=64, style="bare"
 )
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)

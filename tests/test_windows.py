@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax import rollout, sft
+from epo_jax import prompting, rollout, sft
 from epo_jax.envs import agent, toy
 from epo_jax.envs.pool import EnvPool
 from epo_jax.learner import episode_layout, init_state, make_train_step
@@ -19,7 +19,7 @@ from epo_jax.trajectory import pack
 from tests import tiny
 
 EPISODE_TOKENS = tiny.TURNS * 4
-SETTINGS = rollout.RolloutConfig(
+SETTINGS = prompting.RolloutConfig(
     slots=8, max_turns=2, max_tokens=96, max_policy_tokens=16, response_tokens=8, style="bare", window=agent.Window(1)
 )
 
