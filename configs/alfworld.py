@@ -4,7 +4,7 @@
 
 Presets
     paper   (default) Qwen2.5-3B-Instruct and the paper's table: 150 steps of 16 games x 8 episodes of up to 50 turns
-    laptop  a one-million-parameter model from scratch, warm-started on expert episodes; 20 to 30 minutes on two cores
+    laptop  a one-million-parameter model from scratch, warm-started on expert episodes; about 20 minutes on two cores
     smoke   the same path end to end with everything tiny, for tests
 """
 
@@ -27,7 +27,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
 
 def _laptop(config: ConfigDict) -> None:
-    config.env.update(max_turns=17, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8)
+    config.env.update(max_turns=19, train_games=1500, valid_seen_games=60, valid_unseen_games=120, max_receptacles=8)
     config.env.update(hesitation=0.9, mistakes=0.15)
     config.env.hints = "none"
     config.agent.update(style="bare", context="chat", response_tokens=12, max_tokens=384)
@@ -44,7 +44,7 @@ def _laptop(config: ConfigDict) -> None:
         dtype="float32",
         remat="none",
     )
-    config.warm_start.update(episodes=500, copies=11, steps=2400, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
+    config.warm_start.update(episodes=1500, copies=7, steps=3000, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
     config.warm_start.optimizer = "muon"
     config.rollout.update(groups=16, group_size=8, slots=128, lanes=8)
     config.algo.update(mini_batches=8, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
@@ -54,9 +54,9 @@ def _laptop(config: ConfigDict) -> None:
     # pushed back where alpha * beta exceeds 1 (docs/method.md).
     config.epo.update(lam=0.005, alpha=5.0, kappa_r=1.5, scope="trajectory")
     config.optim.update(lr=2e-4, b2=0.98, warmup_ratio=0.03)
-    config.train.update(steps=120, rows_tokens=384, rows_policy_tokens=160)
-    config.eval.update(every=40)
-    config.checkpoint.update(every=40)
+    config.train.update(steps=150, rows_tokens=384, rows_policy_tokens=160)
+    config.eval.update(every=50)
+    config.checkpoint.update(every=50)
 
 
 def _smoke(config: ConfigDict) -> None:
