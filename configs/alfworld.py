@@ -55,8 +55,8 @@ def _laptop(config: ConfigDict) -> None:
     config.epo.update(lam=0.005, alpha=5.0, kappa_r=1.5, scope="trajectory")
     config.optim.update(lr=2e-4, b2=0.98, warmup_ratio=0.03)
     config.train.update(steps=150, rows_tokens=384, rows_policy_tokens=160)
-    config.eval.update(every=50)
-    config.checkpoint.update(every=50)
+    config.eval.update(every=75)
+    config.checkpoint.update(every=75)
 
 
 def _smoke(config: ConfigDict) -> None:
