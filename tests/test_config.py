@@ -1,11 +1,11 @@
 """The keys of a run: paper values, presets, and the values that are refused."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from ml_collections.config_flags import config_flags
 
 from epo_jax.config import _RANGES, CHOICES, base_config, flatten, validate
 from epo_jax.errors import UserError
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def preset(env: str, name: str | None):
-    module = config_flags._LoadConfigModule(env, str(ROOT / "configs" / f"{env}.py"))
-    return module.get_config(*([] if name is None else [name]))
+    get_config = runpy.run_path(str(ROOT / "configs" / f"{env}.py"))["get_config"]
+    return get_config(*([] if name is None else [name]))
 
 
 @pytest.mark.parametrize("env", ["alfworld", "scienceworld"])
