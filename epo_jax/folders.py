@@ -60,8 +60,7 @@ def load_run(folder: Path, config: ConfigDict, step: int | None, devices: Mesh |
     model = decoder_of_run(config, tokenizer.vocab_size)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     if devices is not None:
-        placed = mesh.shardings(devices, params)
-        params = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), params, placed)
+        params = mesh.abstract(params, mesh.shardings(devices, params))
     base, params = lora.split(params) if model.lora else ({}, params)
     with checkpoint.open_reader(checkpoint.place(folder, config.checkpoint.folder)) as manager:
         step = manager.latest_step() if step is None else step

@@ -38,11 +38,11 @@ _BEAT = 1.0
 _SILENCE = 30.0
 _SILENCE_AFTER_FAILURE = 5.0
 
-_OPTIONS = {
-    "coordinator": "HOST:PORT of the first process of several.",
-    "processes": "How many processes there are.",
-    "process": "Which of them this one is, from 0.",
-}
+_OPTIONS = (
+    ("coordinator", str, "HOST:PORT of the first process of several."),
+    ("processes", int, "How many processes there are."),
+    ("process", int, "Which of them this one is, from 0."),
+)
 
 _ALIVE = "epo_jax/alive"
 _DONE = "done"
@@ -51,15 +51,15 @@ _FAILED = "failed: "
 
 def define_flags(values: flags.FlagValues) -> None:
     """The options that say which processes make up the run. On Cloud TPU they are found out."""
-    flags.DEFINE_string("coordinator", None, _OPTIONS["coordinator"], flag_values=values)
-    for name in ("processes", "process"):
-        flags.DEFINE_integer(name, None, _OPTIONS[name], flag_values=values)
+    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
+    for name, kind, about in _OPTIONS:
+        define[kind](name, None, about, flag_values=values)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `define_flags`, for a program that parses its own."""
-    for name, about in _OPTIONS.items():
-        parser.add_argument(f"--{name}", type=str if name == "coordinator" else int, help=about)
+    for name, kind, about in _OPTIONS:
+        parser.add_argument(f"--{name}", type=kind, help=about)
 
 
 @contextlib.contextmanager

@@ -158,8 +158,7 @@ def state_shardings(config: LearnerConfig, on: Mesh) -> TrainState:
 
 def abstract_state_on(config: LearnerConfig, on: Mesh) -> TrainState:
     """Shapes, types and places of the state, nothing computed."""
-    shapes, places = abstract_state(config), state_shardings(config, on)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    return mesh.abstract(abstract_state(config), state_shardings(config, on))
 
 
 def batch_shardings(on: Mesh) -> TokenBatch:

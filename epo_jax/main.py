@@ -346,7 +346,8 @@ def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.
 def clone_experts(config, model, tokenizer, params, demonstrations):
     """The warm start, with a line now and then; returns the cloned parameters."""
     settings = config.warm_start
-    trajectories = [sft.to_trajectory(d, tokenizer, prompting.rollout_config(config)) for d in demonstrations]
+    play = prompting.rollout_config(config)
+    trajectories = [sft.to_trajectory(d, tokenizer, play) for d in demonstrations]
     fitting = [t for t in trajectories if t.longest_context <= config.train.rows_tokens]
     tokens = [len(t.tokens) for t in fitting]
     print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)

@@ -138,6 +138,11 @@ def shardings(mesh: Mesh, tree: PyTree, without: str | None = None) -> PyTree[Na
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def abstract(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes, types and places of arrays, which may be abstract themselves; nothing is computed."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)
+
+
 def place(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:
     """Arrays of the host, the same in every process, as arrays over the mesh; each process copies what its devices hold."""
 

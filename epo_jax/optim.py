@@ -9,7 +9,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from epo_jax.models.decoder import Params
-from epo_jax.objectives import released
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +17,8 @@ class OptimConfig:
 
     With `muon`, updates of the layers' matrices are orthogonalised (Muon, https://kellerjordan.github.io/posts/muon) and scaled
     to the size of Adam's; all else has Adam with Nesterov's momentum.
-    With `released` the rate is the release's: `updates` are RL steps, and all updates of a step have one rate.
+    With `released` the rate is the release's: `updates` are RL steps, all updates of a step have one rate, and the warm-up begins
+    at 0, so that the first step moves nothing.
     """
 
     lr: float
@@ -35,15 +35,7 @@ class OptimConfig:
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """The optimiser; with `released` at its highest rate, which `guarded_update` lowers."""
-    warmup = int(config.warmup_ratio * config.updates)
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=config.lr / (warmup + 1),
-        peak_value=config.lr,
-        warmup_steps=warmup,
-        decay_steps=max(config.updates, warmup + 1),
-        end_value=config.floor_ratio * config.lr,
-    )
-    rate = config.lr if config.released else rate
+    rate = config.lr if config.released else _schedule(config, config.lr)
     if config.muon:
         update = optax.contrib.muon(
             rate,
@@ -57,6 +49,17 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     else:
         update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _schedule(config: OptimConfig, peak: float) -> optax.Schedule:
+    warmup = int(config.warmup_ratio * config.updates)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.released else peak / (warmup + 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(config.updates, warmup + 1),
+        end_value=config.floor_ratio * peak,
+    )
 
 
 def _matrices(params: Params):
@@ -81,7 +84,7 @@ def guarded_update(
     norm = optax.global_norm(gradient)
     updates, next_state = make_optimizer(config).update(gradient, opt_state, params)
     if config.released:
-        lr_scale *= released.learning_rate(step, config.updates, config.warmup_ratio, config.floor_ratio)
+        lr_scale *= _schedule(config, 1.0)(step)
     updated = optax.apply_updates(params, optax.tree.scale(lr_scale, updates)), next_state
     finite = jnp.isfinite(norm)
     made = finite & (live > 0)

@@ -14,20 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from epo_jax.objectives import advantages, policy
 from epo_jax.objectives.entropy import corridor_penalty, phase_weight
-from epo_jax.objectives.spec import Aggregation, Hyper, KLKind, Scalar, Step
+from epo_jax.objectives.spec import Aggregation, Hyper, KLKind, Scalar
 
 PHASE_STEPS = 150  # the release's E, whatever the length of the run
-
-
-def learning_rate(step: Step, total: int, warmup_ratio: float, floor_ratio: float) -> Float[Array, ""]:
-    """The share of the peak learning rate in RL step `step` (from 0) of `total`, for all updates of the step alike.
-
-    The warm-up begins at 0, so the first RL step moves nothing; then a cosine down to `floor_ratio`.
-    """
-    step, warmup = jnp.asarray(step, jnp.float32), int(warmup_ratio * total)
-    progress = (step - warmup) / max(total - warmup, 1)
-    cosine = 0.5 * (1.0 + floor_ratio) + 0.5 * (1.0 - floor_ratio) * jnp.cos(jnp.pi * progress)
-    return jnp.where(step < warmup, step / max(warmup, 1), jnp.maximum(cosine, floor_ratio))
 
 
 def masked_mean(
