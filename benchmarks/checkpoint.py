@@ -20,9 +20,10 @@ import numpy as np
 
 from configs.alfworld import get_config
 from epo_jax import checkpoint
-from epo_jax.learner import init_state, make_train_step
+from epo_jax.learner import make_train_step
 from epo_jax.main import learner_config, objective_and_hyper, step_batch
 from epo_jax.models.decoder import decoder_config, init_params
+from epo_jax.train_state import init_state
 from epo_jax.trajectory import Trajectory
 
 

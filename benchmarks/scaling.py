@@ -74,9 +74,10 @@ def programs(row: int, options) -> dict:
 
     from configs import alfworld
     from epo_jax import main, mesh
-    from epo_jax.learner import abstract_state_on, batch_shardings, make_train_step
+    from epo_jax.learner import batch_shardings, make_train_step
     from epo_jax.models import generate
     from epo_jax.models.decoder import DecoderConfig, init_params
+    from epo_jax.train_state import abstract_state_on
 
     name, _, topology, shape = ROWS[row]
     if options.on == "tpu":

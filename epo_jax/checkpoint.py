@@ -14,8 +14,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from epo_jax.errors import UserError
-from epo_jax.learner import TrainState
 from epo_jax.models.decoder import Params
+from epo_jax.train_state import TrainState
 
 NOT_EVALUATED = -1.0  # below any success
 
@@ -79,6 +79,14 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
 def open_reader(where: epath.Path) -> ocp.CheckpointManager:
     """A manager that changes nothing, whether or not a run writes there at the time. Raises UserError as `open_manager`."""
     return _manager(where, ocp.CheckpointManagerOptions(read_only=True, create=False))
+
+
+def newest(where: epath.Path) -> int | None:
+    """RL steps of the newest checkpoint, None where there is none yet. Raises UserError as `open_manager`."""
+    if not where.exists():
+        return None
+    with open_reader(where) as manager:
+        return manager.latest_step()
 
 
 def _manager(where: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

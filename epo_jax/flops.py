@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import jax
 
-from epo_jax.learner import LearnerConfig
 from epo_jax.models.decoder import DecoderConfig
+from epo_jax.train_state import LearnerConfig
 from epo_jax.trajectory import Trajectory
 
 # Peak of dense bfloat16 arithmetic, operations per second of one JAX device, by the start of its `device_kind`: the makers'

@@ -21,8 +21,8 @@ from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import evaluate
-from epo_jax.folders import load_pretrained
-from epo_jax.learner import LearnerConfig, abstract_state_on, batch_shardings, init_state_on, make_train_step
+from epo_jax.folders import decoder_of_run, load_pretrained
+from epo_jax.learner import batch_shardings, make_train_step
 from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
@@ -31,6 +31,7 @@ from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 from epo_jax.optim import OptimConfig, stuck
 from epo_jax.stopping import StopRequest
+from epo_jax.train_state import LearnerConfig, abstract_state_on, init_state_on
 from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
 from epo_jax.trajectory_log import TrajectoryLog
 
@@ -53,7 +54,17 @@ def train(command: Command) -> None:
     profile_first, profile_end = profiling.window(command.flags.profile_steps, config.train.steps)
     objective, hyper = objective_and_hyper(config)
     devices = mesh.make_mesh(**config.mesh.to_dict())
-    if config.model.path:
+    checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
+    if config.checkpoint.folder and not command.resume:
+        checkpoint.refuse_used(checkpoints)
+    # A run that was killed before its first checkpoint begins anew.
+    resumed = command.resume and checkpoint.newest(checkpoints) is not None
+    if command.resume and not resumed and read_rows(workdir / "metrics.jsonl"):
+        raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
+    if resumed:
+        tokenizer = load_tokenizer(workdir / "tokenizer")
+        model = decoder_of_run(config, tokenizer.vocab_size)
+    elif config.model.path:
         tokenizer, model, params = load_pretrained(config, devices)
     else:
         model = decoder_config(config.model, config.model.vocab_size)
@@ -65,48 +76,37 @@ def train(command: Command) -> None:
     eval_tasks = {split: env.list_tasks(split, env_options) for split in config.eval.splits}
     task_ids = [task["id"] for tasks in (train_tasks, *eval_tasks.values()) for task in tasks]
     hosts.agree("config and tasks", [config.to_dict(), task_ids])
-    checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
-    if config.checkpoint.folder and not command.resume:
-        checkpoint.refuse_used(checkpoints)
-    wandb_run = None
+    print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
+    wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict()) if hosts.is_first() else None
+    demonstrations = [] if resumed else expert_demonstrations(config, train_tasks)
+
+    # ---------------------------------------------------------------- the run folder
     if hosts.is_first():
-        wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict())
         open_workdir(command)
     hosts.check_shared(workdir)
     manager = checkpoint.open_manager(checkpoints, config.checkpoint.keep, config.checkpoint.keep_best)
-    resumed = manager.latest_step() is not None  # one that was killed before its first checkpoint begins anew
-    if not resumed and read_rows(workdir / "metrics.jsonl"):
-        raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
-    print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
-
-    # ---------------------------------------------------------------- experts, tokenizer, model
-    demonstrations = [] if resumed else expert_demonstrations(config, train_tasks)
-    if resumed:
-        tokenizer = load_tokenizer(workdir / "tokenizer")
-    else:
-        if not config.model.path:
-            tokenizer = own_tokenizer(config, demonstrations)
-        if hosts.is_first():
-            tokenizer.save(workdir / "tokenizer")
-    if not config.model.path:
-        model, params = blank_model(config, tokenizer)
-        params = mesh.place(params, mesh.shardings(devices, params))
     if devices.size > 1:
         print("mesh: " + ", ".join(f"{n} {axis}" for axis, n in devices.shape.items()))
-    print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
 
-    # ---------------------------------------------------------------- warm start
-    if demonstrations:
-        params = clone_experts(config, model, tokenizer, params, demonstrations)
+    # ---------------------------------------------------------------- the policy that RL begins with
+    if not resumed:
+        if not config.model.path:
+            tokenizer = own_tokenizer(config, demonstrations)
+            model, params = blank_model(config, tokenizer)
+            params = mesh.place(params, mesh.shardings(devices, params))
+        if hosts.is_first():
+            tokenizer.save(workdir / "tokenizer")
+        print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
+        if demonstrations:
+            params = clone_experts(config, model, tokenizer, params, demonstrations)
+        if config.model.lora_rank:
+            model = with_adapters(model, config.model)
+            adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
+            params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters)))
 
     # ---------------------------------------------------------------- learner
-    if config.model.lora_rank:
-        model = with_adapters(model, config.model)
-        adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
-        params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters)))
     learner = learner_config(config, model, objective, mesh.row_shards(devices))
     if resumed:
-        del params
         state, before = checkpoint.restore(manager, abstract_state_on(learner, devices))
     else:
         state, before = init_state_on(learner, params, devices), checkpoint.Progress()

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from epo_jax.learner import LearnerConfig, Metrics, TrainState, make_train_step
+from epo_jax.learner import Metrics, make_train_step
 from epo_jax.models.decoder import Params
 from epo_jax.objectives.loss import Hyper
 from epo_jax.optim import stuck
+from epo_jax.train_state import LearnerConfig, TrainState
 from epo_jax.trajectory import TokenBatch
 
 

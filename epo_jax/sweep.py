@@ -35,7 +35,6 @@ from epo_jax.evaluate import episodes_of, row_of
 from epo_jax.files import write_atomically
 from epo_jax.folders import load_pretrained
 from epo_jax.grid import Member, programs, refuse_static
-from epo_jax.learner import init_state
 from epo_jax.main import (
     blank_model,
     clone_experts,
@@ -53,6 +52,7 @@ from epo_jax.models.decoder import DecoderConfig, Params, with_adapters
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.stopping import StopRequest
+from epo_jax.train_state import init_state
 from epo_jax.trajectory import Trajectory
 from epo_jax.trajectory_log import TrajectoryLog
 

@@ -11,10 +11,10 @@ import pytest
 
 from epo_jax import checkpoint, mesh
 from epo_jax.errors import UserError
-from epo_jax.learner import LearnerConfig, abstract_state_on, init_state, init_state_on, state_shardings
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.objectives.loss import ObjectiveConfig
 from epo_jax.optim import OptimConfig
+from epo_jax.train_state import LearnerConfig, abstract_state_on, init_state, init_state_on, state_shardings
 
 MODEL = DecoderConfig(31, 16, 2, 2, 1, 8, 16)
 OPTIM = OptimConfig(1e-3, 10)

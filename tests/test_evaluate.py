@@ -15,12 +15,12 @@ from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
 from epo_jax.evaluate import evaluate
 from epo_jax.folders import load
-from epo_jax.learner import init_state
 from epo_jax.metrics import wilson
 from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.prompting import RolloutConfig, rollout_config
+from epo_jax.train_state import init_state
 from tests import toy_sweep
 from tests.processes import Processes
 

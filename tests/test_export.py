@@ -10,11 +10,11 @@ from epo_jax import checkpoint, export
 from epo_jax.command import write_config
 from epo_jax.config import base_config
 from epo_jax.errors import UserError
-from epo_jax.learner import init_state
 from epo_jax.main import learner_config, objective_and_hyper
 from epo_jax.models import hf_config, lora, weights
 from epo_jax.models.decoder import decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import load_tokenizer, train_tokenizer
+from epo_jax.train_state import init_state
 
 
 @pytest.fixture(scope="module")

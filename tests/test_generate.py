@@ -13,10 +13,10 @@ from epo_jax.config import base_config
 from epo_jax.envs import base
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
-from epo_jax.learner import init_state
 from epo_jax.models import weights
 from epo_jax.models.decoder import decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
+from epo_jax.train_state import init_state
 from tests.envs import wander_env
 
 TOKENIZER = train_tokenizer([wander_env.GOAL, " ".join(wander_env.WORDS)] * 4, 330)

@@ -11,12 +11,13 @@ import pytest
 from epo_jax import prompting, rollout, sft
 from epo_jax.envs import toy
 from epo_jax.envs.pool import EnvPool
-from epo_jax.learner import Inputs, LearnerConfig, init_state, make_train_step, policy_statistics
+from epo_jax.learner import Inputs, make_train_step, policy_statistics
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import ObjectiveConfig
 from epo_jax.optim import OptimConfig
+from epo_jax.train_state import LearnerConfig, init_state
 from epo_jax.trajectory import pack
 
 OPTIONS = {"name": "toy"}

@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from epo_jax.learner import init_state, make_train_step
+from epo_jax.learner import make_train_step
 from epo_jax.models import lora
 from epo_jax.models.decoder import Lora
+from epo_jax.train_state import init_state
 from tests import tiny
 
 LORA = Lora(2, 6.0)

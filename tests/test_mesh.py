@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 from epo_jax import mesh
 from epo_jax.config import base_config
 from epo_jax.errors import UserError
-from epo_jax.learner import batch_shardings, init_state_on, make_train_step, state_shardings
+from epo_jax.learner import batch_shardings, make_train_step
 from epo_jax.main import step_batch
 from epo_jax.models.decoder import DecoderConfig, Lora, init_params
+from epo_jax.train_state import init_state_on, state_shardings
 from tests import tiny
 
 MODEL = DecoderConfig(40, 16, 1, 8, 4, 4, 32)

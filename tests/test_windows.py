@@ -11,10 +11,11 @@ import pytest
 from epo_jax import prompting, rollout, sft
 from epo_jax.envs import agent, toy
 from epo_jax.envs.pool import EnvPool
-from epo_jax.learner import episode_layout, init_state, make_train_step
+from epo_jax.learner import episode_layout, make_train_step
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.optim import OptimConfig
+from epo_jax.train_state import init_state
 from epo_jax.trajectory import pack
 from tests import tiny
 
