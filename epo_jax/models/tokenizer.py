@@ -22,7 +22,8 @@ _PAD, _AGENT, _END = "<|pad|>", "<|agent|>", "<|end|>"
 # Text games name things "cabinet 3" and speak in set phrases around the names. Keeping a noun with its number, and the words
 # between two such things together, lets the BPE make one token of each: a small model can then copy a thing in one step, and
 # episodes are half as long. A task ("put some apple in fridge") is followed by no numbered thing, so its words stay apart.
-_PIECES = r" ?\p{L}+ \d+|[^\d\n]+?(?= \p{L}+ \d)| ?\p{L}+| ?\d+|\s+| ?[^\s\p{L}\d]+"
+# (The 400 keeps a long text without numbers from being searched to its end at each word.)
+_PIECES = r" ?\p{L}+ \d+|[^\d\n]{1,400}?(?= \p{L}+ \d)| ?\p{L}+| ?\d+|\s+| ?[^\s\p{L}\d]+"
 
 
 @dataclasses.dataclass(frozen=True)
