@@ -83,6 +83,20 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path, victim):
         assert "another task died" in told or "error: process 0" in told
 
 
+def test_a_notice_to_one_process_stops_all_after_the_same_step(tmp_path):
+    """SIGTERM is what a machine that is about to be taken away sends."""
+    options = ("--config.train.steps=900", "--config.warm_start.steps=3", "--config.eval.before=False", "--config.eval.every=0",
+               "--config.checkpoint.every=900")  # fmt: skip
+    run = tmp_path / "run"
+    with Processes(2, tmp_path, "-m", "epo_jax.main", "--config=tests/toy_sweep.py", f"--workdir={run}", *options) as running:
+        wait_for(running, "step   2/900")
+        running.each[1].send_signal(signal.SIGTERM)
+        assert running.codes(60) == [75, 75], running.said(0)[-2000:] + running.said(1)[-2000:]
+        said = running.said(0) + running.said(1)
+    last = max(int(folder.name) for folder in (run / "checkpoints").iterdir())
+    assert last >= 2 and said.count(f"stopped as asked, {last} RL steps done and saved") == 2
+
+
 def test_what_one_process_refuses_ends_the_others_with_its_words(tmp_path):
     with Processes(2, tmp_path, "-c", EXCHANGE, only={0: ("fail",)}, devices=2) as running:
         assert running.codes(60) == [2, 1]
