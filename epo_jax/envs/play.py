@@ -8,13 +8,13 @@ An answer is one line. In the tagged style a line without tags is taken for an a
 line is an answer too; the end of input (Ctrl-D) stops the game.
 """
 
-import argparse
 import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from epo_jax.command import ArgumentParser, run
 from epo_jax.config import ENV_SECTIONS, base_config
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Environment, Observation, Task, environment
@@ -85,9 +85,8 @@ def play(
     return observation
 
 
-def main(argv: Sequence[str]) -> int:
-    """The program; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m epo_jax.envs.play", description=__doc__.split("\n")[0])
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m epo_jax.envs.play", description=__doc__.partition("\n")[0])
     parser.add_argument("--env", required=True, help="alfworld, scienceworld, toy, or a module of your own")
     parser.add_argument("--split", default="train", choices=SPLITS)
     parser.add_argument("--task", default="", help="its id, or how the id begins; by default the first of the split")
@@ -95,30 +94,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--window", type=int, metavar="TURNS", help="each turn is one message with so many past turns in it")
     parser.add_argument("--expert", action="store_true", help="let the expert play")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a key of config.env; may be repeated")
-    args = parser.parse_args(argv)
-    try:
-        env, options = environment(args.env), read_options(args.env, args.option)
-        env.prepare(options)
-        task = find_task(env.list_tasks(args.split, options), args.task)
-        answers = iter(expert_answers(env, task, options, args.style) if args.expert else ())
+    args = parser.parse_args(argv[1:])
+    env, options = environment(args.env), read_options(args.env, args.option)
+    env.prepare(options)
+    task = find_task(env.list_tasks(args.split, options), args.task)
+    answers = iter(expert_answers(env, task, options, args.style) if args.expert else ())
 
-        def answer() -> str:
-            said = next(answers, None) if args.expert else ask(args.style)
-            if said is None:
-                raise EOFError
-            return said
+    def answer() -> str:
+        said = next(answers, None) if args.expert else ask(args.style)
+        if said is None:
+            raise EOFError
+        return said
 
-        window = None
-        if args.window is not None:
-            window = agent.Window(args.window, base_config(args.env).agent.history_actions)
-        print(f"{args.env}, {args.split}: {task['id']}")
-        with EnvPool(args.env, options, workers=1) as pool:
-            play(pool, task, args.style, window, options["max_turns"], answer)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    window = None if args.window is None else agent.Window(args.window, base_config(args.env).agent.history_actions)
+    print(f"{args.env}, {args.split}: {task['id']}")
+    with EnvPool(args.env, options, workers=1) as pool:
+        play(pool, task, args.style, window, options["max_turns"], answer)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))
