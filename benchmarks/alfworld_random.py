@@ -1,17 +1,18 @@
 """ALFWorld played at random whatever the policy says, so that every contender of a benchmark plays the same episodes."""
 
+import dataclasses
 import random
 
 from epo_jax.envs import alfworld
 
-PHRASES, prepare, list_tasks = alfworld.PHRASES, alfworld.prepare, alfworld.list_tasks
+prepare, list_tasks = alfworld.prepare, alfworld.list_tasks
 
 
 class RandomAlfworld:
-    """The real engine; action t of an episode is drawn from the admissible ones by the task's id."""
+    """The real engine; action t of an episode is drawn from the admissible ones, which are not shown, by the task's id."""
 
     def __init__(self, options):
-        self._env = alfworld.make_env({**options, "admissible": True})
+        self._env = alfworld.make_env({**options, "hints": "admissible"})
 
     def reset(self, task):
         self._random = random.Random(task["id"])
@@ -22,7 +23,7 @@ class RandomAlfworld:
 
     def _seen(self, observation):
         self._admissible = observation.admissible
-        return observation
+        return dataclasses.replace(observation, admissible=())
 
 
 def make_env(options):

@@ -71,9 +71,10 @@ def ours(args, tokenizer, tasks):
     episodes = [rollout.Episode(i, tasks[i]) for i in range(args.episodes)]
     for name in ("compiling", "ours"):
         with EnvPool("alfworld_random", OPTIONS, 2) as pool:
-            played = Scripted(episodes, pool, tokenizer, args.model, params, config, sampler)
-            trajectories = played.run()
-        stats = played.stats
+            played, player = Scripted(pool, args.model, config), rollout._Player(0, tokenizer, episodes)
+            played.enter([player], params, sampler)
+            played.run()
+        stats, trajectories = played.stats, played.trajectories(player)
         report(name, stats.seconds, trajectories, {
             "prefill": stats.prefill_seconds, "decode": stats.decode_seconds, "waiting for environments": stats.env_wait_seconds,
         }, f"{stats.prompt_tokens} tokens read; prefill and decode are summed over lanes that overlap")  # fmt: skip
@@ -228,9 +229,10 @@ def bound(args, context=512, steps=8):
 def of_run(args):
     """An RL step's rollout by the agent of a run folder, four times; the first compiles."""
     from epo_jax import main as program
-    from epo_jax.generate import load
+    from epo_jax.config import base_config
+    from epo_jax.folders import load
 
-    policy = load(args.run, None, "float32")
+    policy = load(args.run, None, base_config())
     config = policy.config
     config.rollout.update(slots=args.slots, lanes=args.lanes)
     options = config.env.to_dict()
