@@ -209,7 +209,8 @@ def test_three_steps_are_the_releases(base):
     np.testing.assert_allclose(ravel_pytree(state.params)[0], actor.vector, atol=1e-4)
     if critic:
         assert metrics["value_clip_fraction"] > 0
-        np.testing.assert_allclose(ravel_pytree(state.critic)[0], judge.vector, atol=1e-4)
+        # A tenth of one update: AdamW makes much of the rounding of a gradient that is nearly 0.
+        np.testing.assert_allclose(ravel_pytree(state.critic)[0], judge.vector, atol=3e-4)
 
 
 def test_an_update_without_a_finite_gradient_is_left_out():
