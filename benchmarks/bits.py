@@ -30,7 +30,7 @@ def config_for_a_model(path: str):
     config = get_config("paper")
     config.model.path = path
     config.model.dtype = "float32"
-    config.env.update(max_turns=3)
+    config.env.update(max_turns=3, train_games=40, valid_seen_games=6, valid_unseen_games=6)
     config.agent.update(response_tokens=48, max_tokens=2048)
     config.rollout.update(groups=4, group_size=4, slots=16, lanes=2)
     config.algo.update(mini_batches=1, micro_batch_rows=1)
