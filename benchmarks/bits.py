@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs.alfworld import get_config
@@ -38,52 +37,44 @@ def config_for_a_model(path: str):
     return config
 
 
-def scored(model, params, batch, temperature: float):
-    """Log-probability and entropy of every policy token by the learner's forward, [policy tokens] each."""
-    score = jax.jit(policy_statistics, static_argnums=(0, 3))
-    found = []
+def differences(model, params, batch, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """The learner's log-probability and entropy of every policy token less the sampler's, [policy tokens] each."""
+    score, found = jax.jit(policy_statistics, static_argnums=(0, 3)), []
     for mini in range(batch.rows.size):
         for row in range(batch.rows[mini]):
-            inputs = Inputs(*(getattr(batch, name)[mini, row : row + 1] for name in Inputs._fields))
-            found.append([x[0][batch.policy_mask[mini, row] > 0] for x in score(model, params, inputs, temperature)])
-    return (np.concatenate(column) for column in zip(*found, strict=True))
-
-
-def recorded(batch, name: str) -> np.ndarray:
-    return np.concatenate([
-        getattr(batch, name)[mini, row][batch.policy_mask[mini, row] > 0]
-        for mini in range(batch.rows.size)
-        for row in range(batch.rows[mini])
-    ])  # fmt: skip
+            one = batch._replace(rows=None, returns=None, group=None, anchor=None)
+            one = jax.tree.map(lambda x, at=(mini, row): x[at][None], one)
+            log_prob, entropy = score(model, params, Inputs(*(getattr(one, name) for name in Inputs._fields)), temperature)
+            apart = log_prob - one.behaviour_log_prob, entropy - one.behaviour_entropy
+            found.append([x[one.policy_mask > 0] for x in apart])
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a run folder, a model folder, a GGUF file or a hub name")
     path = parser.parse_args().model
-    policy = load(path, None, config_for_a_model(path))
-    config = policy.config or config_for_a_model(path)
+    short = config_for_a_model(path)
+    policy = load(path, None, short)
+    config = policy.config or short
     env, options = environment(config.env.name), config.env.to_dict()
     env.prepare(options)
     tasks = env.list_tasks("train", options)
     objective, _ = program.objective_and_hyper(config)
     temperature = config.rollout.temperature
-    params = jax.tree.map(jnp.asarray, policy.params)
     with EnvPool(config.env.name, options, config.env.workers) as pool:
         for dtype, cache_dtype in CHOICES:
             settings = dataclasses.replace(prompting.rollout_config(config), dtype=dtype, cache_dtype=cache_dtype)
             episodes = program.step_episodes(tasks, config, 0, 0)
             trajectories, _ = rollout.collect(
-                episodes, pool, policy.tokenizer, policy.model, params, jax.random.key(1), settings, temperature
+                episodes, pool, policy.tokenizer, policy.model, policy.params, jax.random.key(1), settings, temperature
             )
             batch = program.step_batch(config, objective, 0, trajectories, 1)
-            log_prob, entropy = scored(policy.model, params, batch, temperature)
-            log_ratio = log_prob - recorded(batch, "behaviour_log_prob")
-            apart = np.abs(entropy - recorded(batch, "behaviour_entropy"))
+            log_ratio, entropy = differences(policy.model, policy.params, batch, temperature)
             print(
                 f"{dtype or 'float32'} arithmetic, {cache_dtype or dtype or 'float32'} cache, {log_ratio.size} tokens: "
                 f"log-probability {np.abs(log_ratio).mean():.1e} (largest {np.abs(log_ratio).max():.1e}), "
-                f"entropy {apart.mean():.1e} ({apart.max():.1e}), "
+                f"entropy {np.abs(entropy).mean():.1e} ({np.abs(entropy).max():.1e}), "
                 f"k3 {np.mean(np.exp(log_ratio) - 1 - log_ratio):.1e}, "
                 f"ratio {np.exp(log_ratio.min()):.3f} to {np.exp(log_ratio.max()):.3f}",
                 flush=True,

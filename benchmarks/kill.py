@@ -63,7 +63,7 @@ def ending(folder: Path) -> dict:
 
 
 def without_times(row: dict) -> dict:
-    return {name: value for name, value in row.items() if "second" not in name}
+    return {name: value for name, value in row.items() if "second" not in name and not name.endswith("_mfu")}
 
 
 def differences(one: dict, other: dict) -> list[str]:

@@ -80,7 +80,7 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     model.qkv_bias = True
     model.dtype = "bfloat16"  # of the arithmetic; weights and reductions stay float32
     # What a layer keeps for the backward pass, which computes the rest again: "none" everything, "dots" what matrix products
-    # made, "attention" what attention took and gave, "full" nothing. Less memory, up to a quarter more arithmetic.
+    # made, "attention" what attention gave, "full" nothing. Less memory, up to a quarter more arithmetic.
     model.remat = "full"
     model.lora_rank = 0  # of adapters that RL trains in place of the weights; 0 = it trains the weights
     model.lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank

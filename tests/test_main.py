@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.kill import without_times
 from epo_jax import main as program
 from epo_jax.config import base_config
 from epo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = ("_seconds", "_per_second", "_mfu")
 # A command of this test runs on one device, as on a laptop; eight fake ones only cost time here.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
@@ -30,10 +30,6 @@ def command(*arguments, **environment):
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_times(row):
-    return {name: value for name, value in row.items() if name != "seconds" and not name.endswith(TIMES)}
 
 
 @pytest.fixture(scope="module")

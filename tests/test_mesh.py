@@ -48,7 +48,7 @@ def programs():
         on = mesh.make_mesh(*shape)
         lowered[shape] = make_train_step(config, on).lower(start(on), batch(), hyper)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        return dict(zip(SHAPES, executor.map(lambda low: low.compile(tiny.QUICK), lowered.values()), strict=True))
+        return dict(zip(SHAPES, executor.map(lambda low: low.compile(), lowered.values()), strict=True))
 
 
 def start(on):
@@ -99,7 +99,7 @@ def test_the_releases_mini_batches_are_those_of_one_device():
         params = fresh(MODEL, jax.random.key(0))
         state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
         placed = mesh.place(packed, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
-        step = make_train_step(config, on).lower(state, *placed).compile(tiny.QUICK)
+        step = make_train_step(config, on).lower(state, *placed).compile()
         state, metrics = step(state, *placed)
         found.append((jax.tree.map(np.asarray, state.params), metrics))
     (alone, alone_metrics), (together, metrics) = found

@@ -29,3 +29,15 @@ def test_muon_orthogonalises_the_matrices_of_each_layer_and_leaves_the_rest_to_a
     for name in ("embedding", "bias"):
         ours, theirs = ((x if name in x else x["layers"])[name] for x in (by_muon, by_adam))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_the_norm_is_clipped_as_optax_clips_it():
+    config = OptimConfig(0.1, 10, warmup_ratio=0.0, floor_ratio=1.0, clip_norm=0.5)
+    ours, theirs = make_optimizer(config), optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1, weight_decay=0.01))
+    params = {"a": jnp.ones((3, 4)), "b": jnp.array([1.0, -2.0])}
+    states = ours.init(params), theirs.init(params)
+    for size in (0.01, 0.0, 3.0, 0.1):  # norms on both sides of the limit, and none
+        gradient = {"a": jnp.full((3, 4), size), "b": jnp.array([-size, 2.0 * size])}
+        (found, mine), (expected, other) = (o.update(gradient, s, params) for o, s in zip((ours, theirs), states, strict=True))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+        states = mine, other

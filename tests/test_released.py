@@ -109,7 +109,7 @@ def test_an_update_is_the_releases(base):
         ]  # fmt: skip
         return jnp.stack(micro).mean()
 
-    value, expected = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK)(tiny.as_params())
+    value, expected = jax.jit(jax.value_and_grad(loss))(tiny.as_params())
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-4, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), gradient, expected)
 
@@ -176,7 +176,7 @@ def test_three_steps_are_the_releases(base):
 
     inputs, old = tiny.inputs(batch), jnp.asarray(batch.behaviour_log_prob[0])
     reference = tiny.own_statistics(batch, tiny.parameters(1))[0]
-    gradient_of = jax.jit(jax.grad(micro_batch_loss), compiler_options=tiny.QUICK)
+    gradient_of = jax.jit(jax.grad(micro_batch_loss))
     table = turn_table(trajectories, batch)
     actor, old_value = tiny.AdamW(tiny.as_params(), 0.05), None
     begun = actor.vector
@@ -209,8 +209,9 @@ def test_three_steps_are_the_releases(base):
     np.testing.assert_allclose(ravel_pytree(state.params)[0], actor.vector, atol=1e-4)
     if critic:
         assert metrics["value_clip_fraction"] > 0
-        # A tenth of one update: AdamW makes much of the rounding of a gradient that is nearly 0.
-        np.testing.assert_allclose(ravel_pytree(state.critic)[0], judge.vector, atol=3e-4)
+        off = np.abs(ravel_pytree(state.critic)[0] - judge.vector)
+        # AdamW makes much of the rounding of a gradient that is nearly 0, but no more than a tenth of one update.
+        assert np.quantile(off, 0.998) < 2e-5 and off.max() < 3e-4
 
 
 def test_an_update_without_a_finite_gradient_is_left_out():

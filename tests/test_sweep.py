@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from benchmarks.kill import without_times
 from epo_jax import figures, sweep
 from epo_jax import main as program
 from epo_jax.command import read_config
@@ -39,10 +40,6 @@ ONE_BY_ONE, SPREAD = ((f"--config.sweep.at_once={n}", f"--config.sweep.devices={
 def run(folder, *arguments, preset=""):
     sweep.main(["sweep", f"--config=tests/toy_sweep.py:{preset}", f"--workdir={folder}", *arguments])
     return folder
-
-
-def without_times(rows):
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 def params(folder, step=3):
@@ -95,7 +92,7 @@ def test_a_member_is_the_run_that_it_would_be_alone(going, tmp_path):
     assert np.abs(params(member) - params(single)).max() < 1e-5
     assert np.abs(params(member) - params(member, 0)).max() > 1e-3
     for name in ("metrics.jsonl", "eval.jsonl"):
-        ours, theirs = (without_times(read_rows(folder / name)) for folder in (member, single))
+        ours, theirs = (list(map(without_times, read_rows(folder / name))) for folder in (member, single))
         assert len(ours) == len(theirs) == 3
         for a, b in zip(ours, theirs, strict=True):
             assert a.keys() == b.keys()
@@ -140,7 +137,8 @@ def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept,
         after = again / "members" / before.name
         np.testing.assert_array_equal(params(after), params(before))
         for file in ("metrics.jsonl", "eval.jsonl"):
-            assert without_times(read_rows(after / file)) == without_times(read_rows(before / file))
+            ours, theirs = (list(map(without_times, read_rows(folder / file))) for folder in (after, before))
+            assert ours == theirs
 
 
 def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_traces):

@@ -22,7 +22,6 @@ GROUPS, SIZE, TURNS = 3, 4, 3
 EPISODES = GROUPS * SIZE
 ROW, POLICY = 48, 24  # tokens and policy tokens of a row
 TEMPERATURE = 0.9
-QUICK = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 OBJECTIVE = ObjectiveConfig(
     num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW, turn_tokens=4, mini_turns=40, micro_turns=5
 )
@@ -146,7 +145,7 @@ def program(config, mini_batches: int = 1):
     """The train step, compiled once. It refuses arguments of any other shape or type."""
     hyper = jax.tree.map(np.float32, Hyper())
     example = start(config), batched(episodes(0), mini_batches), hyper
-    return make_train_step(config).lower(*example).compile(QUICK)
+    return make_train_step(config).lower(*example).compile()
 
 
 def first_update(config, hyper, batch, **fields):

@@ -10,7 +10,7 @@ and, where it has use for them,
     prepare(options)                -> None                 make or check everything on disk, once, in the main process
     demonstrations(tasks, options)  -> list[Demonstration]  expert episodes for the warm start
     PHRASES = "regular expression"                          set phrases that a tokenizer trained on its texts keeps whole
-    SLOTS_PER_WORKER = 16                                   most episodes that one worker process can hold
+    SLOTS_PER_WORKER = 32                                   most episodes that one worker process can hold
 
 `config.env.name` is its name in `ENVIRONMENTS` or, for a module from elsewhere, the name by which it is imported.
 docs/environments.md builds one.

@@ -35,7 +35,7 @@ from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fie
 from epo_jax.errors import UserError
 from epo_jax.files import write_atomically
 
-SLOTS_PER_WORKER = 16  # live episodes of one JVM, whose heap has room for about three times as many
+SLOTS_PER_WORKER = 32  # live episodes of one JVM, whose heap has room for about three times as many
 WIN_REWARD = 10.0
 # The task types that the released code keeps for its L2 test; use-thermometer is in none of its lists.
 HELD_OUT = (

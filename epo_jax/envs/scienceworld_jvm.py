@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from epo_jax.errors import UserError
 
-HEAP_MB = 512  # a world takes about 10 MB
+HEAP_MB = 1024  # a world takes about 10 MB
 START_ATTEMPTS = 3
 _JVM_OPTIONS = (
     "-XX:+UseSerialGC",

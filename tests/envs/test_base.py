@@ -50,7 +50,7 @@ def test_every_registered_environment_is_there():
     for name in base.ENVIRONMENTS:
         found = base.environment(name)
         assert found.module == base.ENVIRONMENTS[name] and callable(found.prepare)
-    assert base.environment("scienceworld").slots_per_worker == 16
+    assert base.environment("scienceworld").slots_per_worker == 32
     assert base.environment("toy").slots_per_worker is None and base.environment("toy").phrases == ""
 
 

@@ -5,7 +5,6 @@ import numpy as np
 
 from epo_jax.objectives.spec import Episodes
 
-QUICK = {"xla_backend_optimization_level": 0}  # what counts is the time to compile
 NUM, TURNS, GROUPS = 6, 3, 2  # trajectories, turns at most, groups
 FIELDS = (
     "mask", "turn", "reward", "valid", "value", "log_prob", "old_log_prob", "ref_log_prob", "entropy", "old_entropy",

@@ -8,11 +8,11 @@ from epo_jax.objectives.loss import estimate
 from epo_jax.objectives.registry import ESTIMATORS
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from tests.objectives import transcription
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, QUICK, TURNS, episodes_of, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_of, pack, trajectories
 
 RETURNS = np.array([1.0, 0.0, 0.0, 2.0, 2.0, 2.0])
 GROUP = np.array([0, 0, 0, 1, 1, 1])
-estimate_ = jax.jit(estimate, static_argnums=2, compiler_options=QUICK)
+estimate_ = jax.jit(estimate, static_argnums=2)
 
 
 def objective(**settings):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from epo_jax.objectives import entropy, registry, spec
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
 from tests.objectives import transcription
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, QUICK, TURNS, advantages, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, pack, trajectories
 
 STEPS = 8
 PAST = (0.7, 0.9)  # mean entropies of the steps before
@@ -33,7 +33,7 @@ def past(objective):
     return history
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "split"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("objective", "split"))
 def total(rows, advantage, hyper, objective, split=None, history=None):
     """The mini-batch's (loss, sums), added up over micro-batches of `split` rows; differentiable."""
 
@@ -171,7 +171,7 @@ def test_the_corridor_never_contains_the_current_step(name):
     objective, hyper = variant(name)
     rows, history = pack(trajectories(0), PACKED, 60), past(objective)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def seen(history, sampled):
         table = loss_rows(
             rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"], 0.0 * rows["mask"],

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.objectives.problems import QUICK
-
 
 def average(x: list, turn: list, mode: str, max_tokens: int, max_turns: int, decay: float = 0.0):
     """The average that `mode` names; episodes without tokens count in none."""
@@ -193,5 +191,5 @@ def value_and_gradients(episodes, advantage, hyper, objective, past: np.ndarray,
 
     with jax.enable_x64(True):
         flat = [jnp.concatenate([e[name][k] for e, k in zip(episodes, keep, strict=True)]) for name in ("log_prob", "entropy")]
-        run = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=QUICK)
+        run = jax.jit(jax.value_and_grad(loss, (0, 1)))
         return jax.device_get(run(*flat))
