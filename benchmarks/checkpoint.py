@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
 
     config = get_config("laptop")
-    model = decoder_config(config.model, config.model.vocab_size)
+    model = decoder_config(config.model)
     objective, hyper = objective_and_hyper(config)
     learner = learner_config(config, model, objective)
     state = init_state(learner, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)))

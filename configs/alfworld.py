@@ -39,7 +39,7 @@ def _laptop(config: ConfigDict) -> None:
         num_kv_heads=2,
         head_dim=32,
         d_ff=256,
-        vocab_size=1536,
+        vocab_size=1280,
         rope_theta=10_000.0,
         dtype="float32",
         remat="none",

@@ -57,7 +57,7 @@ def load_run(folder: Path, config: ConfigDict, step: int | None, devices: Mesh |
         UserError: there is no checkpoint of `step` (the newest when None), or it cannot be read.
     """
     tokenizer = load_tokenizer(folder / "tokenizer")
-    model = decoder_of_run(config, tokenizer.vocab_size)
+    model = decoder_of_run(config)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     if devices is not None:
         params = mesh.abstract(params, mesh.shardings(devices, params))
@@ -87,10 +87,10 @@ def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer,
     return tokenizer, model, weights.load_params(folder, model, mesh.shardings(devices, shapes) if devices else None)
 
 
-def decoder_of_run(config, vocab_size: int) -> DecoderConfig:
+def decoder_of_run(config) -> DecoderConfig:
     """The decoder that a run with this config trains, adapters included, without loading its weights."""
     if config.model.path:
         model = hf_config.read_config(hub.resolve(config.model.path), config.model.dtype, config.model.remat)
     else:
-        model = decoder_config(config.model, vocab_size)
+        model = decoder_config(config.model)
     return with_adapters(model, config.model) if config.model.lora_rank else model

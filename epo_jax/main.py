@@ -63,11 +63,11 @@ def train(command: Command) -> None:
         raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
     if resumed:
         tokenizer = load_tokenizer(workdir / "tokenizer")
-        model = decoder_of_run(config, tokenizer.vocab_size)
+        model = decoder_of_run(config)
     elif config.model.path:
         tokenizer, model, params = load_pretrained(config, devices)
     else:
-        model = decoder_config(config.model, config.model.vocab_size)
+        model = decoder_config(config.model)
     mesh.check(devices, model, config.train.rows_tokens)
     env_options = config.env.to_dict()
     env = environment(config.env.name)
@@ -92,7 +92,7 @@ def train(command: Command) -> None:
     if not resumed:
         if not config.model.path:
             tokenizer = own_tokenizer(config, demonstrations)
-            model, params = blank_model(config, tokenizer)
+            params = blank_params(config, model, tokenizer)
             params = mesh.place(params, mesh.shardings(devices, params))
         if hosts.is_first():
             tokenizer.save(workdir / "tokenizer")
@@ -248,12 +248,11 @@ def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
     return train_tokenizer(texts, config.model.vocab_size, environment(config.env.name).phrases)
 
 
-def blank_model(config, tokenizer: ChatTokenizer) -> tuple[DecoderConfig, Params]:
-    """A model from scratch, of the sizes in the config."""
-    model = decoder_config(config.model, tokenizer.vocab_size)
+def blank_params(config, model: DecoderConfig, tokenizer: ChatTokenizer) -> Params:
+    """Weights to train from scratch."""
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(config.seed))
     params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
-    return model, params
+    return params
 
 
 def step_batch(

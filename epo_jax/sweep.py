@@ -36,7 +36,7 @@ from epo_jax.files import write_atomically
 from epo_jax.folders import load_pretrained
 from epo_jax.grid import Member, programs, refuse_static
 from epo_jax.main import (
-    blank_model,
+    blank_params,
     clone_experts,
     expert_demonstrations,
     learner_config,
@@ -48,7 +48,7 @@ from epo_jax.main import (
 from epo_jax.members import make_members_step, member_mesh, stack
 from epo_jax.metrics import MetricWriter, Row, clock, seconds_left
 from epo_jax.models import lora
-from epo_jax.models.decoder import DecoderConfig, Params, with_adapters
+from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_adapters
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.stopping import StopRequest
@@ -131,7 +131,8 @@ def begin(config, train_tasks: list[Task], pretrained, seed: int, folder: Path |
         tokenizer, model, params = pretrained
     else:
         tokenizer = load_tokenizer(folder / "tokenizer") if folder else own_tokenizer(config, demonstrations)
-        model, params = blank_model(config, tokenizer)
+        model = decoder_config(config.model)
+        params = blank_params(config, model, tokenizer)
     if demonstrations:
         print(f"seed {seed}:", end=" ")
         # The weights that are cloned are given away; pretrained ones are needed again.
@@ -209,12 +210,6 @@ def train(
     tokenizers, model = [b.tokenizer for b in beginners], beginners[0].model
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
         tokenizer.save(folder / "tokenizer")
-    if any(b.model != model for b in beginners):
-        sizes = sorted({b.model.vocab_size for b in beginners})
-        raise UserError(
-            f"config.sweep.seeds={tuple(sweep.seeds)} make tokenizers of {sizes} tokens, so that their models differ; lower "
-            "config.model.vocab_size, or give each seed a sweep of its own."
-        )
     learner = learner_config(config, model, members[0].objective)
     states = [init_state(learner, b.params) for b in beginners]
     for i, manager in enumerate(managers):

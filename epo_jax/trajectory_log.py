@@ -85,14 +85,14 @@ def episode_row(step: int, split: str, trajectory: Trajectory, tokenizer: ChatTo
 
 
 def pieces(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
-    """The text that each token of an answer brings, special ones by their names.
+    """The text that each token of an answer brings, special ones by their names, those the tokenizer lacks by their numbers.
 
     Where several tokens make one character, the last brings it and the others "".
     """
     texts, pending = [], []
     for token in ids:
         pending.append(token)
-        special = tokenizer.backend.id_to_token(token) if not tokenizer.decode([token]) else ""
+        special = "" if tokenizer.decode([token]) else tokenizer.backend.id_to_token(token) or f"<|{token}|>"
         text = tokenizer.decode(pending) + special
         if text.endswith("\ufffd") and len(pending) < _CHARACTER and len(texts) + 1 < len(ids):
             texts.append("")

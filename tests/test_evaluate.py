@@ -76,7 +76,7 @@ def folders(tmp_path_factory):
     del config.sweep
     config.model.update(vocab_size=TOKENIZER.vocab_size)
     write_config(config, runs)
-    model = decoder_config(config.model, TOKENIZER.vocab_size)
+    model = decoder_config(config.model)
     objective, _ = program.objective_and_hyper(config)
     state = init_state(program.learner_config(config, model, objective), init_params(model, jax.random.key(0)))
     stirred = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)

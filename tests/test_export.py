@@ -22,12 +22,13 @@ def run_folder(tmp_path_factory):
     """A run that trained adapters on a model from scratch, and the state it saved."""
     folder = tmp_path_factory.mktemp("run")
     config = base_config()
-    config.model.update(path="", d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=40, lora_rank=2)
+    config.model.update(path="", d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=40, vocab_size=300)
+    config.model.lora_rank = 2
     config.algo.kl_coef = 0.0
     write_config(config, folder)
     tokenizer = train_tokenizer(["take apple 1 from cabinet 3"], 300)
     tokenizer.save(folder / "tokenizer")
-    model = with_adapters(decoder_config(config.model, tokenizer.vocab_size), config.model)
+    model = with_adapters(decoder_config(config.model), config.model)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     state = init_state(learner_config(config, model, objective_and_hyper(config)[0]), params)

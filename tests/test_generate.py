@@ -27,6 +27,7 @@ def run_config(context):
     config.agent.update(style="bare", context=context, response_tokens=5, max_tokens=160)
     config.env.update(max_turns=4)
     config.model.update(path="", d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16, dtype="float32")
+    config.model.vocab_size = TOKENIZER.vocab_size
     config.train.update(steps=2, rows_tokens=160, rows_policy_tokens=64)
     return config
 
@@ -38,7 +39,7 @@ def folder(request, tmp_path_factory):
     config = run_config(request.param)
     write_config(config, folder)
     TOKENIZER.save(folder / "tokenizer")
-    model = decoder_config(config.model, TOKENIZER.vocab_size)
+    model = decoder_config(config.model)
     objective, _ = program.objective_and_hyper(config)
     state = init_state(program.learner_config(config, model, objective), init_params(model, jax.random.key(0)))
     with checkpoint.open_manager(checkpoint.place(folder), 2) as manager:
@@ -86,7 +87,7 @@ def test_somebody_may_act_in_its_place(folder, say):
 
 def test_a_model_folder_answers_and_chats(tmp_path, say):
     config = run_config("chat")
-    model = decoder_config(config.model, TOKENIZER.vocab_size)
+    model = decoder_config(config.model)
     fresh = init_params(model, jax.random.key(1))
     stirred = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
     weights.save_params(tmp_path, model, stirred)

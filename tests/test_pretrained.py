@@ -11,6 +11,7 @@ from epo_jax import main as program
 from epo_jax.envs.base import environment
 from epo_jax.metrics import read_rows
 from epo_jax.models import hf_config, weights
+from epo_jax.models.decoder import decoder_config
 from tests.toy_sweep import get_config
 
 CHANGES = ("warm_start.episodes=0", "model.lora_rank=2", "algo.kl_coef=0.01", "train.steps=2", "eval.every=0")
@@ -23,7 +24,8 @@ def published(tmp_path_factory):
     config = get_config()
     demonstrations = program.expert_demonstrations(config, environment("toy").list_tasks("train", {}))
     tokenizer = program.own_tokenizer(config, demonstrations)
-    model, params = program.blank_model(config, tokenizer)
+    model = decoder_config(config.model)
+    params = program.blank_params(config, model, tokenizer)
     weights.save_params(folder / "model", model, params)
     tokenizer.save(folder / "model")
     program.main(["main", "--config=tests/toy_sweep.py", f"--workdir={folder / 'run'}", f"--config.model.path={folder / 'model'}",

@@ -21,6 +21,7 @@ from epo_jax.errors import Stopped, UserError
 from epo_jax.grid import programs
 from epo_jax.metrics import read_rows
 from epo_jax.models import members
+from epo_jax.models.tokenizer import load_tokenizer
 from tests.toy_sweep import get_config
 
 # Two seeds of points that differ in everything that is data.
@@ -139,6 +140,14 @@ def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept,
         for file in ("metrics.jsonl", "eval.jsonl"):
             ours, theirs = (list(map(without_times, read_rows(folder / file))) for folder in (after, before))
             assert ours == theirs
+
+
+def test_seeds_whose_tokenizers_differ_in_size_share_a_program(tmp_path):
+    settings = ("model.vocab_size=320", "warm_start.episodes=3", "warm_start.steps=2", "train.steps=1", "eval.before=False")
+    swept = run(tmp_path, "--config.sweep.seeds=(0, 1)", *(f"--config.{setting}" for setting in settings))
+    folders = [swept / "members" / name for name in names(swept)]
+    assert [load_tokenizer(folder / "tokenizer").vocab_size for folder in folders] == [300, 304]
+    assert all(len(read_rows(folder / "metrics.jsonl")) == 1 for folder in folders)
 
 
 def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_traces):

@@ -52,6 +52,8 @@ def test_characters_of_several_tokens_are_not_torn():
     told = pieces(ids, TOKENIZER)
     assert len(told) == len(ids) and "".join(told) == "a 🍎é.<|end|>"
     assert pieces([TOKENIZER.stop_id, *ids], TOKENIZER) == ["<|end|>", *told]
+    beyond = TOKENIZER.vocab_size + 7  # a model may have more rows than its tokenizer has tokens
+    assert pieces([beyond, *ids], TOKENIZER) == [f"<|{beyond}|>", *told]
     assert "🍎" in told and told[told.index("🍎") - 1] == ""
 
 

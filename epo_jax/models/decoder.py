@@ -316,10 +316,9 @@ def _skeleton(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param)
 
 
-def decoder_config(model, vocab_size: int) -> DecoderConfig:
-    """The `model` section of a run's config as a `DecoderConfig`; the tokenizer has the last word on the vocabulary."""
-    fields = {field.name: model[field.name] for field in dataclasses.fields(DecoderConfig) if field.name in model}
-    return DecoderConfig(**{**fields, "vocab_size": vocab_size})
+def decoder_config(model) -> DecoderConfig:
+    """The `model` section of a run's config as a `DecoderConfig`."""
+    return DecoderConfig(**{field.name: model[field.name] for field in dataclasses.fields(DecoderConfig) if field.name in model})
 
 
 def with_adapters(config: DecoderConfig, model) -> DecoderConfig:
