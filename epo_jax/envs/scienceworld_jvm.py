@@ -119,10 +119,15 @@ class Simulator:
         """Puts `episode`'s values into the simulator's global variables and keeps those of the episode before."""
         if self._active is episode:
             return
-        if self._active is not None:
-            self._keep(self._active)
+        self.set_aside()
         self._put_back(episode)
         self._active = episode
+
+    def set_aside(self) -> None:
+        """Keeps the values of the episode that acted last, which then does not notice what else the JVM is asked."""
+        if self._active is not None:
+            self._keep(self._active)
+        self._active = None
 
     def ask(self, episode: "Episode", question: Callable[[], Any]) -> tuple[str, ...]:
         """The answer of `episode`'s server, which leaves no trace: naming things draws random numbers."""
@@ -150,6 +155,7 @@ class Episode:
 
     def __init__(self, simulator: Simulator):
         self._simulator = simulator
+        simulator.set_aside()  # making a server draws random numbers
         self.server = simulator.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         self.seed, self.count = 0, 0
         self._agent: Any = None
@@ -161,6 +167,7 @@ class Episode:
         Raises:
             UserError: the simulator has no such variation. (It would call it solved otherwise.)
         """
+        self._simulator.set_aside()
         variations = self.server.getTaskMaxVariations(task)
         if not 0 <= variation < variations:
             raise UserError(

@@ -288,6 +288,17 @@ def test_episodes_that_share_a_jvm_do_not_see_each_other(simulator):
     assert alone[1][-1].won
 
 
+def test_an_episode_does_not_see_another_begin_in_its_jvm(simulator):
+    which = task("find-animal", 3)
+    alone = walk(scienceworld.ScienceWorld(simulator), which, BEES)
+    env = scienceworld.ScienceWorld(simulator)
+    seen = [env.reset(which)]
+    for action in BEES:
+        scienceworld.ScienceWorld(simulator).reset(task("boil", len(seen) % 3))
+        seen.append(env.step(action))
+    assert seen == alone
+
+
 def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
     """The package's own wrapper, in a JVM with the same hash codes, word for word and score for score."""
     import scienceworld.scienceworld as stock_module
