@@ -33,8 +33,7 @@ def adapted():
         state = init_state(chosen, params)
         before = jax.tree.map(np.asarray, state)
         batch = tiny.batched(tiny.episodes(0), 1)
-        step = make_train_step(chosen).lower(state, batch, hyper).compile()
-        found[critic] = before, *step(state, batch, hyper)
+        found[critic] = before, *make_train_step(chosen)(state, batch, hyper)
     return found
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from epo_jax import mesh
 
 # What attention gives its backward pass, by the name that a rematerialisation policy knows it under: output and normaliser.
-# Queries, keys and values are three times as large and quickly made again.
+# Queries, keys and values are larger together, and quickly made again.
 SAVED = "attention"
 
 _MASKED = -1e30
