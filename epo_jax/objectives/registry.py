@@ -64,6 +64,7 @@ BASES: dict[str, dict] = {
 OVERLAYS: dict[str, dict] = {
     "epo": {},
     "epo_base": {"alpha": 0.0},
+    "epo_indicator": {"penalty": "indicator"},
     "epo_wo_dw": {"phase": "constant"},
     "epo_decay": {"alpha": 0.0, "turn_decay": 1.0},
     "ea": {"lam": 0.0, "shaper": "ea"},
