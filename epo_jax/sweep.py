@@ -3,7 +3,8 @@
     python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/first
 
 `--config.sweep.arms`, `.seeds` and `.over` say who the members are (`epo_jax.grid`). Each has a run folder of its own,
-WORKDIR/members/NAME, as `epo_jax.main` would have left it; WORKDIR/sweep.json lists them with what tells them apart.
+WORKDIR/members/NAME, as `epo_jax.main` would have left it; WORKDIR/sweep.json lists them with what tells them apart, and
+WORKDIR/warm_start/seedN keeps what the members of a seed begin with.
 
 What members share is done once: the environments' processes, expert episodes and warm start of a seed, the evaluation before
 the first step, compilation. Arms that need another program are trained one after the other.
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
     tasks = {split: env.list_tasks(split, env_options) for split in ("train", *config.eval.splits)}
     open_workdir(command)
     ledger = Ledger(command.workdir, groups)
-    beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained))
+    beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained, command.workdir / "warm_start"))
 
     # ---------------------------------------------------------------- one program after the other
     with EnvPool(config.env.name, env_options, config.env.workers) as pool:
@@ -122,21 +123,27 @@ class Beginner(NamedTuple):
     params: Params
 
 
-def begin(config, train_tasks: list[Task], pretrained, seed: int, folder: Path | None) -> Beginner:
-    """The beginner of a seed: cloned from experts, or where a run folder is given, one whose checkpoints take its place."""
+def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) -> Beginner:
+    """The beginner of a seed: cloned from experts, which is done once and kept in a folder of `kept`."""
     config = ConfigDict(config.to_dict())
     config.seed = seed
-    demonstrations = [] if folder else expert_demonstrations(config, train_tasks)
+    folder = kept / f"seed{seed}"
+    cloned = checkpoint.holds_params(folder)
+    demonstrations = [] if cloned else expert_demonstrations(config, train_tasks)
     if pretrained is not None:
         tokenizer, model, params = pretrained
     else:
-        tokenizer = load_tokenizer(folder / "tokenizer") if folder else own_tokenizer(config, demonstrations)
+        tokenizer = load_tokenizer(folder / "tokenizer") if cloned else own_tokenizer(config, demonstrations)
         model = decoder_config(config.model)
         params = blank_params(config, model, tokenizer)
-    if demonstrations:
+    if cloned:
+        params = checkpoint.restore_params(folder, params)
+    elif demonstrations:
         print(f"seed {seed}:", end=" ")
         # The weights that are cloned are given away; pretrained ones are needed again.
         params = clone_experts(config, model, tokenizer, jax.tree.map(jnp.copy, params), demonstrations)
+        tokenizer.save(folder / "tokenizer")
+        checkpoint.save_params(folder, params)
     if config.model.lora_rank:
         model = with_adapters(model, config.model)
         params = lora.join(params, lora.init_adapters(model, jax.random.key(seed + 2)))
@@ -187,7 +194,7 @@ def train(
     config,
     members: list[Member],
     ledger: Ledger,
-    beginner: Callable[[int, Path | None], Beginner],
+    beginner: Callable[[int], Beginner],
     tasks: dict[str, list[Task]],
     pool: EnvPool,
 ) -> None:
@@ -205,8 +212,7 @@ def train(
     found = last_common_step(held, [ledger.stopped.get(member.name) for member in members])
     first_step = found or 0
     ledger.go_back(members, first_step)
-    firsts = [folders[seeds.index(seed)] for seed in seeds]
-    beginners = [beginner(seed, None if found is None else first) for seed, first in zip(seeds, firsts, strict=True)]
+    beginners = [beginner(seed) for seed in seeds]
     tokenizers, model = [b.tokenizer for b in beginners], beginners[0].model
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
         tokenizer.save(folder / "tokenizer")

@@ -142,6 +142,20 @@ def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept,
             assert ours == theirs
 
 
+def test_a_sweep_killed_after_its_warm_starts_keeps_them(swept, going, tmp_path, monkeypatch):
+    again = shutil.copytree(swept, tmp_path / "again")
+    for folder in (again / "members").iterdir():
+        shutil.rmtree(folder / "checkpoints")
+    monkeypatch.setattr(sweep, "expert_demonstrations", lambda *_: pytest.fail("played its experts again"))
+    sweep.main(["sweep", f"--workdir={again}", "--resume"])
+    for member in going:
+        np.testing.assert_array_equal(params(again / "members" / member.name), params(member))
+    damaged = next((again / "warm_start" / "seed1" / "params").glob("**/manifest.ocdbt"))
+    damaged.write_bytes(b"")
+    with pytest.raises(UserError, match=r"weights in .*seed1 cannot be read .*; delete that folder"):
+        sweep.main(["sweep", f"--workdir={again}", "--resume"])
+
+
 def test_seeds_whose_tokenizers_differ_in_size_share_a_program(tmp_path):
     settings = ("model.vocab_size=320", "warm_start.episodes=3", "warm_start.steps=2", "train.steps=1", "eval.before=False")
     swept = run(tmp_path, "--config.sweep.seeds=(0, 1)", *(f"--config.{setting}" for setting in settings))

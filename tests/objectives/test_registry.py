@@ -7,7 +7,8 @@ from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 
 BASES = ("ppo", "grpo", "gigpo", "rloo", "reinforce_pp", "dr_grpo", "dapo")
 OVERLAYS = (
-    "epo", "epo_base", "epo_wo_dw", "epo_indicator", "epo_decay", "ea", "target", "clip_cov", "kl_cov", "siren", "empg", "released",
+    "epo", "epo_base", "epo_wo_dw", "epo_indicator", "epo_decay", "ea", "target", "clip_cov", "kl_cov", "siren", "empg",
+    "released",
 )  # fmt: skip
 
 
