@@ -7,6 +7,7 @@
 Runs whose configs differ in nothing but the seed, and in what decides no result (workers, folders, how often things are
 saved), form an arm: its curves are means with the span of its runs. A run with a name before it joins the arm of that name. A
 folder with a sweep.json ({"members": [{"name": ..., "coefficients": {key: value}}, ...]}) stands for the runs in its members/.
+The page's table is printed too, in Markdown.
 
 What is computed is computed here; page/ holds the page, which draws it.
 """
@@ -78,8 +79,10 @@ def main(argv: list[str]) -> None:
     out = options.out
     check_output(out, "report.html")
     runs = [run for text in options.runs for run in read_argument(text)]
-    page = render(summarise(runs, options.title, options.megabytes))
+    summary = summarise(runs, options.title, options.megabytes)
+    page = render(summary)
     write_output(out, page)
+    print(table(summary))
     print(f"wrote {out}: {len(runs)} runs, {len(page.encode()) / 1e6:.1f} MB")
 
 
@@ -393,6 +396,25 @@ def lacking(runs: Sequence[Run]) -> list[str]:
 
 
 # -------------------------------------------------------------------- the page
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The page's table in Markdown: success in %, of all runs with its 95 % interval and of each; entropy in nats per token."""
+
+    def success(found) -> str:
+        if not found:
+            return "–"
+        each = ", ".join(f"{100 * won / max(1, episodes):.0f}" for won, episodes in found["counts"])
+        return f"{100 * found['mean']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}] ({each})"
+
+    head = "| arm | OOD success | IID success | entropy, later half | its variance | RL steps to 70 % |"
+    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
+    for arm in summary["arms"]:
+        found = arm["result"]
+        entropy = (f"{value:.3g}" if value is not None else "–" for value in (found["entropy"], found["entropy_variance"]))
+        steps = ", ".join("never" if steps is None else str(steps) for steps in found["steps_to_70"])
+        lines.append("| " + " | ".join((arm["name"], success(found[OOD]), success(found[IID]), *entropy, steps)) + " |")
+    return "\n".join(lines)
 
 
 def render(summary: dict[str, Any]) -> str:

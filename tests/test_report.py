@@ -106,6 +106,15 @@ def test_runs_that_differ_by_the_seed_are_one_arm_and_the_best_comes_first(runs,
     assert told["differing"] == ["epo.lam"] and [arm["settings"]["epo.lam"] for arm in told["arms"]] == [0.0, 0.1]
 
 
+def test_the_table_is_printed_with_what_each_run_came_to(runs, tmp_path, capsys):
+    arm = data_of(make(tmp_path, *runs))["arms"][1]["result"]
+    *_, best, other, wrote = capsys.readouterr().out.splitlines()
+    assert best.startswith("| lam 0.0 | 90.0 [69.9, 97.2] (90) | 90.0 [59.6, 98.2] (90) | 0.") and "wrote" in wrote
+    interval = f"[{100 * arm['valid_unseen']['low']:.1f}, {100 * arm['valid_unseen']['high']:.1f}]"
+    assert other.startswith(f"| lam 0.1 | 50.0 {interval} (40, 60) |")
+    assert other.endswith(f"| {arm['entropy']:.3g} | {arm['entropy_variance']:.3g} | never, never |")
+
+
 def test_arms_can_be_given_by_name(runs, tmp_path):
     told = data_of(make(tmp_path, f"first={runs[0]}", f"other={runs[1]}", f"other={runs[2]}"))
     assert {arm["name"]: [run["name"] for run in arm["runs"]] for arm in told["arms"]} == {"first": ["a0"], "other": ["a1", "b0"]}
