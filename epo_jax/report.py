@@ -166,7 +166,8 @@ def arm_name(group: list[Run], differing: list[str]) -> str:
     if first.arm:
         return first.arm
     if first.config and 0 < len(differing) <= 3:
-        return ", ".join(f"{key.rpartition('.')[2]} {first.config[key]}" for key in differing)
+        told = {key: "" if key == "algo.name" else f"{key.rpartition('.')[2]} " for key in differing}
+        return ", ".join(f"{name}{first.config[key]}" for key, name in told.items())
     return first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} more"
 
 

@@ -222,14 +222,15 @@ def test_episodes_are_chosen_alike_from_all_runs_newest_step_first(runs, tmp_pat
 def test_a_sweep_is_its_members_with_their_coefficients(tmp_path):
     sweep = tmp_path / "sweep"
     members = []
-    for number, (lam, alpha, seed) in enumerate([(0.1, 1.0, 0), (0.1, 1.0, 1), (0.1, 5.0, 0), (0.2, 1.0, 0), (0.2, 5.0, 0)]):
+    keys = "algo.name", "epo.lam", "seed"
+    for number, values in enumerate([("ppo", 0.1, 0), ("ppo", 0.1, 1), ("grpo", 0.1, 0), ("ppo", 0.2, 0), ("grpo", 0.2, 0)]):
         make_run(sweep / "members" / f"m{number}", 0, 0.0, 0.1 * number)
-        members.append({"name": f"m{number}", "coefficients": {"epo.lam": lam, "epo.alpha": alpha, "seed": seed}})
-    members.append({"name": "not begun", "coefficients": {"epo.lam": 9.0, "epo.alpha": 9.0, "seed": 0}})
+        members.append({"name": f"m{number}", "coefficients": dict(zip(keys, values, strict=True))})
+    members.append({"name": "not begun", "coefficients": {"algo.name": "ea", "epo.lam": 9.0, "seed": 0}})
     (sweep / "sweep.json").write_text(json.dumps({"members": members}))
     told = data_of(make(tmp_path, sweep))
-    assert told["differing"] == ["epo.alpha", "epo.lam"]
-    names = ["alpha 5.0, lam 0.2", "alpha 1.0, lam 0.2", "alpha 5.0, lam 0.1", "alpha 1.0, lam 0.1"]
+    assert told["differing"] == ["algo.name", "epo.lam"]
+    names = ["grpo, lam 0.2", "ppo, lam 0.2", "grpo, lam 0.1", "ppo, lam 0.1"]
     assert [arm["name"] for arm in told["arms"]] == names
     assert [run["seed"] for run in told["arms"][-1]["runs"]] == [0, 1]
 
