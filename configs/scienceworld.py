@@ -69,7 +69,7 @@ def _laptop(config: ConfigDict) -> None:
     )
     # Short on purpose: three times as many updates leave RL nothing to do.
     config.warm_start.update(episodes=600, steps=100, batch_tokens=1920, lr=3e-3, prompt_weight=0.3, optimizer="muon")
-    # With two resets ahead in each of two lanes, 32 live episodes: what two JVMs hold.
+    # With two resets ahead in each of two lanes, 32 live episodes, 16 in each of two JVMs.
     config.rollout.update(groups=16, group_size=8, slots=28)
     config.algo.update(mini_batches=8, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
     config.epo.update(lam=0.005, alpha=5.0, kappa_r=1.5, scope="trajectory")

@@ -195,7 +195,9 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
 
     config.train = train = ConfigDict()
     train.steps = 150 if env == "alfworld" else 125  # RL steps K
-    train.max_skipped = 3  # RL steps in a row without one finite gradient (such updates are skipped), after which the run ends
+    # RL steps in a row without one finite gradient (such updates are skipped), after which the run ends. A sweep's member
+    # stops at the first.
+    train.max_skipped = 3
     train.rows_tokens = 16384  # length of a packed row; at least agent.max_tokens
     train.rows_policy_tokens = 8192  # policy tokens a packed row has room for; also the most in a conversation
 
@@ -245,7 +247,7 @@ def _scienceworld() -> ConfigDict:
     env = ConfigDict()
     env.name = "scienceworld"
     env.data_dir = ""  # cache of gold paths; "" = $EPO_JAX_DATA, else ~/.cache/epo_jax
-    env.workers = 8  # processes, each with one Java simulator (at most 0.4 GB) for up to 16 live episodes
+    env.workers = 8  # processes, each with one Java simulator (at most 1.2 GB) for up to 32 live episodes
     env.max_turns = 30
     env.tasks = ()  # task names; () = all 30
     env.level = "L1"  # valid_unseen: "L1" other variations of the trained tasks; "L2" ten task types never trained on

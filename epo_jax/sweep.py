@@ -101,6 +101,12 @@ def refuse_what_members_cannot_share(config) -> None:
             f"config.rollout.devices={config.rollout.devices} must be 1 in a sweep, whose members are spread over devices "
             "instead (config.sweep.devices)."
         )
+    for axis, size in config.mesh.items():
+        if size > 1:
+            raise UserError(
+                f"config.mesh.{axis}={size} must be 0 in a sweep, whose members are spread over devices instead "
+                "(config.sweep.devices)."
+            )
     if config.checkpoint.folder:
         raise UserError(
             f"config.checkpoint.folder={config.checkpoint.folder!r} must be '' in a sweep; each member has a folder."

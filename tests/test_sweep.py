@@ -198,6 +198,7 @@ def test_adapters_share_a_base(tmp_path):
         (["--config.sweep.seeds=()"], "seeds is empty"),
         (["--config.model.lora_rank=2", "--config.sweep.seeds=(0, 1)"], "members share their base"),
         (["--config.rollout.devices=2"], "must be 1 in a sweep"),
+        (["--config.mesh.fsdp=4"], "config.mesh.fsdp=4 must be 0 in a sweep"),
     ],
 )  # fmt: skip
 def test_what_members_cannot_share_is_refused_before_anything_is_written(tmp_path, arguments, message):
