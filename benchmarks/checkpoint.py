@@ -58,7 +58,7 @@ def main() -> None:
     objective, hyper = objective_and_hyper(config)
     learner = learner_config(config, model, objective)
     state = init_state(learner, jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)))
-    batch = step_batch(config, 0, trajectories(config, options.rows, model.vocab_size), learner.micro_rows)
+    batch = step_batch(config, objective, 0, trajectories(config, options.rows, model.vocab_size), learner.micro_rows)
     train_step = make_train_step(learner)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
     state, _ = jax.block_until_ready(train_step(state, batch, hyper))
