@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import checkpoint
+
 BENCHMARKS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 
 
@@ -14,3 +16,10 @@ def test_a_benchmark_can_be_loaded(path):
         pytest.importorskip("tunix", reason="google-tunix is not installed")
     module = runpy.run_path(str(path), run_name=path.stem)
     assert module["__doc__"]
+
+
+def test_what_checkpoints_cost_is_measured(monkeypatch, capsys):
+    """It calls more of the package than any other, by hand alone."""
+    monkeypatch.setattr("sys.argv", ["checkpoint", "--rounds=1", "--updates=1", "--rows=4"])
+    checkpoint.main()
+    assert "% of a step of" in capsys.readouterr().out

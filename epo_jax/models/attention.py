@@ -88,9 +88,13 @@ def _scores(q, k, segment_ids, block, window) -> Float[Array, "B K G q k"]:
     b, kv, groups, n, d = q.shape
     scores = jnp.matmul(q.reshape(b, kv, groups * n, d), k[:, :, first:end].swapaxes(2, 3), preferred_element_type=jnp.float32)
     i, j = jnp.arange(start, end)[:, None], jnp.arange(first, end)[None]
-    band = j <= i if window is None else (j <= i) & (j > i - window)
+    band = j <= i if window is None else _in_window(j, i, window)
     mask = band[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
     return jnp.where(mask[:, None, None], scores.reshape(b, kv, groups, n, end - first), _MASKED)
+
+
+def _in_window(key, query, window: int) -> Bool[Array, "..."]:
+    return (key <= query) & (key > query - window)
 
 
 def _flat(x):
@@ -142,13 +146,69 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def cached_attention(
-    q: Float[Array, "S T H d"], keys: Float[Array, "S K d C"], values: Float[Array, "S K C d"], mask: Bool[Array, "S T C"]
+    q: Float[Array, "S T H d"],
+    keys: Float[Array, "S K d C"],
+    values: Float[Array, "S K C d"],
+    positions: Int[Array, "S T"],
+    ends: Int[Array, " T"],
+    window: int | None = None,
 ) -> Float[Array, "S T H d"]:
-    """Attention of new tokens over a cache."""
+    """Attention of new tokens over a cache that holds them already.
+
+    Several new tokens go in blocks of queries over blocks of keys, with the running maximum and sum of flash attention
+    (arXiv 2205.14135): on a CPU the scores of a block stay near the core, and room of the cache that no token sees is not read.
+
+    Args:
+        positions: of the new tokens in their rows; a token sees those up to its own, with a `window` the last `window` of these.
+        ends: of each column, one past the last position that a token there sees in any row.
+    """
     s, t, h, d = q.shape
-    kv = keys.shape[1]
-    q = q.reshape(s, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4).reshape(s, kv, h // kv * t, d) * d**-0.5
-    scores = jnp.matmul(q, keys.astype(q.dtype), preferred_element_type=jnp.float32).reshape(s, kv, h // kv, t, -1)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(q.dtype)
-    out = jnp.matmul(weights.reshape(s, kv, h // kv * t, -1), values.astype(q.dtype))
-    return out.reshape(s, kv, h // kv, t, d).transpose(0, 3, 1, 2, 4).reshape(s, t, h, d)
+    kv, capacity = keys.shape[1], keys.shape[-1]
+    q = (q * d**-0.5).reshape(s, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
+
+    def scores(q, positions, keys, start, first) -> Float[Array, "S K G q k"]:
+        """Of keys that begin at position `start`, those from `first` on."""
+        logits = jnp.matmul(_flat(q), keys.astype(q.dtype), preferred_element_type=jnp.float32)
+        at, query = (start + jnp.arange(keys.shape[-1]))[None, None], positions[..., None]
+        seen = (at >= first) & (at <= query if window is None else _in_window(at, query, window))
+        return jnp.where(seen[:, None, None], logits.reshape(*q.shape[:4], -1), _MASKED)
+
+    def weighted(weights, values) -> Float[Array, "S K G q d"]:
+        out = jnp.matmul(_flat(weights).astype(q.dtype), values.astype(q.dtype), preferred_element_type=jnp.float32)
+        return out.reshape(*weights.shape[:4], d)
+
+    def of_block(queries) -> Float[Array, "S K G q d"]:
+        q, positions, ends = queries
+        last = ends.max()
+
+        def over_keys(carry):
+            first, largest, total, out = carry
+            start = jnp.minimum(first, capacity - size)  # where blocks do not fill the room, the last one begins earlier
+            block = scores(q, positions, jax.lax.dynamic_slice_in_dim(keys, start, size, axis=3), start, first)
+            new = jnp.maximum(largest, block.max(axis=-1, keepdims=True))
+            kept, exponent = jnp.exp(largest - new), jnp.exp(block - new)
+            out = out * kept + weighted(exponent, jax.lax.dynamic_slice_in_dim(values, start, size, axis=2))
+            return first + size, new, total * kept + exponent.sum(axis=-1, keepdims=True), out
+
+        empty = jnp.zeros((*q.shape[:4], 1), jnp.float32)
+        carry = jnp.int32(0), empty + _MASKED, empty, jnp.zeros(q.shape, jnp.float32)
+        _, _, total, out = jax.lax.while_loop(lambda carry: carry[0] < last, over_keys, carry)
+        return out / jnp.maximum(total, 1.0)  # a token that sees nothing is padding
+
+    if t == 1:
+        out = weighted(jax.nn.softmax(scores(q, positions, keys, 0, 0), axis=-1), values)
+    else:
+        queries, size = (min(length, n) for length, n in zip((t, capacity), _block_sizes(), strict=True))
+        blocks = -(-t // queries)
+        padding = blocks * queries - t
+        q = jnp.pad(q, [(0, 0)] * 3 + [(0, padding), (0, 0)]).reshape(s, kv, h // kv, blocks, queries, d)
+        positions = jnp.pad(positions, ((0, 0), (0, padding))).reshape(s, blocks, queries)
+        ends = jnp.pad(ends, (0, padding)).reshape(blocks, queries)
+        out = jax.lax.map(of_block, (jnp.moveaxis(q, 3, 0), jnp.moveaxis(positions, 1, 0), ends))
+        out = jnp.moveaxis(out, 0, 3).reshape(s, kv, h // kv, -1, d)[:, :, :, :t]
+    return out.transpose(0, 3, 1, 2, 4).reshape(s, t, h, d).astype(q.dtype)
+
+
+def _block_sizes() -> tuple[int, int]:
+    """(queries, keys) of a block. On a CPU the scores of one row's heads then fit in a core's cache."""
+    return (64, 128) if mesh.platform() == "cpu" else (256, 512)

@@ -286,8 +286,7 @@ class Decoder(nnx.Module):
         # An index past the end is dropped by the scatter: that is how padding stays out of the cache.
         write = jnp.where(offsets < counts[:, None], positions, capacity)
         rows = (jnp.arange(tokens.shape[0], dtype=jnp.int32) if slots is None else slots)[:, None]
-        kept = jnp.arange(capacity, dtype=jnp.int32)[None, None]
-        mask = kept <= positions[:, :, None]
+        ends = jnp.where(offsets < counts[:, None], positions + 1, 0).max(axis=0)
         rope = self.rope(positions)
         x = embed(self.embedding[...], tokens.ravel()).astype(c.dtype)
         grown = []
@@ -295,8 +294,7 @@ class Decoder(nnx.Module):
             with jax.named_scope("block"):
                 q, k, v = block.qkv(x, rope)
                 layer = kv_cache.append(layer, rows, write, k, v)
-                seen = mask if window is None else mask & (kept > positions[:, :, None] - window)
-                x = block.output(x, cached_attention(q, *kv_cache.read(layer, slots, x.dtype), seen))
+                x = block.output(x, cached_attention(q, *kv_cache.read(layer, slots, x.dtype), positions, ends, window))
                 grown.append(layer)
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1), tuple(grown)
 

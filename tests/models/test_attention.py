@@ -91,3 +91,29 @@ def test_the_default_backend_chooses(monkeypatch, backend, chosen):
     for name in ("blocked", "gpu", "tpu"):
         monkeypatch.setattr(attention, f"{name}_attention", lambda q, *_, name=name, window: q if name == chosen else None)
     assert attention.packed_attention(*inputs, segments) is inputs[0]
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("new, capacity", [(1, 200), (16, 200), (100, 200), (150, 512)])
+def test_new_tokens_over_a_cache_see_what_they_may(new, capacity, window):
+    """Blocks that fill neither the queries nor the room; rows of several lengths. Room that no token sees is not read."""
+    rng = np.random.default_rng(new)
+    rows, kv, heads, width = 3, 2, 6, 8
+    lengths = np.array([0, 11, 40])
+    positions = lengths[:, None] + np.arange(new)
+    q, keys, values = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((rows, new, heads, width), (rows, kv, width, capacity), (rows, kv, capacity, width))
+    )
+    keys[..., 384:], values[:, :, 384:] = np.nan, np.nan
+    at = np.arange(capacity)[None, None]
+    seen = (at <= positions[..., None]) & (at > positions[..., None] - (window or capacity))
+    logits = np.einsum("sthd,shdc->shtc", q, np.repeat(keys, heads // kv, axis=1)[..., :384]) * width**-0.5
+    logits = np.where(seen[:, None, :, :384], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("shtc,shcd->sthd", weights, np.repeat(values, heads // kv, axis=1)[:, :, :384])
+    if new == 1:
+        keys, values = np.nan_to_num(keys), np.nan_to_num(values)  # a single token looks at all of it
+    out = jax.jit(attention.cached_attention, static_argnums=5)(q, keys, values, positions, positions.max(0) + 1, window)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
