@@ -144,36 +144,6 @@ def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step
     return _read(manager, step, state=ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True))["state"]
 
 
-def save_params(folder: Path, params: Params) -> None:
-    """Writes weights alone into `folder`, whole or not at all."""
-    with ocp.StandardCheckpointer() as files:
-        files.save(_params_in(folder), params)
-
-
-def holds_params(folder: Path) -> bool:
-    """Whether `save_params` has come to its end there."""
-    return _params_in(folder).exists()
-
-
-def restore_params(folder: Path, like: Params) -> Params:
-    """What `save_params` has written. `like` has its structure, shapes, types and placement.
-
-    Raises:
-        UserError: it cannot be read as such.
-    """
-    try:
-        with ocp.StandardCheckpointer() as files:
-            return files.restore(_params_in(folder), like)
-    except Exception as error:  # Orbax raises many kinds; to the user they are one
-        raise UserError(
-            f"The weights in {folder} cannot be read ({_reason(error)}); delete that folder, and they are made again."
-        ) from error
-
-
-def _params_in(folder: Path) -> Path:
-    return folder.absolute() / "params"
-
-
 def _read(manager: ocp.CheckpointManager, step: int | None, **items):
     step = manager.latest_step() if step is None else step
     if step is None:
@@ -187,12 +157,8 @@ def _read(manager: ocp.CheckpointManager, step: int | None, **items):
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax raises many kinds; to the user they are one
-        raise _unreadable(folder, _reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+        reason = str(error).strip().splitlines()
+        raise _unreadable(folder, f"{type(error).__name__}: {reason[0][:200] if reason else 'no message'}") from error
 
 
 def _unreadable(folder: epath.Path, reason: str) -> UserError:

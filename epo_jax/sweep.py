@@ -48,7 +48,7 @@ from epo_jax.main import (
 )
 from epo_jax.members import make_members_step, member_mesh, stack
 from epo_jax.metrics import MetricWriter, Row, clock, seconds_left
-from epo_jax.models import lora
+from epo_jax.models import lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_adapters
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
@@ -96,15 +96,11 @@ def main(argv: list[str]) -> None:
 
 def refuse_what_members_cannot_share(config) -> None:
     """Raises UserError for settings of single runs that a sweep has no use for."""
-    if config.rollout.devices > 1:
-        raise UserError(
-            f"config.rollout.devices={config.rollout.devices} must be 1 in a sweep, whose members are spread over devices "
-            "instead (config.sweep.devices)."
-        )
-    for axis, size in config.mesh.items():
+    sizes = {"rollout.devices": (config.rollout.devices, 1)} | {f"mesh.{axis}": (size, 0) for axis, size in config.mesh.items()}
+    for key, (size, alone) in sizes.items():
         if size > 1:
             raise UserError(
-                f"config.mesh.{axis}={size} must be 0 in a sweep, whose members are spread over devices instead "
+                f"config.{key}={size} must be {alone} in a sweep, whose members are spread over devices instead "
                 "(config.sweep.devices)."
             )
     if config.checkpoint.folder:
@@ -130,26 +126,31 @@ class Beginner(NamedTuple):
 
 
 def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) -> Beginner:
-    """The beginner of a seed: cloned from experts, which is done once and kept in a folder of `kept`."""
+    """The beginner of a seed: cloned from experts, which is done once and kept as a model folder in `kept`."""
     config = ConfigDict(config.to_dict())
     config.seed = seed
     folder = kept / f"seed{seed}"
-    cloned = checkpoint.holds_params(folder)
+    cloned = (folder / "config.json").exists()  # written last
     demonstrations = [] if cloned else expert_demonstrations(config, train_tasks)
     if pretrained is not None:
         tokenizer, model, params = pretrained
     else:
-        tokenizer = load_tokenizer(folder / "tokenizer") if cloned else own_tokenizer(config, demonstrations)
+        tokenizer = load_tokenizer(folder) if cloned else own_tokenizer(config, demonstrations)
         model = decoder_config(config.model)
-        params = blank_params(config, model, tokenizer)
+        params = {} if cloned else blank_params(config, model, tokenizer)
     if cloned:
-        params = checkpoint.restore_params(folder, params)
+        try:
+            params = weights.load_params(folder, model)
+        except UserError as error:
+            raise UserError(
+                f"The weights in {folder} cannot be read ({error}); delete that folder, and they are made again."
+            ) from None
     elif demonstrations:
         print(f"seed {seed}:", end=" ")
         # The weights that are cloned are given away; pretrained ones are needed again.
         params = clone_experts(config, model, tokenizer, jax.tree.map(jnp.copy, params), demonstrations)
-        tokenizer.save(folder / "tokenizer")
-        checkpoint.save_params(folder, params)
+        tokenizer.save(folder)
+        weights.save_params(folder, model, params)
     if config.model.lora_rank:
         model = with_adapters(model, config.model)
         params = lora.join(params, lora.init_adapters(model, jax.random.key(seed + 2)))

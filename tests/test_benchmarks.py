@@ -19,7 +19,7 @@ def test_a_benchmark_can_be_loaded(path):
 
 
 def test_what_checkpoints_cost_is_measured(monkeypatch, capsys):
-    """It calls more of the package than any other, by hand alone."""
+    """That it loads does not say that its calls still fit what they call."""
     monkeypatch.setattr("sys.argv", ["checkpoint", "--rounds=1", "--updates=1", "--rows=4"])
     checkpoint.main()
     assert "% of a step of" in capsys.readouterr().out

@@ -88,13 +88,14 @@ def _scores(q, k, segment_ids, block, window) -> Float[Array, "B K G q k"]:
     b, kv, groups, n, d = q.shape
     scores = jnp.matmul(q.reshape(b, kv, groups * n, d), k[:, :, first:end].swapaxes(2, 3), preferred_element_type=jnp.float32)
     i, j = jnp.arange(start, end)[:, None], jnp.arange(first, end)[None]
-    band = j <= i if window is None else _in_window(j, i, window)
+    band = _visible(j, i, window)
     mask = band[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
     return jnp.where(mask[:, None, None], scores.reshape(b, kv, groups, n, end - first), _MASKED)
 
 
-def _in_window(key, query, window: int) -> Bool[Array, "..."]:
-    return (key <= query) & (key > query - window)
+def _visible(key, query, window: int | None) -> Bool[Array, "..."]:
+    """Whether the token at position `query` sees that at `key`."""
+    return key <= query if window is None else (key <= query) & (key > query - window)
 
 
 def _flat(x):
@@ -169,8 +170,8 @@ def cached_attention(
     def scores(q, positions, keys, start, first) -> Float[Array, "S K G q k"]:
         """Of keys that begin at position `start`, those from `first` on."""
         logits = jnp.matmul(_flat(q), keys.astype(q.dtype), preferred_element_type=jnp.float32)
-        at, query = (start + jnp.arange(keys.shape[-1]))[None, None], positions[..., None]
-        seen = (at >= first) & (at <= query if window is None else _in_window(at, query, window))
+        at = (start + jnp.arange(keys.shape[-1]))[None, None]
+        seen = (at >= first) & _visible(at, positions[..., None], window)
         return jnp.where(seen[:, None, None], logits.reshape(*q.shape[:4], -1), _MASKED)
 
     def weighted(weights, values) -> Float[Array, "S K G q d"]:
