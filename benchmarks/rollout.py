@@ -2,7 +2,6 @@
 
     python benchmarks/rollout.py                                 all of them: 32 ALFWorld episodes of up to 15 turns
     python benchmarks/rollout.py --only=ours --turns=5           one of them, shorter
-    python benchmarks/rollout.py --only=bound                    decode against what this machine's memory and cores allow
     python benchmarks/rollout.py --run=runs/first                an RL step's rollout of a run's agent instead
     python benchmarks/rollout.py --only=record                   writes episodes.json for benchmarks/rollout_tunix.py
 
@@ -22,14 +21,12 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from epo_jax import prompting, rollout
 from epo_jax.envs import agent, alfworld, base
 from epo_jax.envs.pool import EnvPool
 from epo_jax.lane import Sampler
-from epo_jax.models import generate
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 
@@ -183,49 +180,6 @@ def padded(rows, torch):
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
 
 
-def best(function, repeats=5):
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
-
-
-def bound(args, context=512, steps=8):
-    """Decode of one lane against reading its weights and cache once a step and against its arithmetic."""
-    slots = args.slots // args.lanes
-    big = jnp.ones((1 << 27,), jnp.float32)
-    bandwidth = big.nbytes / best(lambda: big.sum())
-    square = jnp.ones((2048, 2048), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    rate = 2 * 2048**3 / best(lambda: product(square, square))
-    params = jax.jit(init_params, static_argnums=0)(args.model, jax.random.key(0))
-    cache = [generate.init_cache(args.model, slots, context)]
-    ints = {name: np.zeros(slots, np.int32) for name in ("episode", "turn", "position")}
-    how = generate.Sampling(np.ones(slots, np.float32), np.zeros(slots, np.int32), np.ones(slots, np.float32))
-
-    def decode(count):
-        cache[0] = cache[0]._replace(lengths=jnp.full((slots,), context - steps - 1, jnp.int32))
-        cache[0], out = generate.decode(
-            args.model, params, cache[0], jax.random.key(0), **ints, budget=np.full(slots, count, np.int32), sampling=how,
-            stop_tokens=np.array([-1], np.int32), block=steps,
-        )  # fmt: skip
-        return out
-
-    step = (best(lambda: decode(steps)) - best(lambda: decode(1))) / (steps - 1)
-    weight_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
-    cache_bytes = sum(x.nbytes for layer in cache[0].layers for x in layer)
-    flops = 2 * slots * weight_bytes / 4 + 4 * slots * args.layers * SHAPE.num_heads * SHAPE.head_dim * context
-    by_memory, by_arithmetic = (weight_bytes + cache_bytes) / bandwidth, flops / rate
-    print(
-        f"decode of {slots} rows at {context} tokens: {1e3 * step:.0f} ms a step, {slots / step:.0f} tokens/s; memory "
-        f"({bandwidth / 1e9:.1f} GB/s) {1e3 * by_memory:.0f} ms, arithmetic ({rate / 1e9:.0f} GFLOP/s) "
-        f"{1e3 * by_arithmetic:.0f} ms: {max(by_memory, by_arithmetic) / step:.0%} of the bound",
-        flush=True,
-    )
-
-
 def of_run(args):
     """An RL step's rollout by the agent of a run folder, four times; the first compiles."""
     from epo_jax import main as program
@@ -254,7 +208,7 @@ def of_run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="ours,whole,continued,bound")
+    parser.add_argument("--only", default="ours,whole,continued")
     parser.add_argument("--run", help="a run folder")
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--turns", type=int, default=15)
@@ -270,7 +224,6 @@ def main():
     names = args.only.split(",")
     tokenizer, tasks = words()
     contenders = {
-        "bound": lambda: bound(args),
         "ours": lambda: ours(args, tokenizer, tasks),
         "record": lambda: record(args, tokenizer, tasks),
         "whole": lambda: hugging_face(args, tokenizer, tasks, keep_cache=False),

@@ -11,6 +11,7 @@ are from those of the run with the same coefficients. `--runs=2` measures two of
 
 import argparse
 import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -34,9 +35,10 @@ def arguments():
 def measured(module: str, *settings: str) -> tuple[float, float, str]:
     """(seconds, peak GB of the process itself, what it printed) of `python -m module`."""
     command = [sys.executable, "-m", module, *settings]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=said)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=said)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
         said.seek(0)
@@ -61,6 +63,18 @@ def parts(folders: list[Path], seconds: float) -> dict[str, float]:
     return told
 
 
+def make_games(preset: str) -> None:
+    """Games and expert episodes are made once and for all."""
+    sys.path.insert(0, str(ROOT))
+    from epo_jax.envs.base import environment
+    from epo_jax.main import expert_demonstrations
+
+    config = runpy.run_path(str(ROOT / "configs" / "alfworld.py"))["get_config"](preset)
+    env, env_options = environment(config.env.name), config.env.to_dict()
+    env.prepare(env_options)
+    expert_demonstrations(config, env.list_tasks("train", env_options))
+
+
 def trained(folder: Path, step: int):
     import jax
     import numpy as np
@@ -78,9 +92,7 @@ def compare(options, folder: Path) -> None:
         f"--config=configs/ablation.py:{options.preset}", "--config.sweep.arms=('grpo+epo',)", "--config.sweep.seeds=(0,)",
         f"--config.sweep.over.epo.lam={tuple(weights)}",
     ]  # fmt: skip
-    # Games are generated once and for all.
-    measured("epo_jax.main", f"--config=configs/alfworld.py:{options.preset}", f"--workdir={folder}/games",
-             "--config.train.steps=1", "--config.warm_start.steps=1", "--config.eval.before=False")  # fmt: skip
+    make_games(options.preset)
     print(f"{options.members} members, {options.steps} RL steps, {options.preset}; load {os.getloadavg()[0]:.1f}")
     whole, _, _ = measured("epo_jax.sweep", *of_sweep, *shared, f"--workdir={folder}/sweep")
     members = [folder / "sweep" / "members" / f"grpo+epo-lam{lam:g}-seed0" for lam in weights]

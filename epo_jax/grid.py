@@ -21,8 +21,8 @@ from epo_jax.main import objective_and_hyper
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 
 _SECTIONS = ("epo", "algo", "control")
-# Coefficients whose key has another name than their field of Hyper, and learning rates, which become scales.
-_RENAMED = ("algo.gamma", "algo.critic_lr", "optim.lr")
+# Coefficients whose field of Hyper has another name, or whose section has only one.
+_RENAMED = ("algo.gamma", "optim.lr")
 
 # Every key that members may differ in, beside their arm and seed: what a compiled program takes as data.
 COEFFICIENTS = tuple(
@@ -92,12 +92,12 @@ def programs(config: ConfigDict) -> list[list[Member]]:
         for values in combinations:
             for seed in sweep.seeds:
                 member = _member(config, {"algo.name": arm, **values, "seed": seed})
-                rates = member.config.optim.lr, member.objective.estimator == "gae" and member.config.algo.critic_lr
-                same = member.objective, tuple(map(float, member.hyper)), rates, seed
+                read = member.hyper if member.objective.estimator == "gae" else member.hyper._replace(critic_lr=0.0)
+                same = member.objective, tuple(map(float, read)), seed
                 if same not in seen:
                     grouped.setdefault(member.objective, []).append(member)
                     seen.add(same)
-    return [_scaled(members) for members in grouped.values()]
+    return list(grouped.values())
 
 
 def refuse_static(key: str) -> None:
@@ -164,17 +164,3 @@ def _member(config: ConfigDict, values: dict) -> Member:
         if key not in ("algo.name", "seed")
     ]
     return Member("-".join([arm, *told, f"seed{seed}"]), own.lock(), values, objective, hyper)
-
-
-def _scaled(members: list[Member]) -> list[Member]:
-    """The members of a program, whose learning rates are multiples of the first one's."""
-    first = members[0].config
-
-    def scaled(member: Member) -> Member:
-        scales = {
-            "lr_scale": np.float32(member.config.optim.lr / first.optim.lr),
-            "critic_lr_scale": np.float32(member.config.algo.critic_lr / first.algo.critic_lr),
-        }
-        return member._replace(hyper=member.hyper._replace(**scales))
-
-    return [scaled(member) for member in members]

@@ -343,7 +343,7 @@ def step_function(config: LearnerConfig) -> TrainStep:
             policy = lora.join(state.base, params)
             gradient, metrics, maxima = summed_gradients(policy_objective, params, rows, live, micro_rows)
             params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(
-                config.optim, gradient, opt_state, params, hyper.lr_scale, state.step, live
+                config.optim, gradient, opt_state, params, hyper.lr, state.step, live
             )
             if config.critic_optim:
 
@@ -355,7 +355,7 @@ def step_function(config: LearnerConfig) -> TrainStep:
 
                 gradient, critic_metrics, _ = summed_gradients(critic_objective, critic, rows, live, micro_rows)
                 critic, critic_opt_state, _, skipped = guarded_update(
-                    config.critic_optim, gradient, critic_opt_state, critic, hyper.critic_lr_scale, state.step, live
+                    config.critic_optim, gradient, critic_opt_state, critic, hyper.critic_lr, state.step, live
                 )
                 metrics |= critic_metrics
                 metrics["skipped_updates"] = jnp.maximum(metrics["skipped_updates"], skipped)

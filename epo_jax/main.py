@@ -401,6 +401,7 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         micro_turns=algo.released_micro_turns,
     )
     coefficients = {**config.control.to_dict(), **epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
+    coefficients["lr"] = config.optim.lr
     hyper = Hyper(**{name: value for name, value in coefficients.items() if name in Hyper._fields})
     objective, hyper = registry.arm(algo.name, objective, hyper)
     return objective, jax.tree.map(np.float32, hyper)
@@ -412,11 +413,10 @@ def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 
     updates = config.train.steps * (1 if objective.released else algo.epochs * algo.mini_batches)
 
     def optim(**changes) -> OptimConfig:
-        return OptimConfig(updates=updates, released=objective.released, **{**config.optim.to_dict(), **changes})
+        settings = config.optim.to_dict() | {"lr": 1.0} | changes  # the rates themselves are in Hyper
+        return OptimConfig(updates=updates, released=objective.released, **settings)
 
-    critic = {"lr": algo.critic_lr}
-    if objective.released:  # its critic's rate is constant
-        critic |= {"warmup_ratio": 0.0, "floor_ratio": 1.0}
+    critic = {"warmup_ratio": 0.0, "floor_ratio": 1.0} if objective.released else {}  # the release's critic has one rate
 
     return LearnerConfig(
         model=model,

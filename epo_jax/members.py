@@ -1,4 +1,4 @@
-"""The train step of a sweep: `learner.make_train_step` mapped over members, which several devices may share."""
+"""The train step of a sweep: the learner's for every member, mapped over them or in turns; several devices may share them."""
 
 import functools
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
-from epo_jax.learner import Metrics, make_train_step
+from epo_jax.learner import Metrics, step_function
 from epo_jax.models.decoder import Params
 from epo_jax.objectives.loss import Hyper
 from epo_jax.optim import stuck
@@ -19,23 +19,34 @@ from epo_jax.trajectory import TokenBatch
 def make_members_step(
     config: LearnerConfig, at_once: int, mesh: jax.sharding.Mesh
 ) -> Callable[..., tuple[TrainState, Metrics, Bool[Array, " M"]]]:
-    """(states, base, batches, hypers, alive) -> (states, metrics, still alive): `make_train_step` for M members.
+    """(states, base, batches, hypers, alive) -> (states, metrics, still alive): the train step for M members.
 
     All but the base have a leading axis M; states hold no base of their own and are donated. A member that is not alive, whose
     state would no longer be finite, or none of whose gradients is, keeps the state it has.
 
     Args:
-        at_once: members computed by one mapped program; those of a device go through it in turns.
+        at_once: members computed by one mapped program; those of a device go through it in turns. With 1, on one device, the
+            program is that of a run of its own, and a member's bits are that run's.
         mesh: with an axis "member", whose devices have equal shares of the members.
     """
-    train_step = make_train_step(config)
+    step = step_function(config)
 
-    def of_one(base, state: TrainState, batch: TokenBatch, hyper: Hyper, alive: Bool[Array, ""]):
-        after, metrics = train_step(state._replace(base=base), batch, hyper)
-        after = after._replace(base={})
+    def train_step(base, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        after, metrics = step(state._replace(base=base), batch, hyper)
+        return after._replace(base={}), metrics
+
+    def settled(state: TrainState, after: TrainState, metrics: Metrics, alive: Bool[Array, ""]):
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(after)]).all()
         alive = alive & finite & ~stuck(metrics)
-        return jax.tree.map(lambda new, old: jnp.where(alive, new, old), after, state), metrics, alive
+        return jax.tree.map(lambda new, old: jnp.where(alive, new, old), after, state), alive
+
+    if at_once == 1 and mesh.size == 1:
+        return _in_turns(jax.jit(train_step, donate_argnums=1), settled)
+
+    def of_one(base, state: TrainState, batch: TokenBatch, hyper: Hyper, alive: Bool[Array, ""]):
+        after, metrics = train_step(base, state, batch, hyper)
+        state, alive = settled(state, after, metrics, alive)
+        return state, metrics, alive
 
     def of_device(base, *members):
         count = members[-1].shape[0]
@@ -49,6 +60,31 @@ def make_members_step(
         each, all_ = jax.sharding.PartitionSpec("member"), jax.sharding.PartitionSpec()
         spread = jax.shard_map(of_device, mesh=mesh, in_specs=(all_, each, each, each, each), out_specs=each, check_vma=False)
         return spread(base, states, batches, hypers, alive)
+
+    return members_step
+
+
+def _in_turns(train_step: Callable, settled: Callable) -> Callable:
+    """`make_members_step` by a program for one member, called for each of them."""
+
+    @jax.jit
+    def take(states: TrainState, i: Int[Array, ""]) -> TrainState:
+        return jax.tree.map(lambda x: x[i], states)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def put(states: TrainState, i: Int[Array, ""], after: TrainState, metrics: Metrics, alive: Bool[Array, ""]):
+        state, alive = settled(jax.tree.map(lambda x: x[i], states), after, metrics, alive)
+        return jax.tree.map(lambda x, new: x.at[i].set(new), states, state), alive
+
+    def members_step(states: TrainState, base: Params, batches: TokenBatch, hypers: Hyper, alive: Bool[Array, " M"]):
+        every, still = [], []
+        for i in range(len(alive)):
+            batch, hyper = jax.tree.map(lambda x, i=i: x[i], (batches, hypers))
+            after, metrics = train_step(base, take(states, i), batch, hyper)
+            states, goes_on = put(states, i, after, metrics, alive[i])
+            every.append(metrics)
+            still.append(goes_on)
+        return states, stack(every), jnp.stack(still)
 
     return members_step
 

@@ -80,19 +80,19 @@ def guarded_update(
     gradient: Params,
     opt_state: optax.OptState,
     params: Params,
-    lr_scale: Float[Array, ""] | float,
+    lr: Float[Array, ""] | float,
     step: Int[Array, ""],
     live: Int[Array, ""],
 ) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
-    """(params, opt_state, norm of the gradient, skipped) after an update on `live` rows in RL step `step`.
+    """(params, opt_state, norm of the gradient, skipped) after an update on `live` rows in RL step `step`, times `lr`.
 
     Without rows, or where the norm is not finite, nothing changes; `skipped` is 1 in the second case.
     """
     norm = optax.tree.norm(gradient)
     updates, next_state = make_optimizer(config).update(gradient, opt_state, params)
     if config.released:
-        lr_scale *= _schedule(config, 1.0)(step)
-    updated = optax.apply_updates(params, optax.tree.scale(lr_scale, updates)), next_state
+        lr *= _schedule(config, 1.0)(step)
+    updated = optax.apply_updates(params, optax.tree.scale(lr, updates)), next_state
     finite = jnp.isfinite(norm)
     made = finite & (live > 0)
     params, opt_state = jax.tree.map(lambda new, old: jnp.where(made, new, old), updated, (params, opt_state))

@@ -416,11 +416,12 @@ def collect_members(
 ) -> tuple[list[list[Trajectory]], RolloutStats]:
     """`collect` for the members of a sweep, each with its own episodes (which may be none), tokenizer, parameters and key.
 
-    What a member plays is what `collect` would play with its parameters, up to the reassociation of float sums.
+    What a member plays is what `collect` would play with its parameters: bit for bit with one member at once, else up to the
+    reassociation of float sums.
 
     Args:
-        at_once: members that one call of a compiled program computes. On a device their lanes play when those of earlier
-            members end.
+        at_once: members that one call of a compiled program computes; one has the programs of a single policy. On a device their
+            lanes play when those of earlier members end.
         devices: that play equal shares of the members; () is where the parameters are.
     """
     block = min(config.block, config.response_tokens)
@@ -430,9 +431,10 @@ def collect_members(
     for place in range(0, share, at_once):
         # Each device's next members, so that the lanes of all of them begin together.
         for start in range(0, len(players), share):
-            some = slice(start + place, start + min(place + at_once, share))
+            first = start + place
+            some = slice(first, start + min(place + at_once, share))
             if any(player.episodes for player in players[some]):
-                given = params.some(some), keys[some]
+                given = (params.some(some), keys[some]) if at_once > 1 else (params.one(first), keys[first])
                 given = jax.device_put(given, devices[start // share]) if devices else given
                 sampler = Sampler(given[1], (tokenizers[0].stop_id,), temperature, top_k, top_p, block)
                 rollout.enter(players[some], given[0], sampler)

@@ -159,12 +159,12 @@ def test_three_steps_are_the_releases(base):
     critic's is the same in all."""
     mini_turns, micro_turns, peak, critic_rate, steps = 10, 5, 1e-2, 3e-3, 4
     trajectories, batch = problem()
-    config, hyper = tiny.learner(f"{base}+released", **SETTINGS, value_clip=0.1, mini_turns=mini_turns)
+    settings = SETTINGS | {"value_clip": 0.1, "critic_lr": critic_rate}
+    config, hyper = tiny.learner(f"{base}+released", **settings, mini_turns=mini_turns)
     optim = OptimConfig(peak, steps, warmup_ratio=0.3, clip_norm=0.05, released=True)
-    run, critic = base_config("toy"), {}
-    run.algo.critic_lr = critic_rate
+    critic = {}
     if base == "ppo":
-        critic_optim = learner_config(run, tiny.MODEL, config.objective).critic_optim
+        critic_optim = learner_config(base_config("toy"), tiny.MODEL, config.objective).critic_optim
         config, critic = dataclasses.replace(config, critic_optim=critic_optim), {"critic": tiny.critic()}
         judge = tiny.AdamW(critic["critic"], critic_optim.clip_norm)
     config = dataclasses.replace(config, optim=optim)

@@ -62,9 +62,9 @@ class Hyper(NamedTuple):
     target_entropy: Scalar = 0.2  # nats; adaptive coefficient
     target_delta: Scalar = 1e-4  # per RL step
     target_cap: Scalar = 0.005
-    # optimisers: what their learning rates are multiplied by, weight decay included
-    lr_scale: Scalar = 1.0
-    critic_lr_scale: Scalar = 1.0
+    # learning rates at their highest, in place of `OptimConfig.lr` where that is 1, as in every run; else factors of it
+    lr: Scalar = 1.0
+    critic_lr: Scalar = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
