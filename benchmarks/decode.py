@@ -96,7 +96,8 @@ def main() -> None:
     for line in (
         f"{args.model}, {args.dtype}, {device}: {slots} rows with {args.context} tokens, {held / 1e9:.2f} GB of weights, cache",
         f"decode: {1e3 * step:.2f} ms a step, {slots / step:.0f} tokens/s, {bound / step:.0%} of the bound: memory "
-        f"{1e3 * by_memory:.2f} ms ({bandwidth / 1e9:.0f} GB/s), arithmetic {1e3 * by_arithmetic:.2f} ms ({rate / 1e12:.2f} TFLOP/s)",
+        f"{1e3 * by_memory:.2f} ms ({bandwidth / 1e9:.0f} GB/s), "
+        f"arithmetic {1e3 * by_arithmetic:.2f} ms ({rate / 1e12:.2f} TFLOP/s)",
         f"a call of {args.block} tokens: {1e3 * call:.1f} ms, {slots * args.block / call:.0f} tokens/s",
         f"prefill of {args.width} tokens a row: {1e3 * read:.1f} ms, {slots * args.width / read:.0f} tokens/s, "
         f"{arithmetic:.0%} of the arithmetic's rate",
