@@ -214,7 +214,7 @@ def main():
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--lanes", type=int, default=2)
-    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--block", type=int, default=LONGEST, help="tokens that a lane samples between prompts")
     parser.add_argument("--layers", type=int, default=SHAPE.num_layers, help="fewer, to see that it runs")
     args = parser.parse_args()
     args.model = dataclasses.replace(SHAPE, num_layers=args.layers)

@@ -19,8 +19,8 @@ from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.members import Members
 
 # Every compiled shape is a choice from these: columns of an extend, tokens a row has room for, and rows (all of the lane's,
-# or a quarter of them); a lane halves its rows down to the smallest.
-WIDTHS = (16, 64, 256, 1024)
+# or a quarter of them); a lane halves its rows down to the smallest. One column is for answers that go on in the next block.
+WIDTHS = (1, 16, 64, 256, 1024)
 SMALLEST_CAPACITY = 256
 SMALLEST_LANE = 4
 
@@ -273,7 +273,7 @@ def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
         return best[start]
 
     # From the end on, so that no long prompt recurses deeply.
-    for start in range(longest - longest % WIDTHS[0], 0, -WIDTHS[0]):
+    for start in range(longest - 1, 0, -1):
         cheapest(start)
     return cheapest(0)[1]
 

@@ -146,7 +146,7 @@ def test_shapes_come_from_a_small_table(wander, max_traces):
     """However many turns are played, the programs are those of the table; and a second rollout compiles none."""
     settings = dataclasses.replace(CHAT, slots=10, max_tokens=512)  # shapes that no other test has compiled
     table = lane.most_programs(5, 512)
-    assert table == 1 * 2 * (1 + 2 * 4)  # sizes, capacities, one decode, widths for all rows and for a quarter
+    assert table == 1 * 2 * (1 + 2 * 5)  # sizes, capacities, one decode, widths for all rows and for a quarter
     max_traces(generate.decode, 2)
     max_traces(generate.extend, table - 2)
     for max_turns in (2, 5, 8):
@@ -219,6 +219,7 @@ def test_pieces_read_every_prompt_to_its_end_at_little_cost():
         assert sum(widths) >= max(lengths) and sum(widths[:-1]) < max(lengths)
     assert lane.pieces((9,) * 14 + (20, 30), 16) == (16, 16)
     assert lane.pieces((60,) * 16, 16) == (64,)
+    assert lane.pieces((1,) * 15 + (60,), 16) == (1, 64)  # a token of every row, then the long prompt in a quarter of them
     assert len(lane.pieces((5000,), 16)) < 12
 
 
