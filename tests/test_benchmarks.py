@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkpoint
+from benchmarks import checkpoint, decode
 
 BENCHMARKS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 
@@ -23,3 +23,13 @@ def test_what_checkpoints_cost_is_measured(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["checkpoint", "--rounds=1", "--updates=1", "--rows=4"])
     checkpoint.main()
     assert "% of a step of" in capsys.readouterr().out
+
+
+def test_decode_is_held_against_its_bound(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["decode", "--layers=1", "--slots=2", "--context=32", "--block=4", "--width=8"])
+    monkeypatch.setattr(decode, "rates", lambda dtype: (1e10, 1e11))
+    decode.main()
+    told = capsys.readouterr().out
+    weights = 49152 * 576 + 576 * (2 * 576 + 2 * 192 + 3 * 1536) + 3 * 576  # embedding, projections, norms
+    cache = 2 * 2 * 3 * 64 * 32
+    assert f"memory {1e3 * 4 * (weights + cache) / 1e10:.2f} ms" in told and "prefill of 8 tokens a row" in told
