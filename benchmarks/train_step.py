@@ -18,6 +18,7 @@ rounds go A B C A B C, and medians are reported. Needs torch.
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import statistics
@@ -217,6 +218,7 @@ def measure(options) -> dict:
     else:
         step, rate, gpu_peak = theirs(options)
     # The peak from here on, without what loading and compiling used and left to the heap.
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     losses, seconds = [step()], []
