@@ -60,8 +60,9 @@ def main():
         num_layers=30, vocab_size=49152, embed_dim=576, hidden_dim=1536, num_heads=9, head_dim=64, num_kv_heads=3,
         rope_theta=100_000, norm_eps=1e-5, weight_tying=True,
     )  # fmt: skip
+    # The sampler pads a prompt to a power of two, and the answer comes on top.
     longest = max(sum(len(turn["prompt"]) + turn["answer"] for turn in turns) for turns in episodes)
-    cache = sampler.CacheConfig(cache_size=1 << longest.bit_length(), num_layers=30, num_kv_heads=3, head_dim=64)
+    cache = sampler.CacheConfig(cache_size=2 << longest.bit_length(), num_layers=30, num_kv_heads=3, head_dim=64)
     generate = sampler.Sampler(llama.Llama3(config, rngs=nnx.Rngs(0)), Ids(), cache)
     for name in ("compiling", "tunix"):
         seconds, tokens = play(generate, episodes)
