@@ -264,16 +264,18 @@ def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
             return 0, ()
         if start not in best:
             rows = _rows_for(sum(n > start for n in lengths), size)
-            enough = next((i for i, width in enumerate(WIDTHS) if width >= longest - start), len(WIDTHS) - 1)
+            widths = WIDTHS[1:] if start else WIDTHS  # what is one token long is read first
+            enough = next((i for i, width in enumerate(widths) if width >= longest - start), len(widths) - 1)
             options = []
-            for width in WIDTHS[: enough + 1]:
+            for width in widths[: enough + 1]:
                 cost, rest = cheapest(start + width)
                 options.append((cost + rows * width + _CALL_TOKENS, (width, *rest)))
             best[start] = min(options)
         return best[start]
 
     # From the end on, so that no long prompt recurses deeply.
-    for start in range(longest - 1, 0, -1):
+    for start in range(longest - longest % WIDTHS[1], 0, -WIDTHS[1]):
+        cheapest(start + 1)
         cheapest(start)
     return cheapest(0)[1]
 
