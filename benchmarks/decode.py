@@ -9,6 +9,7 @@ a call is `generate.decode` with a block of --block tokens, with what it does on
 """
 
 import argparse
+import dataclasses
 import time
 
 import jax
@@ -55,8 +56,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer, to see that it runs")
     parser.add_argument("--trace", metavar="FOLDER", help="write a profile of one decode call there")
     args = parser.parse_args()
-    model = MODELS[args.model]
-    model = DecoderConfig(**(vars(model) | {"dtype": args.dtype, "num_layers": args.layers or model.num_layers}))
+    model = dataclasses.replace(MODELS[args.model], dtype=args.dtype)
+    if args.layers:
+        model = dataclasses.replace(model, num_layers=args.layers)
     slots, used = args.slots, args.context - args.block - 1
 
     @jax.jit

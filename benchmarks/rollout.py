@@ -1,9 +1,9 @@
 """Multi-turn rollout, side by side: ours, and transformers' generate with whole and with continued prompts.
 
-    python benchmarks/rollout.py                                 all of them: 32 ALFWorld episodes of up to 15 turns
-    python benchmarks/rollout.py --only=ours --turns=5           one of them, shorter
-    python benchmarks/rollout.py --run=runs/first                an RL step's rollout of a run's agent instead
-    python benchmarks/rollout.py --only=record                   writes episodes.json for benchmarks/rollout_tunix.py
+    python -m benchmarks.rollout                                 all of them: 32 ALFWorld episodes of up to 15 turns
+    python -m benchmarks.rollout --only=ours --turns=5           one of them, shorter
+    python -m benchmarks.rollout --run=runs/first                an RL step's rollout of a run's agent instead
+    python -m benchmarks.rollout --only=record                   writes episodes.json for benchmarks/rollout_tunix.py
 
 A model of SmolLM2-135M's shape with random weights, float32, plays the real engine. What it says is not what is played
 (benchmarks/alfworld_random.py), and how much it says at each turn is drawn by seed, 8 to 40 tokens, so every contender reads and
@@ -23,14 +23,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.decode import MODELS
 from epo_jax import prompting, rollout
 from epo_jax.envs import agent, alfworld, base
 from epo_jax.envs.pool import EnvPool
 from epo_jax.lane import Sampler
-from epo_jax.models.decoder import DecoderConfig, init_params
+from epo_jax.models.decoder import init_params
 from epo_jax.models.tokenizer import train_tokenizer
 
-SHAPE = DecoderConfig(49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5, norm_eps=1e-5, qkv_bias=False)
+SHAPE = MODELS["smollm2-135m"]
 OPTIONS = {
     "data_dir": "", "train_games": 40, "valid_seen_games": 6, "valid_unseen_games": 6, "max_receptacles": 20, "seed": 0,
     "workers": 2, "max_turns": 15,

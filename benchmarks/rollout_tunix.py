@@ -1,7 +1,7 @@
 """google-tunix's sampler on the episodes of benchmarks/rollout.py, in a virtual environment of its own.
 
     python -m venv tunix && tunix/bin/pip install google-tunix
-    python benchmarks/rollout.py --only=record && tunix/bin/python benchmarks/rollout_tunix.py episodes.json
+    python -m benchmarks.rollout --only=record && tunix/bin/python benchmarks/rollout_tunix.py episodes.json
 
 Lock-step, the whole conversation again at each turn, as its agentic rollout calls it; the environment's time is left out. Played
 twice, since each new prompt length is compiled: the second time counts.

@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -72,15 +73,19 @@ def batch(options):
 def flops(options) -> tuple[float, float]:
     """Arithmetic of a step: (what any step needs, what ours computes a second time).
 
-    The head is on policy tokens, causal attention over half the pairs. The backward pass computes the head's logits again, what
-    is inside attention, and with rematerialisation every projection but the last.
+    The backward pass computes the head's logits again, what is inside attention, and with rematerialisation every projection
+    but the last.
     """
-    tokens = options.rows * options.tokens
-    projections, last = 2 * tokens * 576 * (2 * 576 + 2 * 192 + 3 * 1536), 2 * tokens * 1536 * 576
-    scores = 2 * tokens * options.tokens / 2 * 576
-    head = 2 * options.policy * tokens * 576 * 49152
+    from epo_jax.flops import context_flops, head_flops
+
+    shape = model(options)
+    projections, _, attention = context_flops(shape, [options.tokens] * options.rows)
+    head = head_flops(shape, options.rows * int(options.policy * options.tokens))
+    sizes = shape.projection_sizes()
+    last = projections * math.prod(sizes["down_proj"]) / sum(map(math.prod, sizes.values()))
+    scores = attention / 2
     again = {"none": scores, "attention": projections - last + scores, "full": projections - last + 3 * scores}
-    return 3 * (options.layers * (projections + 2 * scores) + head), options.layers * again[options.remat] + head
+    return 3 * (projections + attention + head), again[options.remat] + head
 
 
 def make(options) -> str:
@@ -241,7 +246,7 @@ def main() -> None:
         return print(make(options))
     if options.side:
         return print(json.dumps(measure(options)))
-    from epo_jax import flops as flops_of
+    from epo_jax.flops import peak as peak_rate
 
     sides, results = options.sides.split(","), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +275,7 @@ def main() -> None:
             told += f"  {median[other] / median[side]:.2f} x speed, {peak[side] / peak[other]:.2f} x memory"
         print(told)
     needed, again = flops(options)
-    if most := flops_of.peak(device):
+    if most := peak_rate(device):
         utilisation = ", ".join(f"{side} {needed / median[side] / most:.1%}" for side in sides)
         print(f"of the {most / 1e12:.0f} TFLOP/s that a {device} does at most: {utilisation}")
     if "ours" in results:
