@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from epo_jax.models import generate
-from epo_jax.models.decoder import DecoderConfig, init_params
+from epo_jax.models.decoder import DecoderConfig, init_params, unstack
 
 MODELS = {
     "smollm2-135m": DecoderConfig(49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5, norm_eps=1e-5, qkv_bias=False),
@@ -61,12 +61,8 @@ def main() -> None:
         model = dataclasses.replace(model, num_layers=args.layers)
     slots, used = args.slots, args.context - args.block - 1
 
-    @jax.jit
-    def fresh():
-        return jax.tree.map(lambda x: x.astype(args.dtype), init_params(model, jax.random.key(0)))
-
     bandwidth, rate = rates(args.dtype)
-    params = fresh()
+    params = jax.jit(lambda key: unstack(model, init_params(model, key)))(jax.random.key(0))
     cache = [generate.init_cache(model, slots, args.context, args.cache_dtype)]
     ints = {name: np.zeros(slots, np.int32) for name in ("episode", "turn", "position")}
     how = generate.Sampling(np.ones(slots, np.float32), np.zeros(slots, np.int32), np.ones(slots, np.float32))

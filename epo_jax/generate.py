@@ -20,6 +20,7 @@ from epo_jax.envs.base import SPLITS, Observation, Task, environment
 from epo_jax.errors import UserError
 from epo_jax.folders import Policy, load
 from epo_jax.lane import Lane, Programs, Sampler, Turn
+from epo_jax.models.decoder import unstack
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +49,8 @@ class Speaker:
     def __init__(self, policy: Policy, sampler: Sampler, response_tokens: int, max_tokens: int = 1 << 15, episode: int = 0):
         self._tokenizer, self._episode, self._budget = policy.tokenizer, episode, response_tokens
         self._max_tokens = max_tokens
-        self._lane = Lane(policy.model, policy.params, 1, max_tokens, sampler._replace(block=response_tokens), Programs())
+        params = unstack(policy.model, policy.params)
+        self._lane = Lane(policy.model, params, 1, max_tokens, sampler._replace(block=response_tokens), Programs())
         self._unread: list[int] = []
         self._held = 0
         self.turn = 0

@@ -13,6 +13,7 @@ trajectories, bit for bit, whatever the workers' number and delays.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from epo_jax.envs import agent
 from epo_jax.envs.base import Observation, Task
 from epo_jax.envs.pool import EnvPool
 from epo_jax.lane import SMALLEST_LANE, Answer, Lane, Programs, Sampler, Turn
-from epo_jax.models.decoder import DecoderConfig, Params
+from epo_jax.models import lora
+from epo_jax.models.decoder import DecoderConfig, Params, unstack
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.prompting import RolloutConfig, next_prompt
@@ -151,18 +153,11 @@ class _Rollout:
         self.handles = itertools.count()
 
     def enter(self, players: list[_Player], params: Params | Members, sampler: Sampler) -> None:
-        """Deals the players' episodes to lanes of their own. `params` and the sampler's keys are one policy's, or the members'
-        in the order of `players`."""
+        """Deals the players' episodes to lanes of their own. `params`, unstacked, and the sampler's keys are one policy's, or the
+        members' in the order of `players`."""
         config = self.config
         slots = min(config.slots, max(len(player.episodes) for player in players))
         lanes = max(1, min(config.lanes, slots))
-        if config.dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-        spread = mesh.mesh_of(params) is not None
-        params = mesh.on_this_host(params)
-        if not spread and config.devices > 1:
-            on = mesh.make_mesh(config.devices, 1, 1, jax.local_devices())
-            params = jax.device_put(params, mesh.shardings(on, params))
         on = mesh.mesh_of(params)
         # Rows that devices share come in multiples of these.
         shards = mesh.row_shards(on) if on else 1
@@ -385,9 +380,19 @@ def collect(
     slots = -(-config.slots // jax.process_count())
     rollout = _Rollout(pool, model, dataclasses.replace(config, slots=slots))
     player = _Player(0, tokenizer, hosts.share(episodes))
-    rollout.enter([player], params, sampler)
+    rollout.enter([player], _sampled_from(params, rollout.model, config.devices), sampler)
     rollout.run()
     return _of_all_processes(rollout.trajectories(player), rollout.stats)
+
+
+def _sampled_from(params: Params, model: DecoderConfig, devices: int) -> Params:
+    """A run's parameters, unstacked, where this process samples: put together from the mesh of all, or copied to `devices`."""
+    params = jax.tree.map(lambda x: x.astype(model.dtype), params)  # before they travel
+    if mesh.mesh_of(params) is not None:
+        params = mesh.on_this_host(params)
+    elif devices > 1:
+        params = jax.device_put(params, mesh.shardings(mesh.make_mesh(devices, 1, 1, jax.local_devices()), params))
+    return unstack(model, params)
 
 
 def _of_all_processes(trajectories: list[Trajectory], stats: RolloutStats) -> tuple[list[Trajectory], RolloutStats]:
@@ -428,16 +433,19 @@ def collect_members(
     rollout = _Rollout(pool, model, config)
     players = [_Player(*player) for player in zip(itertools.count(), tokenizers, episodes, strict=False)]
     share = len(players) // max(1, len(devices))
+    unstacked = functools.partial(unstack, rollout.model)
+    places = [(device, unstacked(jax.device_put(params.shared, device))) for device in devices or [None]]
     for place in range(0, share, at_once):
         # Each device's next members, so that the lanes of all of them begin together.
-        for start in range(0, len(players), share):
+        for (device, shared), start in zip(places, range(0, len(players), share), strict=True):
             first = start + place
             some = slice(first, start + min(place + at_once, share))
             if any(player.episodes for player in players[some]):
-                given = (params.some(some), keys[some]) if at_once > 1 else (params.one(first), keys[first])
-                given = jax.device_put(given, devices[start // share]) if devices else given
-                sampler = Sampler(given[1], (tokenizers[0].stop_id,), temperature, top_k, top_p, block)
-                rollout.enter(players[some], given[0], sampler)
+                which = some if at_once > 1 else first
+                own, key = jax.device_put(jax.tree.map(lambda x, which=which: x[which], (params.own, keys)), device)
+                mine = Members(shared, jax.vmap(unstacked)(own)) if at_once > 1 else lora.join(shared, unstacked(own))
+                sampler = Sampler(key, (tokenizers[0].stop_id,), temperature, top_k, top_p, block)
+                rollout.enter(players[some], mine, sampler)
     rollout.run()
     return [rollout.trajectories(player) for player in players], rollout.stats
 

@@ -214,7 +214,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, 
 class Decoder(nnx.Module):
     """Token ids to final hidden states; the caller applies the output head (`output_embedding`) where it needs logits."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stacked: bool = True):
         self.config = config
 
         def table():
@@ -222,7 +222,10 @@ class Decoder(nnx.Module):
             return nnx.Param(scale * jax.random.normal(rngs.params(), (config.vocab_size, config.d_model), jnp.float32))
 
         self.embedding = table()
-        self.layers = nnx.vmap(lambda r: Block(config, rngs=r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
+        if stacked:
+            self.layers = nnx.vmap(lambda r: Block(config, rngs=r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
+        else:
+            self.layers = nnx.List(Block(config, rngs=rngs) for _ in range(config.num_layers))
         self.final_norm = nnx.Param(jnp.ones((config.d_model,), jnp.float32))
         if not config.tie_embeddings:
             self.lm_head = table()
@@ -267,7 +270,6 @@ class Decoder(nnx.Module):
 
     def extend(
         self,
-        layers: list["Block"],
         cache: tuple[LayerCache, ...],
         tokens: Int[Array, "R T"],
         lengths: Int[Array, " R"],
@@ -290,7 +292,7 @@ class Decoder(nnx.Module):
         rope = self.rope(positions)
         x = embed(self.embedding[...], tokens.ravel()).astype(c.dtype)
         grown = []
-        for block, layer, window in zip(layers, cache, c.layer_windows(), strict=True):
+        for block, layer, window in zip(self.layers, cache, c.layer_windows(), strict=True):
             with jax.named_scope("block"):
                 q, k, v = block.qkv(x, rope)
                 layer = kv_cache.append(layer, rows, write, k, v)
@@ -298,20 +300,30 @@ class Decoder(nnx.Module):
                 grown.append(layer)
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1), tuple(grown)
 
-    def unstacked_layers(self) -> list["Block"]:
-        """The blocks one by one. Slicing them once outside a decode loop keeps the copies out of the loop."""
-        graph, stacked = nnx.split(self.layers)
-        return [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(self.config.num_layers)]
-
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
     """Fresh parameters as a nested dict of float32 arrays; arrays under `layers` have a leading axis L."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def unstack(config: DecoderConfig, params: Params) -> Params:
+    """Parameters as sampling reads them: in the compute dtype, and under `layers` a dict of each layer's own arrays by number.
+
+    A program that takes layers out of a stack copies them, every time it is called. Some of the parameters are unstacked as
+    all of them are; what is unstacked already stays as it is.
+    """
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    stacked = params.get("layers", {})
+    if 0 in stacked:
+        return params
+    layers = {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers)}
+    return params | {"layers": layers} if stacked else params
+
+
 @functools.cache
-def _skeleton(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param)
+def _skeleton(config: DecoderConfig, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), stacked=stacked)), nnx.Param)
 
 
 def decoder_config(model) -> DecoderConfig:
@@ -326,7 +338,7 @@ def with_adapters(config: DecoderConfig, model) -> DecoderConfig:
 
 def bind(config: DecoderConfig, params: Params) -> Decoder:
     """The `Decoder` module over `params`; cheap, meant to be called inside a traced function."""
-    graph, abstract = _skeleton(config)
+    graph, abstract = _skeleton(config, stacked=0 not in params["layers"])
     state = jax.tree.map(lambda a: a, abstract)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)

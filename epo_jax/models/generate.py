@@ -2,7 +2,8 @@
 
 Both are pure functions of (params, cache, ...) with static shapes, and both may be mapped over a leading axis of params and
 cache. A slot is a row of the cache that holds one episode; slots have their own lengths, temperatures, truncations and
-budgets, all traced, so one program serves every turn of every episode.
+budgets, all traced, so one program serves every turn of every episode. Parameters are read layer by layer: what is called
+often is given unstacked ones (`decoder.unstack`).
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from epo_jax.models import kv_cache
-from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.decoder import DecoderConfig, Params, bind, unstack
 from epo_jax.models.kv_cache import LayerCache
 
 # Words summed at once when a token is looked up by its cumulative probability.
@@ -90,10 +91,10 @@ def extend(
 
     Only the R rows given are computed. A `fresh` row's slot is emptied first. A row of padding has a slot past the last one.
     """
-    model = bind(config, params)
+    model = bind(config, unstack(config, params))
     known = cache.lengths if slots is None else cache.lengths.at[slots].get(mode="clip")
     lengths = jnp.where(fresh, 0, known)
-    hidden, layers = model.extend(model.unstacked_layers(), cache.layers, tokens, lengths, counts, slots)
+    hidden, layers = model.extend(cache.layers, tokens, lengths, counts, slots)
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     if slots is None:
         return Cache(layers, lengths + counts, jnp.where(counts[:, None] > 0, last, cache.hidden))
@@ -119,7 +120,9 @@ def sample(
     )
     weights = jnp.exp(scaled)
     tokens, total = _drawn(keys, weights)
-    tokens = jnp.where(greedy, jnp.argmax(scaled, axis=-1), tokens).astype(jnp.int32)
+    # As is a pass over it for the likeliest word, where nobody asks for that.
+    likeliest = jax.lax.cond(jnp.any(greedy), lambda x: jnp.argmax(x, axis=-1), lambda x: jnp.zeros(len(x), int), scaled)
+    tokens = jnp.where(greedy, likeliest, tokens).astype(jnp.int32)
     log_z = jnp.log(total)
     log_prob = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_z
     # -sum p log p; a probability that is 0 contributes 0, not 0 * -inf.
@@ -192,9 +195,8 @@ def decode(
         mapped_over: name of the axis that `vmap` maps over. The loop then has one end for all, without which every step would
             copy the whole cache to keep that of members who are done.
     """
-    model = bind(config, params)
-    layers = model.unstacked_layers()
-    head = model.output_embedding().astype(config.dtype)
+    model = bind(config, unstack(config, params))
+    head = model.output_embedding()
     row_keys = jax.vmap(lambda e, t: jax.random.fold_in(jax.random.fold_in(key, e), t))(episode, turn)
     slots = budget.shape[0]
 
@@ -223,7 +225,7 @@ def decode(
 
     def step(carry):
         live, token, i, cache, out = carry
-        hidden, grown = model.extend(layers, cache.layers, token[:, None], cache.lengths, live.astype(jnp.int32))
+        hidden, grown = model.extend(cache.layers, token[:, None], cache.lengths, live.astype(jnp.int32))
         cache = Cache(grown, cache.lengths + live, jnp.where(live[:, None], hidden[:, 0], cache.hidden))
         live, token, out = draw(live, i, cache, out)
         return live, token, i + 1, cache, out

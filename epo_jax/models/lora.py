@@ -35,7 +35,8 @@ def split(params: Params) -> tuple[Params, Params]:
 
 def join(base: Params, adapters: Params) -> Params:
     """The `Params` of `base` with `adapters`; either may be empty, and what remains is then the whole."""
-    return base | adapters | {"layers": base.get("layers", {}) | adapters.get("layers", {})}
+    nested = [key for key in base.keys() & adapters.keys() if isinstance(base[key], dict)]
+    return base | adapters | {key: join(base[key], adapters[key]) for key in nested}
 
 
 def merge(config: DecoderConfig, params: Params) -> Params:

@@ -26,12 +26,6 @@ class Members(NamedTuple):
     def count(self) -> int:
         return jax.tree.leaves(self.own)[0].shape[0]
 
-    def one(self, i: int) -> Params:
-        return lora.join(self.shared, jax.tree.map(lambda x: x[i], self.own))
-
-    def some(self, which: slice) -> "Members":
-        return Members(self.shared, jax.tree.map(lambda x: x[which], self.own))
-
 
 def init_cache(config: DecoderConfig, members: int, slots: int, capacity: int, dtype: str | None = None) -> Cache:
     """An empty cache for `slots` episodes of each member."""

@@ -1,5 +1,6 @@
 """Sampling: the right distribution, the recorded numbers, and keys that belong to the episode."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 
 from epo_jax.models import kv_cache
-from epo_jax.models.decoder import DecoderConfig, bind, init_params
+from epo_jax.models.decoder import DecoderConfig, bind, init_params, unstack
 from epo_jax.models.generate import Sampling, decode, extend, init_cache, sample, take_slots
 
 CONFIG = DecoderConfig(vocab_size=23, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24)
@@ -57,6 +58,20 @@ def run(params, prompts, episodes, **options):
 
 def random_prompts(seed, slots, length=5):
     return jax.random.randint(jax.random.key(seed), (slots, length), 0, 23)
+
+
+def test_unstacked_parameters_are_those_of_the_stack(params):
+    unstacked = unstack(CONFIG, params)
+    for i, layer in unstacked["layers"].items():
+        for name, array in layer.items():
+            np.testing.assert_array_equal(array, params["layers"][name][i])
+    again = unstack(CONFIG, unstacked)
+    assert jax.tree.structure(again) == jax.tree.structure(unstacked)
+    prompts = random_prompts(3, 4)
+    for a, b in zip(run(unstacked, prompts, range(4))[1], run(params, prompts, range(4))[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(unstack(half, params))} == {jnp.dtype("bfloat16")}
 
 
 def plain_statistics(params, ids, temperature, top_p=1.0):
