@@ -47,7 +47,7 @@ def _laptop(config: ConfigDict) -> None:
     config.warm_start.update(episodes=1500, copies=7, steps=3000, batch_tokens=1920, lr=3e-3, prompt_weight=0.3)
     config.warm_start.optimizer = "muon"
     config.rollout.update(groups=16, group_size=8, slots=128, lanes=8)
-    config.algo.update(mini_batches=8, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
+    config.algo.update(mini_batches=8, micro_batch_rows=2, kl_coef=0.0, aggregation="seq-mean-token-mean")
     # The corridor is for the mean entropy of an episode. Held against each token it would flatten the few tokens that
     # decide between two actions, whose entropy is always far above the mean, and stop the search for better ones.
     # A model of this size feels the paper's lam and alpha too little to be held in any corridor: above it, entropy is only

@@ -71,7 +71,7 @@ def blocked_attention(q, k, v, segment_ids, window: int | None = None) -> Float[
     kv = k.shape[2]
     q = (q * d**-0.5).reshape(b, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    return _blocked(window, q, k, v, segment_ids).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+    return _blocked(window, q, k, v, _earliest(segment_ids, window)).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
 def _blocks(t: int, window: int | None) -> list[tuple[int, int, int]]:
@@ -81,15 +81,26 @@ def _blocks(t: int, window: int | None) -> list[tuple[int, int, int]]:
     return [(i, min(i + size, t), 0 if window is None else max(i - window + 1, 0)) for i in starts]
 
 
-def _scores(q, k, segment_ids, block, window) -> Float[Array, "B K G q k"]:
-    """Masked logits of one block; `q` and `k` are whole."""
+def _earliest(segment_ids, window: int | None) -> Int[Array, "B T"]:
+    """The first place in its row that each token sees: where its segment begins, or its window."""
+    places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    begins = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    begun = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return begun if window is None else jnp.maximum(begun, places - window + 1)
+
+
+def _scores(q, k, earliest, block) -> Float[Array, "B K G q k"]:
+    """Masked logits of one block; `q` and `k` are whole.
+
+    The mask asks one thing of a query and nothing of a key. Two segments compared for every pair, and looked up in a loop over
+    micro-batches, would keep XLA:CPU from using vectors, and take longer than the products.
+    """
     start, end, first = block
     q = q[:, :, :, start:end]
     b, kv, groups, n, d = q.shape
     scores = jnp.matmul(q.reshape(b, kv, groups * n, d), k[:, :, first:end].swapaxes(2, 3), preferred_element_type=jnp.float32)
     i, j = jnp.arange(start, end)[:, None], jnp.arange(first, end)[None]
-    band = _visible(j, i, window)
-    mask = band[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
+    mask = (j <= i)[None] & (j[None] >= earliest[:, start:end, None])
     return jnp.where(mask[:, None, None], scores.reshape(b, kv, groups, n, end - first), _MASKED)
 
 
@@ -104,15 +115,15 @@ def _flat(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(window, q, k, v, segment_ids):
+def _blocked(window, q, k, v, earliest):
     """q [B K G T d] (scaled), k and v [B K T d] -> [B K G T d]."""
-    return _blocked_forward(window, q, k, v, segment_ids)[0]
+    return _blocked_forward(window, q, k, v, earliest)[0]
 
 
-def _blocked_forward(window, q, k, v, segment_ids):
+def _blocked_forward(window, q, k, v, earliest):
     out, normaliser = [], []
     for block in _blocks(q.shape[3], window):
-        scores = _scores(q, k, segment_ids, block, window)
+        scores = _scores(q, k, earliest, block)
         largest = scores.max(axis=-1, keepdims=True)
         exponent = jnp.exp(scores - largest)
         total = exponent.sum(axis=-1, keepdims=True)
@@ -122,16 +133,16 @@ def _blocked_forward(window, q, k, v, segment_ids):
         normaliser.append(largest + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(out, axis=3), SAVED)
     normaliser = checkpoint_name(jnp.concatenate(normaliser, axis=3), SAVED)
-    return out, (q, k, v, segment_ids, out, normaliser)
+    return out, (q, k, v, earliest, out, normaliser)
 
 
 def _blocked_backward(window, residuals, g):
-    q, k, v, segment_ids, out, normaliser = residuals
+    q, k, v, earliest, out, normaliser = residuals
     delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for block in _blocks(q.shape[3], window):
         start, end, first = block
-        weights = jnp.exp(_scores(q, k, segment_ids, block, window) - normaliser[:, :, :, start:end])
+        weights = jnp.exp(_scores(q, k, earliest, block) - normaliser[:, :, :, start:end])
         queries, gradient = _flat(q[:, :, :, start:end]), _flat(g[:, :, :, start:end])
         keys, values = k[:, :, first:end], v[:, :, first:end]
         incoming = jnp.matmul(gradient, values.swapaxes(2, 3), preferred_element_type=jnp.float32)
