@@ -212,7 +212,11 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, 
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the caller applies the output head (`output_embedding`) where it needs logits."""
+    """Token ids to final hidden states; the caller applies the output head (`output_embedding`) where it needs logits.
+
+    Its layers are one block of stacked arrays, which the learner (`__call__`) loops over, or else a list of blocks, which the
+    sampler (`extend`) reads.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stacked: bool = True):
         self.config = config
