@@ -4,7 +4,7 @@
 
 Presets
     paper   (default) Qwen2.5-3B-Instruct and the paper's table: 150 steps of 16 games x 8 episodes of up to 50 turns
-    laptop  a one-million-parameter model from scratch, warm-started on expert episodes; about 20 minutes on two cores
+    laptop  a one-million-parameter model from scratch, warm-started on expert episodes; about a quarter of an hour on two cores
     smoke   the same path end to end with everything tiny, for tests
 """
 

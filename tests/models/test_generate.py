@@ -74,6 +74,16 @@ def test_unstacked_parameters_are_those_of_the_stack(params):
     assert {x.dtype for x in jax.tree.leaves(unstack(half, params))} == {jnp.dtype("bfloat16")}
 
 
+def test_a_call_copies_no_layers():
+    config = dataclasses.replace(CONFIG, d_model=64, num_layers=4, d_ff=256)
+    params = unstack(config, init_params(config, jax.random.key(0)))
+    ints = jnp.zeros(2, jnp.int32)
+    given = params, init_cache(config, 2, 16), jax.random.key(0), ints, ints, ints, ints
+    lowered = decode.lower(config, *given, sampling=sampling(2), stop_tokens=jnp.array([-1]), block=4)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < sum(x.nbytes for x in jax.tree.leaves(params["layers"])) / 4
+
+
 def plain_statistics(params, ids, temperature, top_p=1.0):
     """Log-probability of each token of `ids` given those before it, and the entropy there, by the plain forward; in NumPy."""
     model = bind(CONFIG, params)
