@@ -120,7 +120,7 @@ def sample(
     )
     weights = jnp.exp(scaled)
     tokens, total = _drawn(keys, weights)
-    # As is a pass over it for the likeliest word, where nobody asks for that.
+    # So is looking for the likeliest word, where nobody asks for it.
     likeliest = jax.lax.cond(jnp.any(greedy), lambda x: jnp.argmax(x, axis=-1), lambda x: jnp.zeros(len(x), int), scaled)
     tokens = jnp.where(greedy, likeliest, tokens).astype(jnp.int32)
     log_z = jnp.log(total)
