@@ -318,11 +318,11 @@ def unstack(config: DecoderConfig, params: Params) -> Params:
     all of them are; what is unstacked already stays as it is.
     """
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    stacked = params.get("layers", {})
-    if 0 in stacked:
-        return params
-    layers = {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers)}
-    return params | {"layers": layers} if stacked else params
+    layers = params.get("layers", {})
+    if layers and 0 not in layers:
+        layers = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.num_layers)}
+        params = params | {"layers": layers}
+    return params
 
 
 @functools.cache
