@@ -1,8 +1,8 @@
 """The warm start: behaviour cloning on expert episodes, so that a sparse reward has something to find.
 
 Expert episodes get the prompts that a rollout would show (`prompting.next_prompt`), in the same token batches; the loss is the
-cross-entropy of the expert's action tokens plus, at a smaller weight, that of everything else in the transcript, from which a
-model trained from scratch learns what the game's words mean.
+cross-entropy of the expert's action tokens plus, at a smaller weight, that of the prompts, from which a model trained from
+scratch learns what the game's words mean. The expert's mistakes are context only: no term of the loss predicts them.
 """
 
 import functools
@@ -35,7 +35,7 @@ def transcript(demonstration: Demonstration, style: str, window: agent.Window | 
 
 
 def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config: RolloutConfig) -> Trajectory:
-    """An expert episode as a trajectory whose policy tokens are the expert's answers, its mistakes aside.
+    """An expert episode as a trajectory whose policy tokens are the expert's answers; those of mistaken turns are not valid.
 
     Its prompts are those that a rollout with `config` would show to a policy that gives these answers. Turns that a rollout's
     limits would cut off are in it all the same.
@@ -46,13 +46,10 @@ def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config
         prompt = next_prompt(tokenizer, config, first, history, observation)
         trajectory.append_prompt(prompt, new_context=config.window is not None or turn == 0)
         ids = tokenizer.answer(answer)
-        if turn in demonstration.mistakes:
-            trajectory.append_prompt(ids)
-        else:
-            trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
+        trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
         trajectory.actions.append(demonstration.actions[turn])
         trajectory.rewards.append(0.0)
-        trajectory.valid.append(True)
+        trajectory.valid.append(turn not in demonstration.mistakes)
     return trajectory
 
 
@@ -68,7 +65,10 @@ def _turns(demonstration: Demonstration, style: str) -> Iterator[tuple[list[tupl
 def cloning_loss(
     model: DecoderConfig, params: Params, batch: TokenBatch, prompt_weight: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(loss, mean cross-entropy of the action tokens), nats, over rows without the leading mini-batch axis."""
+    """(loss, mean cross-entropy of the action tokens), nats, over rows without the leading mini-batch axis.
+
+    Answers that are not valid, an expert's mistakes, are neither actions nor prompts: they weigh nothing.
+    """
     module = bind(model, params)
     hidden = module(batch.tokens, batch.positions, batch.segment_ids)
     labels = jnp.roll(batch.tokens, -1, axis=1)
@@ -76,10 +76,12 @@ def cloning_loss(
     follows = (jnp.roll(batch.segment_ids, -1, axis=1) == batch.segment_ids) & (batch.segment_ids > 0)
     follows = follows.at[:, -1].set(False).astype(jnp.float32)
     rows = jnp.arange(labels.shape[0])[:, None]
-    action = jnp.zeros_like(follows).at[rows, batch.index].max(batch.policy_mask)
+    answer, action = (
+        jnp.zeros_like(follows).at[rows, batch.index].max(x) for x in (batch.policy_mask, batch.policy_mask * batch.valid)
+    )
     head = mesh.at_use("lm_head", module.output_embedding().astype(hidden.dtype))
     log_prob, _ = head_statistics(hidden.reshape(-1, hidden.shape[-1]), head, labels, 1.0, None)
-    prompt = follows * (1.0 - action)
+    prompt = follows * (1.0 - answer)
     on_actions = -(log_prob * action).sum() / jnp.maximum(action.sum(), 1.0)
     on_prompts = -(log_prob * prompt).sum() / jnp.maximum(prompt.sum(), 1.0)
     return on_actions + prompt_weight * on_prompts, on_actions

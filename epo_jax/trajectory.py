@@ -28,7 +28,7 @@ class Trajectory:
         log_prob: behaviour log-probability of each policy token (0 elsewhere), nats, float32.
         entropy: entropy of the distribution each policy token was sampled from (0 elsewhere), nats, float32.
         rewards: reward of each turn.
-        valid: for each turn, whether its text parsed into an action.
+        valid: for each turn, whether its text parsed into an action; of an expert's, whether it is for imitation.
         observations: the observation before each turn, and the last one (for readers and step-level grouping).
         actions: the action text of each turn.
         won: the task was completed.

@@ -35,15 +35,37 @@ def test_only_the_answers_are_policy_tokens():
     assert demonstration.goal in TOKENIZER.decode(trajectory.tokens)
 
 
-def test_mistakes_are_read_and_not_imitated():
+def test_mistakes_are_read_and_not_valid():
     sound = sft.to_trajectory(DEMONSTRATIONS[4], TOKENIZER, SETTINGS)
     erring = sft.to_trajectory(dataclasses.replace(DEMONSTRATIONS[4], mistakes=(0,)), TOKENIZER, SETTINGS)
-    assert erring.tokens == sound.tokens and set(sound.turn) == {-1, 0, 1}
-    assert erring.turn == [-1 if turn == 0 else turn for turn in sound.turn]
+    assert (erring.tokens, erring.turn) == (sound.tokens, sound.turn) and set(sound.turn) == {-1, 0, 1}
+    assert (sound.valid, erring.valid) == ([True, True], [False, True])
+
+
+@pytest.mark.parametrize("window", [None, agent.Window(1)], ids=["chat", "window"])
+def test_mistakes_are_not_imitated(window):
+    """An expert that says "purple" first in half of its episodes, by mistake: its clone never learns the word as an answer,
+    however much the prompts weigh."""
+    settings = dataclasses.replace(SETTINGS, window=window)
+    erring = [dataclasses.replace(d, actions=("purple", d.actions[1]), mistakes=(0,)) for d in DEMONSTRATIONS]
+    shown = [sft.to_trajectory(d, TOKENIZER, settings) for d in (*DEMONSTRATIONS, *erring)]
+    *_, (params, cross_entropy) = sft.warm_start(
+        init_params(MODEL, jax.random.key(0)), shown, MODEL, OptimConfig(1e-2, 60), 128, 8, 0.3, 0
+    )
+    assert cross_entropy < 1.2  # 6 nats before it
+    probability = []
+    for t in shown[len(DEMONSTRATIONS) :]:
+        tokens = jnp.asarray(t.tokens)[None, : t.contexts[0][1]]
+        hidden = bind(MODEL, params)(tokens, jnp.arange(tokens.size)[None], jnp.ones_like(tokens))[0]
+        log_probs = jax.nn.log_softmax(hidden @ params["embedding"].T)[jnp.arange(tokens.size - 1), tokens[0, 1:]]
+        said = np.array(t.turn[1 : tokens.size]) == 0
+        probability.append(np.exp(np.asarray(log_probs)[said].sum()))
+    assert np.mean(probability) < 1e-3  # .08 with the weight of a prompt
 
 
 def test_the_loss_is_the_cross_entropy_of_actions_plus_weighted_prompts():
-    trajectories = [sft.to_trajectory(d, TOKENIZER, SETTINGS) for d in DEMONSTRATIONS[:5]]
+    experts = [dataclasses.replace(d, mistakes=(i % 2,) * (i < 3)) for i, d in enumerate(DEMONSTRATIONS[:5])]
+    trajectories = [sft.to_trajectory(d, TOKENIZER, SETTINGS) for d in experts]
     params = init_params(MODEL, jax.random.key(0))
     on_actions, on_prompts = [], []
     for t in trajectories:
@@ -51,7 +73,8 @@ def test_the_loss_is_the_cross_entropy_of_actions_plus_weighted_prompts():
         hidden = bind(MODEL, params)(tokens, jnp.arange(tokens.size)[None], jnp.ones_like(tokens))[0]
         log_probs = jax.nn.log_softmax(hidden @ params["embedding"].T)[jnp.arange(tokens.size - 1), tokens[0, 1:]]
         for log_prob, turn in zip(log_probs, t.turn[1:], strict=True):
-            (on_actions if turn >= 0 else on_prompts).append(-float(log_prob))
+            if turn < 0 or t.valid[turn]:
+                (on_actions if turn >= 0 else on_prompts).append(-float(log_prob))
     packed = pack(trajectories, 128, 128, 2)
     rows = jax.tree.map(lambda x: jnp.asarray(x[0]), packed._replace(rows=None, returns=None, group=None, anchor=None))
     loss, actions = sft.cloning_loss(MODEL, params, rows, 0.3)
@@ -163,7 +186,8 @@ def check(shown, played, experts):
     for theirs, ours, expert in zip(shown, played, experts, strict=True):
         assert ours.won and ours.actions == list(expert.actions) == theirs.actions
         assert (theirs.tokens, theirs.starts) == (ours.tokens, ours.starts)
-        assert theirs.turn == [-1 if turn in expert.mistakes else turn for turn in ours.turn]
+        assert theirs.turn == ours.turn
+        assert theirs.valid == [turn not in expert.mistakes for turn in range(len(expert.actions))]
 
 
 def longest_prompt(trajectories):
