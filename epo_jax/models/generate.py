@@ -20,6 +20,9 @@ from epo_jax.models.kv_cache import LayerCache
 # Words summed at once when a token is looked up by its cumulative probability.
 _SUM_BLOCK = 64
 
+# Temperatures beyond these sample as these do: the likeliest token alone, and all tokens alike.
+_COLDEST, _HOTTEST = 1e-30, 1e30
+
 
 class Cache(NamedTuple):
     """Keys and values of every slot, how many tokens each slot holds, and the hidden state of its last token."""
@@ -111,7 +114,8 @@ def sample(
 ) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
     """A token for each row with its log-probability and the entropy of the distribution it came from, nats, float32."""
     greedy = sampling.temperature <= 0
-    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
+    # At an extreme temperature the quotient would overflow, or 1 / temperature be 0, and weights be NaN.
+    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, jnp.clip(sampling.temperature, _COLDEST, _HOTTEST))[:, None]
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
     whole = greedy | ((sampling.top_k <= 0) & (sampling.top_p >= 1.0))
     # A sort of the vocabulary for every token is worth avoiding where nobody truncates.
@@ -119,7 +123,7 @@ def sample(
         jnp.all(whole), lambda x: x, lambda x: jnp.where(whole[:, None], x, _truncated(x, sampling)), scaled
     )
     weights = jnp.exp(scaled)
-    tokens, total = _drawn(keys, weights)
+    tokens, total = _drawn(jax.vmap(jax.random.uniform)(keys), weights)
     # So is looking for the likeliest word, where nobody asks for it.
     likeliest = jax.lax.cond(jnp.any(greedy), lambda x: jnp.argmax(x, axis=-1), lambda x: jnp.zeros(len(x), int), scaled)
     tokens = jnp.where(greedy, likeliest, tokens).astype(jnp.int32)
@@ -139,30 +143,39 @@ def _truncated(scaled: Float[Array, "S V"], sampling: Sampling) -> Float[Array, 
     probs = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     kept = ((before < sampling.top_p[:, None]) | (sampling.top_p >= 1.0)[:, None]) & (ordered >= kth)
+    kept = kept.at[:, 0].set(True)  # a top_p that float32 takes for 0 included
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= least, scaled, -jnp.inf)
 
 
-def _drawn(keys: Key[Array, " S"], weights: Float[Array, "S V"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+def _drawn(
+    uniform: Float[Array, " S"], weights: Float[Array, "S V"]
+) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
     """A token in proportion to its weight, by the inverse of the cumulative sum, and the sum of the weights.
 
-    One random number a row: the Gumbel trick needs one for every word, which on a CPU costs as much as the forward pass of
-    a small model. The sum is taken in blocks, so that only one of them is looked through word by word.
+    One random number in [0, 1) a row: the Gumbel trick needs one for every word, which on a CPU costs as much as the forward
+    pass of a small model. The sum is taken in blocks, so that only one of them is looked through word by word.
+
+    A token of weight 0 is never drawn. Rounding makes that more than a comparison: a parallel cumulative sum is not monotone,
+    and may rise where a block has no weight; a block's own sum may exceed the running sum of its words.
     """
     slots, vocabulary = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocabulary % _SUM_BLOCK))).reshape(slots, -1, _SUM_BLOCK)
-    upto = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    sums = blocks.sum(axis=-1)
+    upto = jnp.cumsum(sums, axis=-1)
     total = upto[:, -1]
-    uniform = jax.vmap(jax.random.uniform)(keys)
-    # Rounding must not carry the threshold past the last word that has any weight.
-    threshold = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))[:, None]
-    block = jnp.argmax(upto > threshold, axis=-1)[:, None]
+    threshold = (uniform * total)[:, None]
+    block = _first_or_last((upto > threshold) & (sums > 0), sums > 0)[:, None]
     words = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
     before = jnp.where(block > 0, jnp.take_along_axis(upto, jnp.maximum(block - 1, 0), axis=-1), 0.0)
-    reached = (before + jnp.cumsum(words, axis=-1) > threshold) & (words > 0)
-    last = _SUM_BLOCK - 1 - jnp.argmax(words[:, ::-1] > 0, axis=-1)
-    word = jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), last)
+    word = _first_or_last((before + jnp.cumsum(words, axis=-1) > threshold) & (words > 0), words > 0)
     return block[:, 0] * _SUM_BLOCK + word, total
+
+
+def _first_or_last(reached: Bool[Array, "S n"], allowed: Bool[Array, "S n"]) -> Int[Array, " S"]:
+    """The first place of each row that is `reached`; where there is none, the last that is `allowed`."""
+    last = allowed.shape[-1] - 1 - jnp.argmax(allowed[:, ::-1], axis=-1)
+    return jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), last)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block", "mapped_over"), donate_argnames=("cache",))

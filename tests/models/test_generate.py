@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from epo_jax.models import kv_cache
+from epo_jax.models import generate, kv_cache
 from epo_jax.models.decoder import DecoderConfig, bind, init_params, unstack
 from epo_jax.models.generate import Sampling, decode, extend, init_cache, sample, take_slots
 
@@ -259,6 +259,34 @@ def test_extreme_logits_give_no_token_without_probability():
     logits = jnp.full((64, 200), -1e4).at[:, 77].set(30.0).at[:, 5].set(-jnp.inf)
     tokens, log_prob, entropy = sample(jax.random.split(jax.random.key(4), 64), logits, sampling(64))
     assert (tokens == 77).all() and not log_prob.any() and not entropy.any()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (20, 1.0), (0, 0.5), (20, 0.7), (0, 1e-45)])
+def test_no_uniform_draws_a_token_of_weight_zero(top_k, top_p):
+    """Edges of the cumulative sum, a bit before and after them, and the ends of [0, 1)."""
+    rows, vocabulary = 16, 40_000
+    logits = 3.0 * jax.random.normal(jax.random.key(8), (rows, vocabulary))
+    logits = logits.at[: rows // 2, vocabulary // 2 :].set(-jnp.inf)  # a row whose end has no weight
+    how = sampling(rows, 1.0, top_k, top_p)
+    weights = jax.jit(lambda x: jnp.exp(generate._truncated(x - x.max(axis=-1, keepdims=True), how)))(logits)
+    drawn = jax.jit(lambda uniform: generate._drawn(uniform, weights)[0])
+    edges = np.cumsum(np.asarray(weights, np.float64), axis=-1)
+    near = (edges / edges[:, -1:]).astype(np.float32)
+    near = np.take_along_axis(near, np.linspace(0, vocabulary - 1, 20).astype(int)[None], axis=1)
+    near = np.concatenate([near, np.zeros((rows, 1), np.float32)], axis=1)
+    for towards in (-1, 0, 1):
+        for column in near.T:
+            moved = np.nextafter(column, np.float32(towards)) if towards else column
+            tokens = drawn(np.clip(moved, 0.0, np.nextafter(np.float32(1), np.float32(0))))
+            assert (np.take_along_axis(np.asarray(weights), np.asarray(tokens)[:, None], axis=1) > 0).all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (20, 0.9)])
+def test_no_temperature_breaks_the_distribution(top_k, top_p):
+    logits = (40.0 * jax.random.normal(jax.random.key(9), (60, 200))).at[:, :7].set(-jnp.inf)
+    how = sampling(60, 1.0, top_k, top_p)._replace(temperature=jnp.tile(jnp.array([1e-45, 1e-38, 1e-30, 1e-3, 1e30, 3e38]), 10))
+    tokens, log_prob, entropy = sample(jax.random.split(jax.random.key(4), 60), logits, how)
+    assert np.isfinite(log_prob).all() and np.isfinite(entropy).all() and (tokens >= 7).all()
 
 
 def test_temperature_zero_takes_the_likeliest_token():
