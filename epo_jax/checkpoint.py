@@ -81,12 +81,17 @@ def open_reader(where: epath.Path) -> ocp.CheckpointManager:
     return _manager(where, ocp.CheckpointManagerOptions(read_only=True, create=False))
 
 
+def steps(where: epath.Path) -> set[int]:
+    """RL steps of the checkpoints in `where`, which need not be there. Raises UserError as `open_manager`."""
+    if not where.exists():
+        return set()
+    with open_reader(where) as manager:
+        return set(manager.all_steps())
+
+
 def newest(where: epath.Path) -> int | None:
     """RL steps of the newest checkpoint, None where there is none yet. Raises UserError as `open_manager`."""
-    if not where.exists():
-        return None
-    with open_reader(where) as manager:
-        return manager.latest_step()
+    return max(steps(where), default=None)
 
 
 def _manager(where: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

@@ -47,7 +47,7 @@ from epo_jax.main import (
     step_row,
 )
 from epo_jax.members import make_members_step, member_mesh, stack
-from epo_jax.metrics import MetricWriter, Row, clock, seconds_left
+from epo_jax.metrics import MetricWriter, Row, clock, read_rows, seconds_left
 from epo_jax.models import lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_adapters
 from epo_jax.models.members import Members
@@ -76,8 +76,11 @@ def main(argv: list[str]) -> None:
     env = environment(config.env.name)
     env.prepare(env_options)
     tasks = {split: env.list_tasks(split, env_options) for split in ("train", *config.eval.splits)}
-    open_workdir(command)
     ledger = Ledger(command.workdir, groups)
+    for members in groups if command.resume else ():
+        resume_point(members, ledger)
+    open_workdir(command)
+    ledger.open()
     beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained, command.workdir / "warm_start"))
 
     # ---------------------------------------------------------------- one program after the other
@@ -165,6 +168,9 @@ class Ledger:
         path = workdir / "sweep.json"
         before = json.loads(path.read_text(encoding="utf-8"))["members"] if path.exists() else []
         self.stopped: dict[str, int] = {m["name"]: m["stopped"] for m in before if m["stopped"] is not None}
+
+    def open(self) -> None:
+        """Makes the members' run folders and writes sweep.json."""
         for member in self._members:
             self.folder(member).mkdir(parents=True, exist_ok=True)
             write_config(member.config, self.folder(member))
@@ -197,6 +203,30 @@ def last_common_step(held: list[set[int]], stopped: list[int | None]) -> int | N
     return None
 
 
+def resume_point(members: list[Member], ledger: Ledger) -> int | None:
+    """The RL step from which the members of a program go on; None where they have yet to begin.
+
+    Raises:
+        UserError: a member lacks checkpoints that others hold. A sweep that is killed while it saves leaves some members one
+            checkpoint ahead, which is made again; more than that has been lost, and going back would lose the others' too.
+    """
+    folders = [ledger.folder(member) for member in members]
+    stopped = [ledger.stopped.get(member.name) for member in members]
+    held = [checkpoint.steps(checkpoint.place(folder)) for folder in folders]
+    step = last_common_step(held, stopped)
+    ahead = [{later for later in steps if step is None or later > step} for steps in held]
+    began = any(read_rows(folder / "metrics.jsonl") for folder in folders)
+    if max(map(len, ahead)) > 1 or (step is None and began):
+        behind = min(range(len(members)), key=lambda i: max(held[i], default=-1) if stopped[i] is None else math.inf)
+        lacking = ", ".join(map(str, sorted(set().union(*ahead) - held[behind]))) or "those of every step"
+        go_on = "begin in a new folder" if step is None else f"move the other members' after step {step} away to go on from there"
+        raise UserError(
+            f"--resume: {folders[behind] / 'checkpoints'} lacks checkpoints that the sweep saved ({lacking}); put them back, or "
+            f"{go_on}."
+        )
+    return step
+
+
 def train(
     config,
     members: list[Member],
@@ -215,8 +245,7 @@ def train(
     # ---------------------------------------------------------------- states
     # Two checkpoints, so that the members have one in common whenever the sweep is killed.
     managers = [checkpoint.open_manager(checkpoint.place(folder), max(2, config.checkpoint.keep)) for folder in folders]
-    held = [set(manager.all_steps()) for manager in managers]
-    found = last_common_step(held, [ledger.stopped.get(member.name) for member in members])
+    found = resume_point(members, ledger)
     first_step = found or 0
     ledger.go_back(members, first_step)
     beginners = [beginner(seed) for seed in seeds]
@@ -225,11 +254,12 @@ def train(
         tokenizer.save(folder / "tokenizer")
     learner = learner_config(config, model, members[0].objective)
     states = [init_state(learner, b.params) for b in beginners]
-    for i, manager in enumerate(managers):
-        for later in held[i] if found is None else [step for step in held[i] if step > found]:
+    if found is not None:
+        for i, manager in enumerate(managers):  # one that stopped earlier has none of `found`, and will not move
+            states[i], _ = checkpoint.restore(manager, states[i], found if found in manager.all_steps() else None)
+    for manager in managers:  # what a kill left some members ahead of others; now that all are restored
+        for later in [step for step in manager.all_steps() if found is None or step > found]:
             manager.delete(later)
-        if found is not None:
-            states[i], _ = checkpoint.restore(manager, states[i])
     base = states[0].base
     states = stack([state._replace(base={}) for state in states])
     alive = np.array([member.name not in ledger.stopped for member in members])
@@ -301,6 +331,8 @@ def train(
             print(evaluations_table(rows), flush=True)
 
         def save_all() -> None:
+            for manager in managers:  # so that no member is ever more than one checkpoint behind another
+                manager.wait_until_finished()
             for i in np.flatnonzero(alive):
                 checkpoint.save(managers[i], jax.tree.map(lambda x, i=i: x[i], states)._replace(base=base))
                 if jax.tree.leaves(base):
@@ -311,6 +343,8 @@ def train(
             if config.eval.before:
                 evaluate_all(0)
             save_all()
+            for manager in managers:  # from here on a killed sweep can be resumed
+                manager.wait_until_finished()
         durations = []
         for step in range(first_step, steps):
             started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -120,10 +121,10 @@ def test_members_may_be_mapped_together_and_spread_over_devices(going, tmp_path)
 
 
 def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept, going, tmp_path, monkeypatch):
-    """One member had saved its third step when the sweep was killed, one only its first. Then it is asked to stop."""
+    """One member had saved its second step when the sweep was killed. Then it is asked to stop."""
     again = shutil.copytree(swept, tmp_path / "again")
     for i, member in enumerate(going):
-        for step in ("3", "2") if i == 1 else ("3",) if i else ():
+        for step in ("3", "2") if i else ("3",):
             shutil.rmtree(again / "members" / member.name / "checkpoints" / step)
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="2 RL steps done and saved"):
         patch.setattr(sweep, "progress_of_all", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -142,6 +143,7 @@ def test_a_sweep_killed_after_its_warm_starts_keeps_them(swept, going, tmp_path,
     again = shutil.copytree(swept, tmp_path / "again")
     for folder in (again / "members").iterdir():
         shutil.rmtree(folder / "checkpoints")
+        (folder / "metrics.jsonl").unlink()
     monkeypatch.setattr(sweep, "expert_demonstrations", lambda *_: pytest.fail("played its experts again"))
     sweep.main(["sweep", f"--workdir={again}", "--resume"])
     for member in going:
@@ -149,6 +151,40 @@ def test_a_sweep_killed_after_its_warm_starts_keeps_them(swept, going, tmp_path,
     (again / "warm_start" / "seed1" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"weights in .*seed1 cannot be read .*; delete that folder"):
         sweep.main(["sweep", f"--workdir={again}", "--resume"])
+
+
+def files(folder):
+    """Every file below a folder but the locks, with its time."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("lost", [("0", "1", "2", "3"), ("2", "3")], ids=["all", "more than a kill leaves out"])
+def test_a_member_whose_checkpoints_are_gone_costs_the_others_nothing(swept, going, tmp_path, lost):
+    again = shutil.copytree(swept, tmp_path / "again")
+    member = again / "members" / going[1].name
+    for step in lost:
+        shutil.rmtree(member / "checkpoints" / step)
+    before = files(again / "members")
+    with pytest.raises(UserError, match=f"{re.escape(going[1].name)}/checkpoints lacks .*put them back") as refusal:
+        sweep.main(["sweep", f"--workdir={again}", "--resume"])
+    assert "\n" not in str(refusal.value)
+    assert {path: time for path, time in files(again / "members").items() if path.name != "config.json"} == {
+        path: time for path, time in before.items() if path.name != "config.json"
+    }
+
+
+def test_a_member_that_cannot_be_restored_costs_the_others_nothing(swept, going, tmp_path):
+    """Nothing of the other members' later steps goes before all of them are restored."""
+    again = shutil.copytree(swept, tmp_path / "again")
+    for i, member in enumerate(going):
+        if i != 0:
+            shutil.rmtree(again / "members" / member.name / "checkpoints" / "3")
+    for path in (again / "members" / going[-1].name / "checkpoints" / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoints/2"):
+        sweep.main(["sweep", f"--workdir={again}", "--resume"])
+    assert (again / "members" / going[0].name / "checkpoints" / "3" / "state").is_dir()
 
 
 def test_seeds_whose_tokenizers_differ_in_size_share_a_program(tmp_path):
