@@ -19,7 +19,7 @@ from tests.processes import Processes, apart, learnt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--config", default="tests/toy_sweep.py")
+    parser.add_argument("--config", default="tests/toy_sweep.py:single")
     # Adam divides by the size of a gradient, and so makes much of the rounding of one that is nearly 0.
     parser.add_argument("--options", nargs="*", default=["--config.optim.lr=3e-4", "--config.warm_start.steps=3"])
     chosen = parser.parse_args()

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from epo_jax import lock
 from epo_jax.config import base_config, flatten, validate
 from epo_jax.errors import Stopped, UserError
-from epo_jax.files import write_atomically
+from epo_jax.files import expand_user, write_atomically
 
 # Keys that a resumed run may change: they alter where and how often things happen, never what is learned. (Another mesh adds
 # the same numbers in another order.)
@@ -40,6 +41,10 @@ RESUME_MAY_CHANGE = (
     "metrics.trajectories", "metrics.trajectories_every", "metrics.trajectories_megabytes", "metrics.wandb_project",
     "mesh.data", "mesh.fsdp", "mesh.tensor",
 )  # fmt: skip
+
+
+# What a new run would overwrite.
+OF_A_RUN = ("checkpoints", "metrics.jsonl", "eval.jsonl", "trajectories.jsonl", "sweep.json", "members")
 
 
 class Command(NamedTuple):
@@ -102,11 +107,12 @@ def write_output(out: Path, text: str) -> None:
         raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another file.") from None
 
 
-def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None = None) -> Command:
+def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None = None, sweep: bool = False) -> Command:
     """Reads and checks a command line (with the program's name first).
 
     Args:
       argv: as sys.argv.
+      sweep: whether the config must have a section sweep, or must not.
       define: adds the program's own flags to the FlagValues it is given.
 
     Raises:
@@ -126,16 +132,19 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
             f"--workdir={values.workdir} must be a local folder, as rows are appended to its files; choose one, and keep the "
             f"checkpoints in the bucket with --config.checkpoint.folder={values.workdir}."
         )
-    workdir = Path(values.workdir)
+    workdir = expand_user(values.workdir, "--workdir")
     check_workdir(workdir, values.resume)
     config = values.config
     if config is None:
         if not values.resume:
             raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
         config = read_config(workdir)
+    refuse_other_program(config, sweep)
     validate(config)
     if values.resume:
-        _check_same_run(config, read_config(workdir))
+        saved = read_config(workdir)
+        refuse_other_program(saved, sweep, f"--workdir={workdir}")
+        _check_same_run(config, saved)
     return Command(config, workdir, values.resume, values)
 
 
@@ -180,10 +189,16 @@ def _read_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
 
 def check_workdir(workdir: Path, resume: bool) -> None:
     """Raises UserError unless a run can be started (or resumed) in `workdir`; writes nothing."""
+    lock.refuse(workdir)
     if (workdir / "config.json").exists() != resume:
         if resume:
             raise UserError(f"--resume: {workdir} holds no run (no config.json); leave --resume out to begin one.")
         raise UserError(f"{workdir} already holds a run; add --resume to continue it or choose another --workdir.")
+    left = [name for name in OF_A_RUN if not resume and (workdir / name).exists()]
+    if left:
+        raise UserError(
+            f"--workdir={workdir} holds {left[0]} of a run whose config.json is missing; put that back, or choose another folder."
+        )
     existing = workdir.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -255,6 +270,17 @@ def _env_options(saved: dict[str, Any]) -> dict[str, Any]:
     """The keys that an environment of the user's own brought to the config of a run."""
     env = {key.removeprefix("env."): value for key, value in saved.items() if key.startswith("env.")}
     return {key: tuples(v) for key, v in env.items() if key != "name"}
+
+
+def refuse_other_program(config: ConfigDict, sweep: bool, what: str = "--config") -> None:
+    """Raises UserError for the config of a sweep in `epo_jax.main`, and for one without a sweep in `epo_jax.sweep`."""
+    if sweep and "sweep" not in config:
+        raise UserError(
+            f"{what} has no section sweep, so it is for python -m epo_jax.main; for a sweep take configs/ablation.py, or add "
+            "epo_jax.grid.sweep_section()."
+        )
+    if not sweep and "sweep" in config:
+        raise UserError(f"{what} has a section sweep, so it is for python -m epo_jax.sweep; take a config without one for a run.")
 
 
 def _check_same_run(config: ConfigDict, saved: ConfigDict) -> None:

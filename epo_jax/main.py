@@ -9,12 +9,13 @@ import contextlib
 import random
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
-from epo_jax import checkpoint, figures, flops, hosts, mesh, profiling, prompting, rollout, sft, wandb_log
+from epo_jax import checkpoint, figures, flops, hosts, lock, mesh, profiling, prompting, rollout, sft, wandb_log
 from epo_jax.command import Command, open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
@@ -38,8 +39,14 @@ from epo_jax.trajectory_log import TrajectoryLog
 
 def main(argv: list[str]) -> None:
     command = parse(argv, define_flags)
-    with hosts.joined(command.flags):
+    with hosts.joined(command.flags), lock.hold(*written(command)) if hosts.is_first() else contextlib.nullcontext():
         train(command)
+
+
+def written(command: Command) -> list[Path]:
+    """The folders on this machine in which the run writes."""
+    folder = command.config.checkpoint.folder
+    return [command.workdir, *([Path(folder)] if folder and "://" not in folder else [])]
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -30,8 +30,9 @@ Row = dict[str, Any]
 class MetricWriter:
     """Writes the rows of the run in `workdir`, from RL step `step` on.
 
-    Rows of a killed run that lie beyond the checkpoint it resumes from are dropped, as they will be written again:
-    metrics of `step` and later, evaluations after `step`. So each step has one row however often the run was killed.
+    Rows of a killed run that lie beyond the checkpoint it resumes from will be written again: metrics of `step` and later,
+    evaluations after `step`. So each step has one row however often the run was killed. The old ones move to
+    metrics.superseded.jsonl and eval.superseded.jsonl.
 
     With a `wandb_run` (`wandb_log.begin`) the numbers go there as well; it ends with the writer.
     """
@@ -40,8 +41,12 @@ class MetricWriter:
         workdir = Path(workdir)
         self._metrics = workdir / "metrics.jsonl"
         self._evaluations = workdir / "eval.jsonl"
-        keep_rows(self._metrics, lambda row: row["step"] < step)
-        keep_rows(self._evaluations, lambda row: row["step"] <= step)
+        for path, last in ((self._metrics, step - 1), (self._evaluations, step)):
+            superseded = [row for row in read_rows(path) if row["step"] > last]
+            if superseded:
+                with open(path.with_suffix(".superseded.jsonl"), "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in superseded)
+            keep_rows(path, lambda row, last=last: row["step"] <= last)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step if step else None)
         self._wandb = wandb_run
         if wandb_run is not None:

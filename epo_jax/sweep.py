@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, flops, prompting, rollout, wandb_log
-from epo_jax.command import open_workdir, parse, run, write_config
+from epo_jax import checkpoint, figures, flops, lock, prompting, rollout, wandb_log
+from epo_jax.command import Command, open_workdir, parse, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import Stopped, UserError
@@ -63,10 +63,13 @@ def main(argv: list[str]) -> None:
     for argument in argv:
         if match := re.match(r"--?config\.sweep\.over\.([^=]+)", argument):
             refuse_static(match[1])
-    command = parse(argv)
+    command = parse(argv, sweep=True)
+    with lock.hold(command.workdir):
+        run_programs(command)
+
+
+def run_programs(command: Command) -> None:
     config = command.config
-    if "sweep" not in config:
-        raise UserError("the config has no section sweep; take configs/ablation.py, or add epo_jax.grid.sweep_section().")
     groups = programs(config)
     refuse_what_members_cannot_share(config)
     if config.metrics.wandb_project:
@@ -80,11 +83,12 @@ def main(argv: list[str]) -> None:
     for members in groups if command.resume else ():
         resume_point(members, ledger)
     open_workdir(command)
-    ledger.open()
     beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained, command.workdir / "warm_start"))
 
     # ---------------------------------------------------------------- one program after the other
-    with EnvPool(config.env.name, env_options, config.env.workers) as pool:
+    folders = [ledger.folder(member) for member in sum(groups, [])]
+    with lock.hold(*folders), EnvPool(config.env.name, env_options, config.env.workers) as pool:
+        ledger.open()
         for number, members in enumerate(groups, start=1):
             print(f"program {number} of {len(groups)}, {len(members)} members: " + ", ".join(m.name for m in members), flush=True)
             train(config, members, ledger, beginner, tasks, pool)

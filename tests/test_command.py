@@ -6,6 +6,7 @@ import os
 import pytest
 from absl import flags
 
+from epo_jax import lock
 from epo_jax.command import check_workdir, open_workdir, parse, read_config, run
 from epo_jax.config import flatten
 from epo_jax.errors import Stopped, UserError
@@ -76,6 +77,11 @@ def test_bad_input_ends_in_one_sentence_and_code_2(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "run").exists(), "nothing half-written"
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["main", SMOKE, "--workdir=~/runs/first"]).workdir == tmp_path / "runs" / "first"
+
+
 def test_missing_workdir_is_refused():
     with pytest.raises(UserError, match="--workdir is missing"):
         parse(["main", SMOKE])
@@ -101,6 +107,22 @@ def test_a_second_run_never_overwrites_the_first(tmp_path):
     open_workdir(parse(arguments(tmp_path, SMOKE)))
     with pytest.raises(UserError, match="already holds a run; add --resume"):
         parse(arguments(tmp_path, SMOKE))
+
+
+def test_a_run_folder_without_its_config_is_not_begun_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}')
+    with pytest.raises(UserError, match="run holds metrics.jsonl of a run whose config.json is missing; put that back"):
+        parse(arguments(tmp_path, SMOKE))
+
+
+def test_a_living_run_is_named_before_anything_else(tmp_path):
+    open_workdir(parse(arguments(tmp_path, SMOKE)))
+    with lock.hold(tmp_path / "run"):
+        for rest in ([SMOKE], ["--resume"]):
+            with pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on"):
+                parse(arguments(tmp_path, *rest))
+    parse(arguments(tmp_path, "--resume"))
 
 
 def test_resume_takes_the_runs_own_config(tmp_path):

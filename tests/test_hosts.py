@@ -14,6 +14,8 @@ from epo_jax import main as program
 from epo_jax.errors import UserError
 from tests.processes import Processes, apart, learnt
 
+SINGLE = "--config=tests/toy_sweep.py:single"
+
 # Processes of two devices each that gather weights, and then exchange numbers until one of them dies or fails.
 EXCHANGE = """
 import sys
@@ -50,7 +52,7 @@ def test_two_processes_learn_what_one_does_and_one_continues_what_two_began(tmp_
     two, one = tmp_path / "two", tmp_path / "one"
     options = ("--config.train.steps=2", "--config.warm_start.steps=3", "--config.eval.before=False", "--config.eval.every=0",
                "--config.optim.lr=3e-4", "--config.rollout.groups=3", "--config.mesh.fsdp=2")  # fmt: skip
-    with Processes(2, tmp_path, "-m", "epo_jax.main", "--config=tests/toy_sweep.py", f"--workdir={two}", *options) as running:
+    with Processes(2, tmp_path, "-m", "epo_jax.main", SINGLE, f"--workdir={two}", *options) as running:
         assert running.codes(300) == [0, 0], running.said(0)[-2000:] + running.said(1)[-2000:]
         assert "mesh: 1 data, 2 fsdp, 1 tensor" in running.said(0) and "step 2/2" in running.said(0)
         assert "step" not in running.said(1)
@@ -88,7 +90,7 @@ def test_a_notice_to_one_process_stops_all_after_the_same_step(tmp_path):
     options = ("--config.train.steps=900", "--config.warm_start.steps=3", "--config.eval.before=False", "--config.eval.every=0",
                "--config.checkpoint.every=900")  # fmt: skip
     run = tmp_path / "run"
-    with Processes(2, tmp_path, "-m", "epo_jax.main", "--config=tests/toy_sweep.py", f"--workdir={run}", *options) as running:
+    with Processes(2, tmp_path, "-m", "epo_jax.main", SINGLE, f"--workdir={run}", *options) as running:
         wait_for(running, "step   2/900")
         running.each[1].send_signal(signal.SIGTERM)
         assert running.codes(60) == [75, 75], running.said(0)[-2000:] + running.said(1)[-2000:]
@@ -121,7 +123,7 @@ def wait_for(running: Processes, text: str, seconds: float = 120.0) -> None:
 )
 def test_options_that_do_not_fit_together_are_refused(tmp_path, options, culprit):
     with pytest.raises(UserError, match=culprit):
-        program.main(["main", "--config=tests/toy_sweep.py", f"--workdir={tmp_path / 'run'}", *options])
+        program.main(["main", SINGLE, f"--workdir={tmp_path / 'run'}", *options])
     assert not (tmp_path / "run").exists()
 
 

@@ -88,6 +88,8 @@ def test_resume_leaves_one_row_per_step(tmp_path):
     assert [each["reward"] for each in rows] == [1.0] * 4 + [2.0] * 3
     evaluations = read_rows(tmp_path / "eval.jsonl")
     assert [(each["step"], each["won"]) for each in evaluations] == [(2, 0), (4, 0), (6, 1)]
+    superseded = read_rows(tmp_path / "metrics.superseded.jsonl"), read_rows(tmp_path / "eval.superseded.jsonl")
+    assert [[each["step"] for each in rows] for rows in superseded] == [[4, 5], [6]]
 
 
 def test_an_evaluation_made_again_replaces_the_first(tmp_path):

@@ -28,8 +28,10 @@ def published(tmp_path_factory):
     params = program.blank_params(config, model, tokenizer)
     weights.save_params(folder / "model", model, params)
     tokenizer.save(folder / "model")
-    program.main(["main", "--config=tests/toy_sweep.py", f"--workdir={folder / 'run'}", f"--config.model.path={folder / 'model'}",
-                  *(f"--config.{change}" for change in CHANGES)])  # fmt: skip
+    program.main([
+        "main", "--config=tests/toy_sweep.py:single", f"--workdir={folder / 'run'}", f"--config.model.path={folder / 'model'}",
+        *(f"--config.{change}" for change in CHANGES),
+    ])  # fmt: skip
     return folder / "model", folder / "run"
 
 

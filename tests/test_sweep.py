@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from benchmarks.kill import without_times
-from epo_jax import figures, sweep
+from epo_jax import figures, lock, sweep
 from epo_jax import main as program
 from epo_jax.command import read_config
 from epo_jax.config import flatten
@@ -78,7 +78,7 @@ def going(swept):
     return [swept / "members" / name for name in names(swept) if "1e+34" not in name]
 
 
-def alone(folder, config, preset=""):
+def alone(folder, config, preset="single"):
     """A run of `epo_jax.main` with a member's config."""
     differing = {k: v for k, v in flatten(config).items() if v != flatten(get_config(preset)).get(k)}
     program.main([
@@ -187,6 +187,22 @@ def test_a_member_that_cannot_be_restored_costs_the_others_nothing(swept, going,
     assert (again / "members" / going[0].name / "checkpoints" / "3" / "state").is_dir()
 
 
+def test_a_sweep_and_its_members_are_for_one_process(swept, going, tmp_path):
+    """And a run is for `epo_jax.main`, a sweep for `epo_jax.sweep`."""
+    for held in (swept, going[0]):
+        with lock.hold(held), pytest.raises(UserError, match=f"{re.escape(str(held))} is in use by process {os.getpid()} on "):
+            sweep.main(["sweep", f"--workdir={swept}", "--resume"])
+    with lock.hold(going[0]), pytest.raises(UserError, match="is in use by process"):
+        program.main(["main", f"--workdir={going[0]}", "--resume"])
+    for arguments in ([f"--workdir={swept}", "--resume"], ["--config=tests/toy_sweep.py", f"--workdir={tmp_path / 'run'}"]):
+        with pytest.raises(UserError, match="has a section sweep, so it is for python -m epo_jax.sweep"):
+            program.main(["main", *arguments])
+    for more in ([], ["--config=tests/toy_sweep.py"]):
+        with pytest.raises(UserError, match="has no section sweep, so it is for python -m epo_jax.main"):
+            sweep.main(["sweep", f"--workdir={going[0]}", "--resume", *more])
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_whose_tokenizers_differ_in_size_share_a_program(tmp_path):
     settings = ("model.vocab_size=320", "warm_start.episodes=3", "warm_start.steps=2", "train.steps=1", "eval.before=False")
     swept = run(tmp_path, "--config.sweep.seeds=(0, 1)", *(f"--config.{setting}" for setting in settings))
@@ -208,7 +224,7 @@ def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_
 def test_adapters_share_a_base(tmp_path):
     folder = run(tmp_path / "sweep", POINTS[5], *ONE_BY_ONE, preset="lora")
     member = folder / "members" / names(folder)[1]
-    single = alone(tmp_path / "single", read_config(member), "lora")
+    single = alone(tmp_path / "single", read_config(member), "lora-single")
     np.testing.assert_array_equal(params(member, 2), params(single, 2))
     assert np.abs(params(member, 2) - params(folder / "members" / names(folder)[0], 2)).max() > 1e-4
 

@@ -1,4 +1,4 @@
-"""A sweep over the toy game, small enough for tests; see `configs/ablation.py` for real ones."""
+"""A sweep over the toy game, small enough for tests, and a single run of it; see `configs/ablation.py` for real sweeps."""
 
 from epo_jax.config import base_config
 from epo_jax.grid import sweep_section
@@ -19,8 +19,10 @@ def get_config(preset: str = ""):
     config.eval.update(every=2, splits=("valid_seen",))
     config.checkpoint.update(every=1, keep=4)
     config.sweep = sweep_section()
-    if preset == "lora":
+    if preset.startswith("lora"):
         config.model.update(lora_rank=2)
         config.train.update(steps=2)
         config.eval.update(every=0, before=False)
+    if preset.endswith("single"):
+        del config.sweep
     return config
