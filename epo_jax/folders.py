@@ -1,5 +1,6 @@
 """Policies from folders: a run's checkpoint, or published weights."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from epo_jax.errors import UserError
 from epo_jax.models import hf_config, hub, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
+from epo_jax.vocabulary import unused_ids
 
 
 class Policy(NamedTuple):
@@ -57,7 +59,7 @@ def load_run(folder: Path, config: ConfigDict, step: int | None, devices: Mesh |
         UserError: there is no checkpoint of `step` (the newest when None), or it cannot be read.
     """
     tokenizer = load_tokenizer(folder / "tokenizer")
-    model = decoder_of_run(config)
+    model = decoder_of_run(config, tokenizer)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     if devices is not None:
         params = mesh.abstract(params, mesh.shardings(devices, params))
@@ -71,13 +73,8 @@ def load_run(folder: Path, config: ConfigDict, step: int | None, devices: Mesh |
 def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer, DecoderConfig, Params]:
     """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names, over a mesh's devices."""
     folder = hub.resolve(config.model.path)
-    model = hf_config.read_config(folder, config.model.dtype, config.model.remat)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but config.json a vocab_size of {model.vocab_size}; "
-            "take both from the same model."
-        )
+    model = fit_vocabulary(hf_config.read_config(folder, config.model.dtype, config.model.remat), tokenizer, folder)
     if config.agent.max_tokens > model.max_positions:
         raise UserError(
             f"config.agent.max_tokens={config.agent.max_tokens} exceeds the {model.max_positions} positions that {folder} was "
@@ -87,10 +84,26 @@ def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer,
     return tokenizer, model, weights.load_params(folder, model, mesh.shardings(devices, shapes) if devices else None)
 
 
-def decoder_of_run(config) -> DecoderConfig:
-    """The decoder that a run with this config trains, adapters included, without loading its weights."""
+def fit_vocabulary(model: DecoderConfig, tokenizer: ChatTokenizer, folder: Path | str) -> DecoderConfig:
+    """`model` with the ids that the tokenizer does not define as `unused_ids`.
+
+    Raises:
+        UserError: the tokenizer has ids past the model's embedding; `folder` is where both come from.
+    """
+    ids = tokenizer.backend.get_vocab(with_added_tokens=True).values()
+    if max(ids) >= model.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {max(ids)} but config.json a vocab_size of {model.vocab_size}; take both "
+            "from the same model."
+        )
+    return dataclasses.replace(model, unused_ids=unused_ids(ids, model.vocab_size))
+
+
+def decoder_of_run(config, tokenizer: ChatTokenizer) -> DecoderConfig:
+    """The decoder that a run with this config and tokenizer trains, adapters included, without loading its weights."""
     if config.model.path:
         model = hf_config.read_config(hub.resolve(config.model.path), config.model.dtype, config.model.remat)
     else:
         model = decoder_config(config.model)
+    model = fit_vocabulary(model, tokenizer, config.model.path)
     return with_adapters(model, config.model) if config.model.lora_rank else model

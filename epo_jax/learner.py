@@ -102,27 +102,36 @@ def policy_statistics(
     model: DecoderConfig, params: Params, rows: Inputs, temperature: float, top_p: float | None = None
 ) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
     """Log-probability of every policy token and entropy of its distribution (of its nucleus with `top_p`), nats."""
-    return head_statistics(*head_inputs(model, params, rows), rows.label, temperature, top_p)
+    return head_statistics(model, *head_inputs(model, params, rows), rows.label, temperature, top_p)
 
 
 def head_statistics(
-    hidden: Float[Array, "N D"], head: Float[Array, "V D"], label: Int[Array, "R P"], temperature: float, top_p: float | None
+    model: DecoderConfig,
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    label: Int[Array, "R P"],
+    temperature: float,
+    top_p: float | None,
 ) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
     """`fused_log_prob_entropy` of each device's own tokens; gradients of the head are added up once, not chunk by chunk."""
 
     def own(hidden, head, label):
-        return fused_log_prob_entropy(hidden, head, label, temperature, top_p=top_p)
+        return fused_log_prob_entropy(hidden, head, label, temperature, top_p=top_p, unused=model.unused_ids)
 
     flat = mesh.locally(own, (P(mesh.ROWS), P(), P(mesh.ROWS)), P(mesh.ROWS), mesh.ROWS)(hidden, head, label.ravel())
     return tuple(x.reshape(label.shape) for x in flat)
 
 
 def head_divergence(
-    hidden: Float[Array, "N D"], head: Float[Array, "V D"], ref_hidden: Float[Array, "N D"], ref_head: Float[Array, "V D"],
+    model: DecoderConfig,
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    ref_hidden: Float[Array, "N D"],
+    ref_head: Float[Array, "V D"],
     temperature: float,
-) -> Float[Array, " N"]:  # fmt: skip
+) -> Float[Array, " N"]:
     """`fused_full_kl` of each device's own tokens."""
-    own = functools.partial(fused_full_kl, temperature=temperature)
+    own = functools.partial(fused_full_kl, temperature=temperature, unused=model.unused_ids)
     specs = P(mesh.ROWS), P(), P(mesh.ROWS), P()
     return mesh.locally(own, specs, P(mesh.ROWS), mesh.ROWS)(hidden, head, ref_hidden, ref_head)
 
@@ -328,10 +337,10 @@ def step_function(config: LearnerConfig) -> TrainStep:
             def policy_objective(params, micro: Rows):
                 label, full_kl = micro.inputs.label, None
                 head = head_inputs(config.model, lora.join(state.base, params), micro.inputs)
-                log_prob, token_entropy = head_statistics(*head, label, config.temperature, objective.entropy_top_p)
+                log_prob, token_entropy = head_statistics(config.model, *head, label, config.temperature, objective.entropy_top_p)
                 if objective.kl == "full":
                     reference = head_inputs(*reference_policy(state), micro.inputs)
-                    full_kl = head_divergence(*head, *reference, config.temperature).reshape(label.shape)
+                    full_kl = head_divergence(config.model, *head, *reference, config.temperature).reshape(label.shape)
                 loss, sums = epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
                 log_ratio = log_prob - micro.loss.old_log_prob
                 maxima = {

@@ -22,7 +22,7 @@ from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import evaluate
-from epo_jax.folders import decoder_of_run, load_pretrained
+from epo_jax.folders import decoder_of_run, fit_vocabulary, load_pretrained
 from epo_jax.learner import batch_shardings, make_train_step
 from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.models import lora
@@ -70,7 +70,7 @@ def train(command: Command) -> None:
         raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
     if resumed:
         tokenizer = load_tokenizer(workdir / "tokenizer")
-        model = decoder_of_run(config)
+        model = decoder_of_run(config, tokenizer)
     elif config.model.path:
         tokenizer, model, params = load_pretrained(config, devices)
     else:
@@ -99,6 +99,7 @@ def train(command: Command) -> None:
     if not resumed:
         if not config.model.path:
             tokenizer = own_tokenizer(config, demonstrations)
+            model = fit_vocabulary(model, tokenizer, workdir)
             params = blank_params(config, model, tokenizer)
             params = mesh.place(params, mesh.shardings(devices, params))
         if hosts.is_first():
@@ -249,10 +250,19 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
 
 
 def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
-    """A tokenizer made from what the experts saw and did."""
+    """A tokenizer made from what the experts saw and did, of config.model.vocab_size tokens.
+
+    Texts that do not yield as many give a multiple of 32, which costs some rare merges: the tokenizers of other seeds then
+    define the same ids, and a sweep trains those seeds in one program.
+    """
     window = prompting.window_of(config)
     texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
-    return train_tokenizer(texts, config.model.vocab_size, environment(config.env.name).phrases)
+    phrases, size = environment(config.env.name).phrases, config.model.vocab_size
+    tokenizer = train_tokenizer(texts, size, phrases)
+    rounded = tokenizer.vocab_size // 32 * 32
+    if rounded < tokenizer.vocab_size < size:
+        tokenizer = train_tokenizer(texts, rounded, phrases)
+    return tokenizer
 
 
 def blank_params(config, model: DecoderConfig, tokenizer: ChatTokenizer) -> Params:

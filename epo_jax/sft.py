@@ -80,7 +80,7 @@ def cloning_loss(
         jnp.zeros_like(follows).at[rows, batch.index].max(x) for x in (batch.policy_mask, batch.policy_mask * batch.valid)
     )
     head = mesh.at_use("lm_head", module.output_embedding().astype(hidden.dtype))
-    log_prob, _ = head_statistics(hidden.reshape(-1, hidden.shape[-1]), head, labels, 1.0, None)
+    log_prob, _ = head_statistics(model, hidden.reshape(-1, hidden.shape[-1]), head, labels, 1.0, None)
     prompt = follows * (1.0 - answer)
     on_actions = -(log_prob * action).sum() / jnp.maximum(action.sum(), 1.0)
     on_prompts = -(log_prob * prompt).sum() / jnp.maximum(prompt.sum(), 1.0)

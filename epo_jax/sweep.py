@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import episodes_of, row_of
 from epo_jax.files import write_atomically
-from epo_jax.folders import load_pretrained
+from epo_jax.folders import fit_vocabulary, load_pretrained
 from epo_jax.grid import Member, programs, refuse_static
 from epo_jax.main import (
     blank_params,
@@ -81,7 +81,8 @@ def run_programs(command: Command) -> None:
     tasks = {split: env.list_tasks(split, env_options) for split in ("train", *config.eval.splits)}
     ledger = Ledger(command.workdir, groups)
     for members in groups if command.resume else ():
-        resume_point(members, ledger)
+        for some in alike(members, ledger.vocabulary):
+            resume_point(some, ledger)
     open_workdir(command)
     beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained, command.workdir / "warm_start"))
 
@@ -91,7 +92,8 @@ def run_programs(command: Command) -> None:
         ledger.open()
         for number, members in enumerate(groups, start=1):
             print(f"program {number} of {len(groups)}, {len(members)} members: " + ", ".join(m.name for m in members), flush=True)
-            train(config, members, ledger, beginner, tasks, pool)
+            for some in alike(members, lambda member: beginner(member.coefficients["seed"]).model):
+                train(config, some, ledger, beginner, tasks, pool)
 
     # ---------------------------------------------------------------- results
     for member in sum(groups, []):
@@ -143,7 +145,7 @@ def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) ->
         tokenizer, model, params = pretrained
     else:
         tokenizer = load_tokenizer(folder) if cloned else own_tokenizer(config, demonstrations)
-        model = decoder_config(config.model)
+        model = fit_vocabulary(decoder_config(config.model), tokenizer, folder)
         params = {} if cloned else blank_params(config, model, tokenizer)
     if cloned:
         try:
@@ -164,6 +166,15 @@ def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) ->
     return Beginner(tokenizer, model, params)
 
 
+def alike(members: list[Member], key: Callable[[Member], Any]) -> list[list[Member]]:
+    """Those members of a program together that train one model: tokenizers that were made for each seed may define different
+    numbers of ids, and a program has those that it must not sample as constants."""
+    found: dict[Any, list[Member]] = {}
+    for member in members:
+        found.setdefault(key(member), []).append(member)
+    return list(found.values())
+
+
 class Ledger:
     """sweep.json: the members, what tells them apart, and at which RL step those stopped that are no longer finite."""
 
@@ -182,6 +193,11 @@ class Ledger:
 
     def folder(self, member: Member) -> Path:
         return self._workdir / "members" / member.name
+
+    def vocabulary(self, member: Member) -> int | None:
+        """Size of a member's tokenizer; None before it has one."""
+        folder = self.folder(member) / "tokenizer"
+        return load_tokenizer(folder).vocab_size if folder.exists() else None
 
     def stop(self, member: Member, step: int) -> None:
         self.stopped[member.name] = step

@@ -18,10 +18,13 @@ from epo_jax import figures, lock, sweep
 from epo_jax import main as program
 from epo_jax.command import read_config
 from epo_jax.config import flatten
+from epo_jax.envs.base import environment
 from epo_jax.errors import Stopped, UserError
+from epo_jax.folders import fit_vocabulary
 from epo_jax.grid import programs
 from epo_jax.metrics import read_rows
 from epo_jax.models import generate
+from epo_jax.models.decoder import decoder_config
 from epo_jax.models.tokenizer import load_tokenizer
 from tests.toy_sweep import get_config
 
@@ -203,12 +206,26 @@ def test_a_sweep_and_its_members_are_for_one_process(swept, going, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_seeds_whose_tokenizers_differ_in_size_share_a_program(tmp_path):
-    settings = ("model.vocab_size=320", "warm_start.episodes=3", "warm_start.steps=2", "train.steps=1", "eval.before=False")
-    swept = run(tmp_path, "--config.sweep.seeds=(0, 1)", *(f"--config.{setting}" for setting in settings))
+def test_seeds_whose_tokenizers_differ_in_size_are_the_runs_that_they_would_be_alone(tmp_path):
+    """Each has ids of its own that must not be sampled, so that they cannot share a program."""
+    settings = ("model.vocab_size=304", "warm_start.episodes=3", "warm_start.steps=2", "train.steps=1", "eval.before=False")
+    swept = run(tmp_path / "sweep", "--config.sweep.seeds=(0, 1)", *(f"--config.{setting}" for setting in settings))
     folders = [swept / "members" / name for name in names(swept)]
-    assert [load_tokenizer(folder / "tokenizer").vocab_size for folder in folders] == [300, 304]
+    assert [load_tokenizer(folder / "tokenizer").vocab_size for folder in folders] == [288, 304]
     assert all(len(read_rows(folder / "metrics.jsonl")) == 1 for folder in folders)
+    single = alone(tmp_path / "single", read_config(folders[0]))
+    np.testing.assert_array_equal(params(folders[0], 1), params(single, 1))
+
+
+def test_seeds_whose_texts_yield_about_as_many_tokens_share_a_program():
+    """300 and 304 tokens, of 320 that are asked for."""
+    config, models = get_config(), set()
+    config.update(model={"vocab_size": 320}, warm_start={"episodes": 3})
+    for config.seed in (0, 1):
+        demonstrations = program.expert_demonstrations(config, environment("toy").list_tasks("train", {}))
+        tokenizer = program.own_tokenizer(config, demonstrations)
+        models.add(fit_vocabulary(decoder_config(config.model), tokenizer, ""))
+    assert [model.unused_ids for model in models] == [((288, 320),)]
 
 
 def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_traces):

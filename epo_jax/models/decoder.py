@@ -23,6 +23,7 @@ from epo_jax.models import kv_cache
 from epo_jax.models.attention import SAVED, cached_attention, packed_attention
 from epo_jax.models.kv_cache import LayerCache
 from epo_jax.models.rope import rotary, rotate
+from epo_jax.vocabulary import IdRanges
 
 Params = dict
 
@@ -71,6 +72,8 @@ class DecoderConfig:
         rope_scaling: items of `rope_parameters` without `rope_theta`, see `rope.SCALINGS`; () is plain rotary positions.
         windows: for each layer, how many tokens back it sees, itself included; 0 sees all. () is 0 everywhere.
         max_positions: the longest sequence that the model was trained for (`max_position_embeddings`).
+        unused_ids: ranges [first, end) of ids below V that the tokenizer does not define, as where the embedding is padded to
+            a round number of rows: no token is sampled from them, and in the learner too their probability is zero.
         dtype: compute dtype; parameters and reductions stay float32.
         remat: what the backward pass recomputes, see `REMAT_POLICIES`.
         lora: adapters beside the projections.
@@ -93,6 +96,7 @@ class DecoderConfig:
     rope_scaling: tuple[tuple[str, str | int | float], ...] = ()
     windows: tuple[int, ...] = ()
     max_positions: int = 32768
+    unused_ids: IdRanges = ()
     dtype: str = "float32"
     remat: str = "none"
     lora: Lora | None = None

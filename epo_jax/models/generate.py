@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from epo_jax.models import kv_cache
 from epo_jax.models.decoder import DecoderConfig, Params, bind, unstack
 from epo_jax.models.kv_cache import LayerCache
+from epo_jax.vocabulary import mask_unused
 
 # Words summed at once when a token is looked up by its cumulative probability.
 _SUM_BLOCK = 64
@@ -218,6 +219,7 @@ def decode(
         with jax.named_scope("sample"):
             # This orientation streams the [V, D] table once, as it is stored.
             logits = jnp.matmul(head, cache.hidden.T, preferred_element_type=jnp.float32).T
+            logits = mask_unused(logits, config.unused_ids, axis=1)
             keys = jax.vmap(jax.random.fold_in)(row_keys, position + i)
             token, log_prob, entropy = sample(keys, logits, sampling)
         out = Generated(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from epo_jax.objectives.spec import Scalar
+from epo_jax.vocabulary import IdRanges, mask_unused
 
 
 def log_prob_entropy_from_logits(
@@ -41,15 +42,18 @@ def fused_log_prob_entropy(
     temperature: Scalar = 1.0,
     chunk: int = 512,
     top_p: float | None = None,
+    unused: IdRanges = (),
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-probability of `labels` and entropy (nats), float32, of softmax(embedding @ hidden / temperature).
 
     Tokens are handled `chunk` at a time. Gradients flow to `hidden` and `embedding`; the temperature belongs to the
     sampler and gets none. With `top_p`, the entropy is that of the nucleus: the likeliest words that together hold at
-    least `top_p`, renormalised, the set itself being a constant of the gradient (SIREN's first mask).
+    least `top_p`, renormalised, the set itself being a constant of the gradient (SIREN's first mask). `unused` ids have
+    probability zero; a label among them, as padding may be, gets a finite number without meaning.
     """
     num_tokens = labels.shape[0]
-    outputs = _head(top_p, _split(hidden, chunk), embedding, _split(labels, chunk), jnp.asarray(temperature, jnp.float32))
+    chunks, labels = _split(hidden, chunk), _split(labels, chunk)
+    outputs = _head(top_p, unused, chunks, embedding, labels, jnp.asarray(temperature, jnp.float32))
     return tuple(x.T.ravel()[:num_tokens] for x in outputs)
 
 
@@ -60,14 +64,17 @@ def fused_full_kl(
     ref_embedding: Float[Array, "V D"],
     temperature: Scalar = 1.0,
     chunk: int = 512,
+    unused: IdRanges = (),
 ) -> Float[Array, " N"]:
-    """KL(pi || pi_ref) over the whole vocabulary, nats per token, in chunks recomputed by the backward pass."""
+    """KL(pi || pi_ref) over the whole vocabulary but its `unused` ids, nats per token, in chunks recomputed by the backward
+    pass."""
 
     @jax.checkpoint
     def divergence(pair):
-        log_p = jax.nn.log_softmax(_logits(embedding, pair[0], temperature), axis=0)
-        log_q = jax.nn.log_softmax(_logits(ref_embedding, pair[1], temperature), axis=0)
-        return (jnp.exp(log_p) * (log_p - log_q)).sum(0)
+        log_p = jax.nn.log_softmax(mask_unused(_logits(embedding, pair[0], temperature), unused, axis=0), axis=0)
+        log_q = jax.nn.log_softmax(mask_unused(_logits(ref_embedding, pair[1], temperature), unused, axis=0), axis=0)
+        # An unused id has probability zero and log-probability -inf under both.
+        return (jnp.exp(log_p) * mask_unused(log_p - log_q, unused, axis=0, value=0.0)).sum(0)
 
     return jax.lax.map(divergence, (_split(hidden, chunk), _split(ref_hidden, chunk))).T.ravel()[: hidden.shape[0]]
 
@@ -107,34 +114,35 @@ def _log_nucleus(log_p, top_p):
     return log_p if top_p is None else jax.nn.log_softmax(_nucleus(log_p, top_p, axis=0), axis=0)
 
 
-def _statistics(top_p, embedding, hidden, labels, temperature):
+def _statistics(top_p, unused, embedding, hidden, labels, temperature):
     """(log-probability, entropy, log-normaliser), each [chunk]."""
     logits = _logits(embedding, hidden, temperature)
-    log_z = jax.nn.logsumexp(logits, axis=0)
     chosen = jnp.where(_is_label(logits, labels), logits, 0.0).sum(0)
+    logits = mask_unused(logits, unused, axis=0)
+    log_z = jax.nn.logsumexp(logits, axis=0)
     log_q = _log_nucleus(logits - log_z[None], top_p)
     entropy = -(jnp.exp(log_q) * jnp.where(jnp.isneginf(log_q), 0.0, log_q)).sum(0)
     return chosen - log_z, entropy, log_z
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(top_p, chunks, embedding, labels, temperature):
-    return _head_forward(top_p, chunks, embedding, labels, temperature)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _head(top_p, unused, chunks, embedding, labels, temperature):
+    return _head_forward(top_p, unused, chunks, embedding, labels, temperature)[0]
 
 
-def _head_forward(top_p, chunks, embedding, labels, temperature):
+def _head_forward(top_p, unused, chunks, embedding, labels, temperature):
     log_prob, entropy, log_z = jax.lax.map(
-        lambda chunk: _statistics(top_p, embedding, *chunk, temperature), (chunks, labels)
+        lambda chunk: _statistics(top_p, unused, embedding, *chunk, temperature), (chunks, labels)
     )
     return (log_prob, entropy), (chunks, embedding, labels, temperature, log_z, entropy)
 
 
-def _head_backward(top_p, residuals, cotangents):
+def _head_backward(top_p, unused, residuals, cotangents):
     chunks, embedding, labels, temperature, log_z, entropy = residuals
 
     def step(embedding_gradient, chunk):
         hidden, label, log_z, entropy, g_log_prob, g_entropy = chunk
-        log_p = _logits(embedding, hidden, temperature) - log_z[None]
+        log_p = mask_unused(_logits(embedding, hidden, temperature), unused, axis=0) - log_z[None]
         log_q = _log_nucleus(log_p, top_p)
         surprise = jnp.where(jnp.isneginf(log_q), 0.0, log_q) + entropy[None]
         gradient = -g_log_prob[None] * jnp.exp(log_p) - g_entropy[None] * jnp.exp(log_q) * surprise

@@ -1,5 +1,6 @@
 """Hugging Face folders: every tensor in its place, nothing lost on the way out and in, everything unfit refused."""
 
+import dataclasses
 import json
 
 import huggingface_hub
@@ -313,7 +314,7 @@ def test_a_run_takes_tokenizer_model_and_weights_from_the_folder(tmp_path):
     config = base_config()
     config.model.path = str(tmp_path)
     tokenizer, model, loaded = load_pretrained(config)
-    assert model == decoder
+    assert model == dataclasses.replace(decoder, unused_ids=((vocabulary - 5, vocabulary),))
     same(loaded, params)
     text = tokenizer.backend.decode(tokenizer.first("apple 1"), skip_special_tokens=False)
     assert text == "<|agent|>user apple 1<|end|><|agent|>assistant "
