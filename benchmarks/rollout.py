@@ -121,7 +121,7 @@ def hugging_face(args, tokenizer, tasks, keep_cache: bool):
         while rows and turn < args.turns:
             for i in rows:
                 message = (agent.next_message if turn else agent.first_message)(seen[i], "tagged")
-                trajectories[i].append_prompt(tokenizer.following(message) if turn else tokenizer.first(message))
+                trajectories[i].append_prompt(tokenizer.following(message, None) if turn else tokenizer.first(message))
             if not keep_cache:  # all that was said, of the episodes that go on
                 ids, mask = padded([t.tokens if i in rows else [0] for i, t in enumerate(trajectories)], torch)
                 ids, mask, cache = ids[rows], mask[rows], transformers.DynamicCache()
@@ -166,7 +166,7 @@ def record(args, tokenizer, tasks):
             turns = []
             while not seen.done and len(turns) < args.turns:
                 message = (agent.next_message if turns else agent.first_message)(seen, "tagged")
-                prompt = tokenizer.following(message) if turns else tokenizer.first(message)
+                prompt = tokenizer.following(message, None) if turns else tokenizer.first(message)
                 turns.append({"prompt": prompt, "answer": answer_length(i, len(turns))})
                 pool.step(i, "")
                 _, seen = pool.get()

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     config.model.dtype = options.dtype
     policy = load(options.checkpoint, options.step, config)
     sampler = Sampler(
-        jax.random.key(options.seed), (policy.tokenizer.stop_id,), options.temperature, options.top_k, options.top_p,
+        jax.random.key(options.seed), policy.tokenizer.stop_ids, options.temperature, options.top_k, options.top_p,
         block=options.max_tokens,
     )  # fmt: skip
     if options.play or options.interactive:
@@ -55,6 +55,11 @@ class Speaker:
         self._held = 0
         self.turn = 0
 
+    @property
+    def last(self) -> int | None:
+        """The token that the last turn ended with."""
+        return self._unread[-1] if self._unread else None
+
     def answer(self, ids: list[int], fresh: bool = False) -> str:
         """Reads `ids`, in a new context where `fresh`, and answers."""
         ids = ids if fresh else self._unread + ids
@@ -79,7 +84,7 @@ def chat(policy: Policy, sampler: Sampler, response_tokens: int) -> None:
     speaker = Speaker(policy, sampler, response_tokens)
     tokenizer = policy.tokenizer
     for line in _lines("you: "):
-        ids = tokenizer.following(line) if speaker.turn else tokenizer.first(line)
+        ids = tokenizer.following(line, speaker.last) if speaker.turn else tokenizer.first(line)
         print(f"policy: {speaker.answer(ids, fresh=speaker.turn == 0)}", flush=True)
 
 
@@ -115,14 +120,14 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
 
 def _act(tokenizer, settings, speaker: Speaker, first: Observation, history, observation: Observation, given: str):
     """(answer, parsed action) of a turn: the policy's, or `given` in its place."""
-    ids = prompting.next_prompt(tokenizer, settings, first, history, observation)
-    fresh = settings.window is not None or not history
+    ids = prompting.next_prompt(tokenizer, settings, first, history, observation, speaker.last)
+    fresh, opened = settings.window is not None or not history, tokenizer.frame.opened
     if given:
-        answer = agent.expert_answer(given, settings.style)
+        answer = agent.expert_answer(given, settings.style, opened)
         speaker.hear(ids + tokenizer.answer(answer), fresh)
     else:
         answer = speaker.answer(ids, fresh)
-    return answer, agent.parse_action(answer, tags=settings.style == "tagged")
+    return answer, agent.parse_action(answer, settings.style == "tagged", opened)
 
 
 def _task(tasks: list[Task], split: str, wanted: str | None) -> tuple[int, Task]:

@@ -82,6 +82,7 @@ def next_prompt(
     first: Observation,
     history: list[tuple[str, str]],
     observation: Observation,
+    last: int | None = None,
 ) -> list[int]:
     """Ids of what the agent reads next: the whole of a window's context, or what a conversation grows by.
 
@@ -89,10 +90,11 @@ def next_prompt(
         first: the observation after the reset.
         history: (text seen, action taken) of every turn so far.
         observation: what is seen now; `first` at the first turn.
+        last: the token that the turn before ended with.
     """
     short_enough = functools.partial(fits, tokenizer, config)
     message = agent.message(first, history, observation, config.style, config.window, short_enough)
-    return tokenizer.following(message) if history and config.window is None else tokenizer.first(message)
+    return tokenizer.following(message, last) if history and config.window is None else tokenizer.first(message)
 
 
 def fits(tokenizer: ChatTokenizer, config: RolloutConfig, message: str) -> bool:

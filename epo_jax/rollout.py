@@ -292,7 +292,8 @@ class _Rollout:
         else:
             live.first = observation
             trajectory.goal = observation.goal
-        ids = next_prompt(live.tokenizer, config, live.first, history, observation)
+        last = trajectory.tokens[-1] if history else None
+        ids = next_prompt(live.tokenizer, config, live.first, history, observation, last)
         live.fresh = config.window is not None or not history
         before = 0 if live.fresh else len(trajectory.tokens)
         answer = config.response_tokens
@@ -341,7 +342,8 @@ class _Rollout:
     def act(self, live: _Live) -> None:
         """Ends a turn: its answer becomes an action, which goes to the environment."""
         trajectory = live.trajectory
-        parsed = agent.parse_action(live.tokenizer.decode(live.answer.tokens), tags=self.config.style == "tagged")
+        text, opened = live.tokenizer.decode(live.answer.tokens), live.tokenizer.frame.opened
+        parsed = agent.parse_action(text, self.config.style == "tagged", opened)
         trajectory.append_answer(*live.answer)
         trajectory.actions.append(parsed.action)
         trajectory.valid.append(parsed.valid)
@@ -376,7 +378,7 @@ def collect(
             distribution, so what is to be trained on is sampled from the whole one.
     """
     block = min(config.block, config.response_tokens)
-    sampler = Sampler(key, (tokenizer.stop_id,), temperature, top_k, top_p, block)
+    sampler = Sampler(key, tokenizer.stop_ids, temperature, top_k, top_p, block)
     slots = -(-config.slots // jax.process_count())
     rollout = _Rollout(pool, model, dataclasses.replace(config, slots=slots))
     player = _Player(0, tokenizer, hosts.share(episodes))
@@ -444,7 +446,7 @@ def collect_members(
                 which = some if at_once > 1 else first
                 own, key = jax.device_put(jax.tree.map(lambda x, which=which: x[which], (params.own, keys)), device)
                 mine = Members(shared, jax.vmap(unstacked)(own)) if at_once > 1 else lora.join(shared, unstacked(own))
-                sampler = Sampler(key, (tokenizers[0].stop_id,), temperature, top_k, top_p, block)
+                sampler = Sampler(key, tokenizers[0].stop_ids, temperature, top_k, top_p, block)
                 rollout.enter(players[some], mine, sampler)
     rollout.run()
     return [rollout.trajectories(player) for player in players], rollout.stats

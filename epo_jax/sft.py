@@ -42,8 +42,8 @@ def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config
     """
     trajectory = Trajectory(task=demonstration.task, won=demonstration.won)
     first = demonstration.observations[0]
-    for turn, (history, observation, answer) in enumerate(_turns(demonstration, config.style)):
-        prompt = next_prompt(tokenizer, config, first, history, observation)
+    for turn, (history, observation, answer) in enumerate(_turns(demonstration, config.style, tokenizer.frame.opened)):
+        prompt = next_prompt(tokenizer, config, first, history, observation, tokenizer.stop_id)
         trajectory.append_prompt(prompt, new_context=config.window is not None or turn == 0)
         ids = tokenizer.answer(answer)
         trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
@@ -53,13 +53,16 @@ def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config
     return trajectory
 
 
-def _turns(demonstration: Demonstration, style: str) -> Iterator[tuple[list[tuple[str, str]], Observation, str]]:
-    """(history, what is seen, the answer) of every turn. A history holds actions as they are read out of answers."""
+def _turns(
+    demonstration: Demonstration, style: str, opened: str = ""
+) -> Iterator[tuple[list[tuple[str, str]], Observation, str]]:
+    """(history, what is seen, the answer after what its prompt `opened`) of every turn. A history holds actions as they are
+    read out of answers."""
     history = []
     for observation, action in zip(demonstration.observations, demonstration.actions, strict=False):
-        answer = agent.expert_answer(action, style)
+        answer = agent.expert_answer(action, style, opened)
         yield history, observation, answer
-        history.append((observation.text, agent.parse_action(answer, tags=style == "tagged").action))
+        history.append((observation.text, agent.parse_action(answer, style == "tagged", opened).action))
 
 
 def cloning_loss(

@@ -60,10 +60,10 @@ WANDERERS = [rollout.Episode(7 * i, {"id": f"w{i // 3}", "type": "t"}, i // 3) f
 def wander(stirred, monkeypatch):
     monkeypatch.setitem(base.ENVIRONMENTS, "wander", "tests.envs.wander_env")
 
-    def play(settings, workers=1, delay=0.0, episodes=WANDERERS, params=stirred, **sampling):
+    def play(settings, workers=1, delay=0.0, episodes=WANDERERS, params=stirred, tokenizer=TOKENIZER, **sampling):
         with EnvPool("wander", {"delay": delay}, workers) as pool:
             key = jax.random.key(3)
-            return rollout.collect(episodes, pool, TOKENIZER, MODEL, params, key, settings, 1.0, **sampling)
+            return rollout.collect(episodes, pool, tokenizer, MODEL, params, key, settings, 1.0, **sampling)
 
     return play
 
@@ -163,7 +163,7 @@ def test_truncated_sampling_keeps_to_the_likeliest_tokens(wander):
 
 @pytest.mark.parametrize(
     ("options", "nats"),
-    [({"dtype": "bfloat16"}, 0.1), ({"cache_dtype": "int8"}, 0.1)],
+    [({"dtype": "bfloat16"}, 0.015), ({"cache_dtype": "int8"}, 0.007)],
 )
 def test_sampling_in_fewer_bits_moves_log_probabilities_by_so_much(wander, stirred, options, nats):
     """What the learner (float32) says of tokens that were sampled in fewer bits: close, and measurably not the same."""
@@ -172,7 +172,8 @@ def test_sampling_in_fewer_bits_moves_log_probabilities_by_so_much(wander, stirr
     rows = Inputs(*(jnp.asarray(x[0]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
     mask = batch.policy_mask[0] > 0
     gap = np.abs(np.asarray(policy_statistics(MODEL, stirred, rows, 1.0)[0]) - batch.behaviour_log_prob[0])[mask]
-    assert 1e-5 < gap.max() < nats
+    # Four other seeds: means of .0099 to .0106 and .0044 to .0052; the largest gap is that of one unlikely token.
+    assert 1e-5 < gap.mean() < nats and gap.max() < 0.2
 
 
 def test_devices_that_share_the_rows_sample_the_same(wander):
@@ -221,6 +222,27 @@ def test_pieces_read_every_prompt_to_its_end_at_little_cost():
     assert lane.pieces((60,) * 16, 16) == (64,)
     assert lane.pieces((1,) * 15 + (60,), 16) == (1, 64)  # a token of every row, then the long prompt in a quarter of them
     assert len(lane.pieces((5000,), 16)) < 12
+
+
+def test_every_stop_token_ends_a_turn_and_the_templates_closes_it(wander, stirred):
+    """Turns that end with either of two stop tokens or with their budget; the learner scores what was sampled, no more."""
+    other = TOKENIZER.backend.token_to_id("<|pad|>")
+    both = dataclasses.replace(TOKENIZER, frame=dataclasses.replace(TOKENIZER.frame, stops=("<|pad|>",)))
+    params = {**stirred, "embedding": stirred["embedding"].at[other].set(0.8 * stirred["embedding"][TOKENIZER.stop_id])}
+    endings = set()
+    for settings in (CHAT, WINDOW):
+        for t in wander(settings, params=params, tokenizer=both)[0]:
+            for turn in range(len(t.actions)):
+                said = [token for token, at in zip(t.tokens, t.turn, strict=True) if at == turn]
+                assert not {*both.stop_ids} & {*said[:-1]} and (len(said) == 5 or said[-1] in both.stop_ids)
+                assert t.actions[turn] == agent.parse_action(TOKENIZER.decode(said), tags=False).action
+                closed = [] if said[-1] == TOKENIZER.stop_id else [TOKENIZER.stop_id]
+                endings.add(said[-1] if said[-1] in both.stop_ids else None)
+                if settings is CHAT and turn + 1 < len(t.actions):
+                    start = max(i for i, at in enumerate(t.turn) if at == turn) + 1
+                    prompt = t.tokens[start : t.turn.index(turn + 1)]
+                    assert prompt == closed + TOKENIZER.following(t.observations[turn + 1], TOKENIZER.stop_id)
+    assert endings == {other, TOKENIZER.stop_id, None}
 
 
 def test_worker_count_and_slots_do_not_change_the_trajectories(params):

@@ -11,9 +11,10 @@ as in the paper, each turn is one message of its own, `window_message`, that rep
 import bisect
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import regex
 
 from epo_jax.envs.base import Observation
 
@@ -23,6 +24,9 @@ MAX_ACTION_CHARS = 256
 # The innermost pair, so that an unclosed <action> before a closed one does not swallow it.
 _ACTION = re.compile(r"<action>((?:(?!<action>).)*?)</action>", re.IGNORECASE | re.DOTALL)
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f]+")
+
+# A letter that no English answer holds, by Unicode's scripts. "Common" and Latin have \u00b5 and \u00ba, Greek \u03a9 and \u0394.
+_FOREIGN = regex.compile(r"[\p{L}--[\p{Latin}\p{Greek}\p{Common}\p{Inherited}]]", regex.V1)
 
 _OPENING = "You are an agent in a text world and act in it one command at a time."
 _RULES = (
@@ -50,24 +54,26 @@ class ParsedAction(NamedTuple):
     valid: bool
 
 
-def parse_action(text: str, tags: bool) -> ParsedAction:
+def parse_action(text: str, tags: bool, opened: str = "") -> ParsedAction:
     """Reads the action out of one answer of the policy.
 
-    With tags, the action is the content of the last complete `<action>...</action>`, and the answer is valid if there
+    With tags, what the prompt `opened` of it (`ChatFrame.opened`) counts as its beginning; the action is the content of the last complete `<action>...</action>`, and the answer is valid if there
     is one, it is not empty, and a complete `<think>...</think>` is there too. Without tags, the action is the whole
     answer and valid unless empty. Tags match in any case. In both styles:
 
     * the action is lower-cased, control characters and runs of blanks become one blank, outer blanks go, and
       it is cut after 256 characters (a cut action is not valid);
-    * letters of a script other than Latin anywhere in the answer make it invalid; the action is played all the same.
+    * letters of a script other than Latin and Greek (whose letters are signs: \u03a9, \u0394) anywhere in the answer make it
+      invalid; the action is played all the same.
     """
     if tags:
+        text = opened + text
         found = _ACTION.findall(text)
         content, formatted = (found[-1] if found else ""), _has_thought(text.lower())
     else:
         content, formatted = text, True
     action = _BLANKS.sub(" ", content).strip().lower()
-    valid = formatted and 0 < len(action) <= MAX_ACTION_CHARS and _is_latin(text)
+    valid = formatted and 0 < len(action) <= MAX_ACTION_CHARS and not _FOREIGN.search(text)
     return ParsedAction(action[:MAX_ACTION_CHARS].rstrip(), valid)
 
 
@@ -194,14 +200,9 @@ def _has_thought(text: str) -> bool:
     return opened >= 0 and text.find("</think>", opened) > 0
 
 
-def _is_latin(text: str) -> bool:
-    if text.isascii():
-        return True
-    return all("LATIN" in unicodedata.name(char, "") for char in text if char.isalpha() and not char.isascii())
-
-
-def expert_answer(action: str, style: str) -> str:
-    """How an expert's action would have been answered by the policy, for behaviour cloning."""
+def expert_answer(action: str, style: str, opened: str = "") -> str:
+    """The answer with which the policy would give an expert's action, after what the prompt `opened` of it."""
     if style == "bare":
         return action
-    return f"<think>The next step towards the task is to {action}.</think><action>{action}</action>"
+    thought = "" if "</think>" in opened else f"The next step towards the task is to {action}.</think>"
+    return f"{'' if opened else '<think>'}{thought}<action>{action}</action>"

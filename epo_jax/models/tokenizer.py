@@ -1,21 +1,26 @@
-"""Tokens in, tokens out: a byte-level BPE, and the chat frame that turns observations into prompt ids.
+"""Tokens in, tokens out: a tokenizer with the chat frame that turns observations into prompt ids.
 
 A conversation is append-only: `first(text)` opens it, the model answers up to its stop token, `following(text)` carries the
 next observation. The ids of earlier turns are never rendered again, so the learner sees exactly what the sampler saw.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from epo_jax.errors import UserError
+from epo_jax.files import write_atomically
+from epo_jax.models import tokenizer_files
+from epo_jax.models.chat_frame import TAGS, ChatFrame, control_tokens, find_tokens
 
 _PAD, _AGENT, _END = "<|pad|>", "<|agent|>", "<|end|>"
 
@@ -25,75 +30,147 @@ _PAD, _AGENT, _END = "<|pad|>", "<|agent|>", "<|end|>"
 # (The 400 keeps a long text without numbers from being searched to its end at each word.)
 _PIECES = r" ?\p{L}+ \d+|[^\d\n]{1,400}?(?= \p{L}+ \d)| ?\p{L}+| ?\d+|\s+| ?[^\s\p{L}\d]+"
 
+# A text that every tokenizer of an English model gives back.
+_SAMPLE = "Take apple 1 from the table."
 
-@dataclasses.dataclass(frozen=True)
-class ChatFrame:
-    """The text around a conversation's parts: `head` observation `reply` answer `stop` `between` observation `reply` ..."""
-
-    head: str
-    reply: str
-    between: str
-    stop: str
-
-    def template(self) -> str:
-        """The same as a Hugging Face chat template of user and assistant messages."""
-        head, reply, between, stop = (json.dumps(part, ensure_ascii=False) for part in dataclasses.astuple(self))
-        return (
-            "{% for message in messages %}"
-            "{% if message['role'] == 'assistant' %}{{ " + reply + " + message['content'] + " + stop + " }}"
-            "{% elif message['role'] == 'system' %}{{ raise_exception('A system message is part of the frame already.') }}"
-            "{% else %}{{ (" + head + " if loop.first else " + between + ") + message['content'] }}"
-            "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ " + reply + " }}{% endif %}"
-        )
+# Around the names that control tokens have while text is encoded; U+10FFFD is for private use.
+_ALIAS = "\U0010fffd{}\U0010fffd"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTokenizer:
-    """A `tokenizers.Tokenizer` with the chat frame of its model."""
+    """A `tokenizers.Tokenizer` with the chat frame of its model.
+
+    Control tokens are those that frame a turn: they are in the frame, end a turn, or pad. All others are text.
+
+    Attributes:
+        named: control tokens that the frame does not show (pad, beginning of a text).
+        folder, files: where the model's own files are, and which; none for a tokenizer that was trained here.
+    """
 
     backend: tokenizers.Tokenizer
     frame: ChatFrame
+    named: tuple[str, ...] = ()
+    folder: Path | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def stop_id(self) -> int:
+        """The token that ends an answer in the chat template."""
         return self.backend.token_to_id(self.frame.stop)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All tokens that end a turn, the template's first."""
+        return tuple(self.backend.token_to_id(token) for token in (self.frame.stop, *self.frame.stops))
 
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text without control tokens: where it spells one, its characters are encoded."""
+        return self._framed("", text, "")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """Text of `ids` without control tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode([i for i in ids if i not in self._control_ids], skip_special_tokens=False)
 
     def first(self, text: str) -> list[int]:
         """Ids that open a conversation and leave it at the model's turn."""
-        return self.encode(self.frame.head + text + self.frame.reply)
+        return self._framed(self.frame.head, self.frame.message(text), self.frame.reply)
 
-    def following(self, text: str) -> list[int]:
-        """Ids of a later observation, after the model's stop token, up to the model's turn."""
-        return self.encode(self.frame.between + text + self.frame.reply)
+    def following(self, text: str, last: int | None) -> list[int]:
+        """Ids of a later observation up to the model's turn.
+
+        Args:
+            last: the token that the model's turn ended with. A turn that its budget ended, or another stop token than the
+                template's, is closed with the template's.
+        """
+        ids = self._framed(self.frame.stop + self.frame.between, self.frame.message(text), self.frame.reply)
+        return ids[1:] if last == self.stop_id else ids
 
     def answer(self, text: str) -> list[int]:
-        """Ids of a model's turn, its stop token included."""
-        return self.encode(text) + [self.stop_id]
+        """Ids of a model's turn after `frame.reply`, its stop token included."""
+        frame = self.frame
+        text = frame.answer_start + text + frame.answer_end
+        prompt, whole = self._framed(frame.reply, "", ""), self._framed(frame.reply, text, frame.stop)
+        # A prompt is encoded before its answer is known, so no token reaches across.
+        return whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._framed("", text, frame.stop)
+
+    def _framed(self, before: str, text: str, after: str) -> list[int]:
+        """Ids of `text` between parts of the frame, whose control tokens are the only ones.
+
+        Encoded at once, for tokens reach across from the frame to the text, as in what the template renders.
+        """
+        whole, found = before + text + after, self._special.findall
+        if len(found(whole)) == len(found(before)) + len(found(after)):
+            return self.backend.encode(whole, add_special_tokens=False).ids
+        backend, aliases, ids = self._aliased
+        before, after = (self._special.sub(lambda token: aliases[token[0]], part) for part in (before, after))
+        whole = before + text.replace(_ALIAS[0], "\ufffd") + after
+        return [ids.get(i, i) for i in backend.encode(whole, add_special_tokens=False).ids]
+
+    @functools.cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self.backend.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def _control(self) -> frozenset[str]:
+        contents = [token.content for token in self._added.values()]
+        return control_tokens(self.frame, contents) | (frozenset(self.named) - TAGS)
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.token_to_id(token) for token in self._control)
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern:
+        """Matches what must not be read as a token in a text."""
+        special = {token.content for token in self._added.values() if token.special}
+        return find_tokens((special | {token.content for token in self._added.values() if token.content in self._control}) - TAGS)
+
+    @functools.cached_property
+    def _aliased(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
+        """A backend that encodes special tokens as text and has their aliases in their place; the aliases, and the ids that
+        these stand for."""
+        stored = json.loads(self.backend.to_str())
+        for token in stored["added_tokens"]:
+            token["special"] = bool(self._special.fullmatch(token["content"]))
+        backend = tokenizers.Tokenizer.from_str(json.dumps(stored))
+        backend.encode_special_tokens = True
+        aliases, ids = {}, {}
+        for i, token in self._added.items():
+            if self._special.fullmatch(token.content):
+                alias = aliases[token.content] = _ALIAS.format(i)
+                like = {flag: getattr(token, flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+                backend.add_tokens([AddedToken(alias, special=False, **like)])
+                ids[backend.token_to_id(alias)] = i
+        return backend, aliases, ids
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes what `load_tokenizer`, and transformers' `AutoTokenizer`, read."""
-        about = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self.frame.stop,
-            "pad_token": _PAD if self.backend.token_to_id(_PAD) is not None else self.frame.stop,
-            "chat_template": self.frame.template(),
-        }
+        """Writes what `load_tokenizer` reads: `export`'s files and the frame."""
+        self.export(folder)
+        frame = dataclasses.asdict(self.frame) | ({"files": self.files} if self.files else {})
+        write_atomically(Path(folder) / "chat_frame.json", json.dumps(frame, indent=2) + "\n")
+
+    def export(self, folder: str | os.PathLike) -> None:
+        """Writes what transformers' `AutoTokenizer` reads: the model's own files, or a tokenizer trained here."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
-        (folder / "chat_frame.json").write_text(json.dumps(dataclasses.asdict(self.frame), indent=2))
+        for name in self.files:
+            if self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+        if "tokenizer.json" not in self.files:
+            self.backend.save(str(folder / "tokenizer.json"))
+        if not self.files:
+            about = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": self.frame.stop,
+                "pad_token": _PAD if self.backend.token_to_id(_PAD) is not None else self.frame.stop,
+                "chat_template": self.frame.template(),
+            }
+            write_atomically(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: str = "") -> ChatTokenizer:
@@ -114,7 +191,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: str = "") ->
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return ChatTokenizer(backend, ChatFrame(head="", reply=_AGENT, between="", stop=_END))
+    return ChatTokenizer(backend, ChatFrame(head="", reply=_AGENT, between="", stop=_END), (_PAD,))
 
 
 def compose_embedding(embedding: np.ndarray, tokenizer: ChatTokenizer, seed: int) -> np.ndarray:
@@ -143,44 +220,9 @@ def load_tokenizer(folder: str | os.PathLike) -> ChatTokenizer:
     """The tokenizer of a run folder, or of a Hugging Face model folder (its chat template gives the frame).
 
     Raises:
-        UserError: the folder holds no readable tokenizer, or its chat template cannot be taken apart.
+        UserError: the folder holds no readable tokenizer, or its chat template has no frame.
     """
-    folder = Path(folder)
-    if (folder / "chat_frame.json").exists():
-        frame = ChatFrame(**json.loads((folder / "chat_frame.json").read_text()))
-        return ChatTokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), frame)
-    from transformers import AutoTokenizer  # seconds to import, and only a pretrained model needs it
-
-    try:
-        pretrained = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"No tokenizer can be read from {folder} ({error}); a model folder needs tokenizer.json and tokenizer_config.json."
-        ) from error
-    # transformers rebuilds some families' pre-tokenizers from the class it takes them for; the file is what was trained with.
-    stored = folder / "tokenizer.json"
-    backend = tokenizers.Tokenizer.from_file(str(stored)) if stored.exists() else pretrained.backend_tokenizer
-    return ChatTokenizer(backend, _frame_of_template(pretrained, folder))
-
-
-def _frame_of_template(pretrained, folder: Path) -> ChatFrame:
-    """Renders a conversation of markers and cuts the template's own text out from between them."""
-    user, answer, later = "\u27e61\u27e7", "\u27e62\u27e7", "\u27e63\u27e7"
-    messages = [
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": later},
-    ]
-    stop = pretrained.eos_token
-    try:
-        text = pretrained.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        head, rest = text.split(user)
-        _, rest = rest.split(answer)
-        between, reply = rest.split(later)
-        _, between = between.split(stop, 1)  # the model itself emits the stop token
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"The chat template in {folder} cannot be used for an append-only conversation; "
-            "set chat_template and eos_token in its tokenizer_config.json."
-        ) from error
-    return ChatFrame(head=head, reply=reply, between=between, stop=stop)
+    tokenizer = ChatTokenizer(*tokenizer_files.read(Path(folder)))
+    if tokenizer.decode(tokenizer.encode(_SAMPLE)) != _SAMPLE:
+        raise UserError(f"The tokenizer in {folder} cannot encode {_SAMPLE!r}; copy tokenizer.json from the model's publisher.")
+    return tokenizer

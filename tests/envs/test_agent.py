@@ -29,10 +29,21 @@ TAGGED = {
     "nothing": ("", "", False),
     "other script in the thought": ("<think>打开</think><action>look</action>", "look", False),
     "other script in the action": (f"{THOUGHT}<action>открой box</action>", "открой box", False),
+    "signs of physics are fine": ("<think>20 ºC, 3ª, 5 µA and 7 Ω; Δt in μs, ρ, Å, ℓ</think><action>look</action>", "look", True),
+    "half-width and full-width Latin": ("<think>ｌｏｏｋ ﬁrst</think><action>look</action>", "look", True),
+    "other script as one letter": ("<think>ж</think><action>look</action>", "look", False),
     "accents, dashes, emoji are fine": ("<think>café – ok 👍</think><action>look</action>", "look", True),
     "control characters": (f"{THOUGHT}<action>open\x00box\x1b 1</action>", "open box 1", True),
     "too long": (f"{THOUGHT}<action>{'a' * 300}</action>", "a" * 256, False),
     "as long as allowed": (f"{THOUGHT}<action>{'a' * 256}</action>", "a" * 256, True),
+}
+# After a prompt that ends with a thought, begun or closed.
+OPENED = {
+    "a thought begun": ("<think>\n", "it is closed</think><action>look</action>", "look", True),
+    "a thought begun twice": ("<think>\n", f"{THOUGHT}<action>look</action>", "look", True),
+    "a thought begun, not ended": ("<think>\n", "it is <action>look</action>", "look", False),
+    "an empty thought": ("<think>\n\n</think>\n\n", "<action>look</action>", "look", True),
+    "nothing after it": ("<think>\n\n</think>\n\n", "look", "", False),
 }
 BARE = {
     "plain": ("Open box 1\n", "open box 1", True),
@@ -47,6 +58,20 @@ BARE = {
 @pytest.mark.parametrize("answer, action, valid", TAGGED.values(), ids=TAGGED.keys())
 def test_tagged_answers(answer, action, valid):
     assert parse_action(answer, tags=True) == ParsedAction(action, valid)
+
+
+@pytest.mark.parametrize("opened, answer, action, valid", OPENED.values(), ids=OPENED.keys())
+def test_what_the_prompt_opened_counts_as_said(opened, answer, action, valid):
+    assert parse_action(answer, tags=True, opened=opened) == ParsedAction(action, valid)
+    assert parse_action(answer, tags=False, opened=opened) == parse_action(answer, tags=False)
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_an_experts_answer_goes_on_from_what_the_prompt_opened(opened):
+    answer = agent.expert_answer("look", "tagged", opened)
+    assert parse_action(answer, True, opened) == ParsedAction("look", True)
+    assert (opened + answer).count("<think>") == (opened + answer).count("</think>") == 1
+    assert agent.expert_answer("look", "bare", opened) == "look"
 
 
 @pytest.mark.parametrize("answer, action, valid", BARE.values(), ids=BARE.keys())

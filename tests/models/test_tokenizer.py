@@ -38,7 +38,7 @@ def test_training_is_deterministic(tokenizer):
 
 
 def test_a_conversation_is_observation_reply_answer_stop(tokenizer):
-    ids = tokenizer.first("mug 1") + tokenizer.answer("take mug 1") + tokenizer.following("shelf 1")
+    ids = tokenizer.first("mug 1") + tokenizer.answer("take mug 1") + tokenizer.following("shelf 1", tokenizer.stop_id)
     text = tokenizer.backend.decode(ids, skip_special_tokens=False)
     assert text == "mug 1<|agent|>take mug 1<|end|>shelf 1<|agent|>"
     assert tokenizer.answer("x")[-1] == tokenizer.stop_id

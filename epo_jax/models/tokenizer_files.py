@@ -1,0 +1,178 @@
+"""The tokenizer files of a model folder or a run folder: whatever is wrong with them is one sentence."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken
+
+from epo_jax.errors import UserError
+from epo_jax.models.chat_frame import ChatFrame, UnusableTemplate, frame_of_template
+
+# What a model folder may hold of a tokenizer and of how its model is sampled.
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
+)  # fmt: skip
+
+_TOGETHER = "copy both files from the same folder"
+
+
+def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, tuple[str, ...], Path, tuple[str, ...]]:
+    """(tokenizer, frame, pad and beginning-of-text tokens, folder, the model's own files there).
+
+    The frame is the one that a run stored, or else that of the chat template.
+
+    Raises:
+        UserError: see `epo_jax.models.tokenizer.load_tokenizer`.
+    """
+    stored = folder / "chat_frame.json"
+    if stored.exists():
+        frame, files = _stored_frame(stored)
+        backend = _backend(folder)
+    else:
+        pretrained, backend = _pretrained(folder)
+        frame = _frame_of_template(pretrained, backend, folder)
+        files = tuple(name for name in _FILES if (folder / name).is_file())
+    for token in (frame.stop, *frame.stops):
+        if backend.token_to_id(token) is None:
+            raise UserError(f"{stored} names the stop token {token!r}, which {folder / 'tokenizer.json'} lacks; {_TOGETHER}.")
+    return backend, frame, _named(folder, backend, "pad_token", "bos_token"), folder, files
+
+
+def _reason(error: Exception) -> str:
+    """An error of another library in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def _settings(path: Path) -> dict:
+    """The table in a JSON file, {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({_reason(error)}); copy it from the model's publisher.") from error
+    if not isinstance(stated, dict):
+        raise UserError(f"{path} holds no table of settings; copy it from the model's publisher.")
+    return stated
+
+
+def _stored_frame(path: Path) -> tuple[ChatFrame, tuple[str, ...]]:
+    """The frame that `ChatTokenizer.save` wrote, and the names of the model's own files."""
+    try:
+        stated = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        return ChatFrame(**{key: value for key, value in stated.items() if key != "files"}), tuple(stated.get("files", ()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read as a chat frame ({_reason(error)}); copy it from another run of the same model, or from a "
+            "copy of this folder."
+        ) from error
+
+
+def _backend(folder: Path) -> tokenizers.Tokenizer:
+    """`folder`/tokenizer.json with the added tokens that only the other files list, as transformers reads them."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"No tokenizer can be read from {folder}: tokenizer.json is missing; copy it there.")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise UserError(
+            f"{path} cannot be read by tokenizers {tokenizers.__version__} ({_reason(error)}); install the version that wrote "
+            "it, or copy the file from the model's publisher."
+        ) from error
+    for i, token in _listed(folder):
+        if token.content not in _added(backend):
+            backend.add_tokens([token])
+            if backend.token_to_id(token.content) != i:
+                raise UserError(
+                    f"{folder}: tokenizer.json has no room for token {token.content!r} at id {i}, where the folder's other "
+                    f"files place it; {_TOGETHER}."
+                )
+    # Named tokens that the vocabulary holds as text: transformers takes them for special ones.
+    named = _named(folder, backend, "eos_token", "bos_token", "pad_token", "unk_token")
+    backend.add_special_tokens([token for token in named if token not in _added(backend)])
+    return backend
+
+
+def _listed(folder: Path) -> list[tuple[int, AddedToken]]:
+    """The added tokens in added_tokens.json and tokenizer_config.json, by their ids."""
+    listed = {}
+    try:
+        for content, i in _settings(folder / "added_tokens.json").items():
+            listed[int(i)] = AddedToken(content, special=True)
+        for i, token in (_settings(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+            flags = {flag: bool(token.get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            listed[int(i)] = AddedToken(token["content"], **flags)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: added_tokens.json, or added_tokens_decoder in tokenizer_config.json, is no list of tokens by id "
+            f"({_reason(error)}); copy it from the model's publisher."
+        ) from error
+    return sorted(listed.items())
+
+
+def _added(backend: tokenizers.Tokenizer) -> set[str]:
+    return {token.content for token in backend.get_added_tokens_decoder().values()}
+
+
+def _named(folder: Path, backend: tokenizers.Tokenizer, *roles: str) -> tuple[str, ...]:
+    """The tokens that the folder's files name for these roles, as far as the vocabulary has them."""
+    stated = _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
+    tokens = [stated.get(role) for role in roles]
+    tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return tuple(token for token in tokens if isinstance(token, str) and backend.token_to_id(token) is not None)
+
+
+def _ends(folder: Path, backend: tokenizers.Tokenizer) -> set[str]:
+    """The tokens that the model's files name as ends of a turn."""
+    ends = set(_named(folder, backend, "eos_token"))
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ids = _settings(path).get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise UserError(f"{path}: eos_token_id={ids!r} must be the id of a token, or a list of them.")
+        ends |= {backend.id_to_token(i) for i in ids}
+    return ends & _added(backend)  # an id of ordinary text is a default that nobody set
+
+
+def _pretrained(folder: Path):
+    """What transformers makes of the folder, and the backend of the file that the model was trained with (transformers rebuilds
+    some families' pre-tokenizers from the class that it takes them for)."""
+    slow = ("vocab.json", "merges.txt")
+    fast = (folder / "tokenizer.json").exists()
+    if not fast and not (folder / "tokenizer.model").exists() and not all((folder / name).exists() for name in slow):
+        raise UserError(
+            f"No tokenizer can be read from {folder}: it holds no tokenizer.json (nor vocab.json with merges.txt, nor "
+            "tokenizer.model); copy the tokenizer's files there."
+        )
+    backend = _backend(folder) if fast else None
+    _settings(folder / "tokenizer_config.json")
+    from transformers import AutoTokenizer  # seconds to import, and only a pretrained model needs it
+
+    try:
+        pretrained = AutoTokenizer.from_pretrained(str(folder))
+        return pretrained, backend or pretrained.backend_tokenizer
+    except Exception as error:  # transformers, tokenizers and sentencepiece have no common base
+        raise UserError(
+            f"No tokenizer can be read from {folder} ({_reason(error)}); a model folder needs tokenizer.json and "
+            "tokenizer_config.json."
+        ) from error
+
+
+def _frame_of_template(pretrained, backend: tokenizers.Tokenizer, folder: Path) -> ChatFrame:
+    def render(messages: list[dict[str, str]], generate: bool) -> str:
+        return pretrained.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    fix = "set chat_template and eos_token in its tokenizer_config.json"
+    if not pretrained.chat_template:
+        raise UserError(f"{folder} has no chat template, as a base model; {fix}, or take the model's chat variant.")
+    try:
+        return frame_of_template(render, _added(backend), _ends(folder, backend))
+    except UnusableTemplate as error:
+        raise UserError(f"{folder}: its chat template {error}; {fix}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever the template raises
+        raise UserError(f"{folder}: its chat template cannot be rendered ({_reason(error)}); {fix}.") from error
