@@ -56,17 +56,21 @@ def load_params(folder: Path, config: DecoderConfig, shardings=None) -> Params:
     Names, shapes and types are checked before the first weight is read. Tensors are read one at a time, each host only the
     slices of its own devices, so that host memory holds little more than one tensor beside the shards.
 
+    The lm_head that some tied checkpoints hold is left out. Where it is not the embedding, a line says so: transformers 4 and
+    vLLM tie such a model too, transformers 5 does not.
+
     Args:
         shardings: pytree like `Params` of shardings, the axis of layers whole; None puts everything on the default device.
 
     Raises:
-        UserError: a file is missing or cut short, or a tensor is missing, unknown, or of another shape or type.
+        UserError: a file is missing or cut short, or a tensor is missing, unknown, stored twice with different values, or of
+            another shape or type.
     """
     folder = Path(folder)
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     if shardings is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
-    tensors = _checked_tensors(folder, config, shapes)
+    tensors = _checked_tensors(folder, config)
 
     def leaf(key: str, shape, sharding: Sharding) -> jax.Array:
         (name,) = tensor_names(key)
@@ -102,35 +106,75 @@ def _read(stored, shape: tuple[int, ...], sharding: Sharding, transposed: bool) 
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _checked_tensors(folder: Path, config: DecoderConfig, shapes) -> dict:
-    """Every tensor of the model as an unread slice of its file, once all of them are known to fit."""
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a checkpoint of this model must hold."""
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     expected = {tensor_names(key)[0]: shape.shape for key, shape in shapes.items() if key != "layers"}
     for key, shape in shapes["layers"].items():
         expected |= dict.fromkeys(tensor_names(key, config.num_layers), shape.shape[:0:-1])
+    return expected
+
+
+def _checked_tensors(folder: Path, config: DecoderConfig) -> dict:
+    """Every tensor of the model as an unread slice of its file, once all of them are known to fit."""
+    expected = expected_shapes(config)
     source, file_of = _weight_map(folder)
-    for name in file_of:
+    opened = {file: _open(file) for file in sorted(set(file_of.values()))}
+
+    def stored(name: str):
+        try:
+            return opened[file_of[name]].get_slice(name)
+        except SafetensorError:
+            raise UserError(f"{file_of[name]} lacks tensor {name}; download the model again.") from None
+
+    for file, reader in opened.items():
+        for name in file_of.keys() & reader.keys():
+            if file_of[name] != file and not _equal(reader.get_slice(name), stored(name)):
+                raise UserError(f"{file} and {file_of[name]} differ in tensor {name}; download the model again.")
+
+    # Ours -> as stored. A checkpoint of the decoder alone, without an output head's class around it, has no prefix.
+    stored_as = {f"model.{name}" if f"model.{name}" in expected else name: name for name in file_of}
+    embedding, head = _TENSORS["embedding"], _TENSORS["lm_head"]
+    if config.tie_embeddings and head in stored_as:
+        tied = stored_as.pop(head)
+        if embedding not in stored_as:
+            stored_as[embedding] = tied
+        elif not _equal(stored(stored_as[embedding]), stored(tied)):
+            print(
+                f"{file_of[tied]}: {tied} differs from the embedding and is not read, as {folder / 'config.json'} ties the two; "
+                "set tie_word_embeddings to false there to read it."
+            )
+    for name, under in stored_as.items():
         # Rotary frequencies, which old Llama checkpoints carry along, follow from the config.
         if name not in expected and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{file_of[name]}: {folder / 'config.json'} has no place for tensor {name}; mend that config.json.")
-    for name in expected:
-        if name not in file_of:
-            raise UserError(f"{source} lacks tensor {name}; download the model again.")
-    opened = {file: _open(file) for file in sorted(set(file_of.values()))}
+            raise UserError(
+                f"{file_of[under]}: {folder / 'config.json'} has no place for tensor {under}; take both from the same model."
+            )
     tensors = {}
     for name, shape in expected.items():
-        file = file_of[name]
-        try:
-            stored = tensors[name] = opened[file].get_slice(name)
-        except SafetensorError:
-            raise UserError(f"{file} lacks tensor {name}; download the model again.") from None
-        if tuple(stored.get_shape()) != shape:
+        if name not in stored_as:
+            untied = f", or set tie_word_embeddings to true in {folder / 'config.json'}" * (name == head)
+            raise UserError(f"{source} lacks tensor {name}; download the model again{untied}.")
+        under = stored_as[name]
+        file, found = file_of[under], stored(under)
+        if tuple(found.get_shape()) != shape:
             raise UserError(
-                f"{file}: tensor {name} has shape {stored.get_shape()}, but {folder / 'config.json'} asks for "
+                f"{file}: tensor {name} has shape {found.get_shape()}, but {folder / 'config.json'} asks for "
                 f"{list(shape)}; take both from the same model."
             )
-        if stored.get_dtype() not in ("F32", "F16", "BF16"):
-            raise UserError(f"{file}: tensor {name} is stored as {stored.get_dtype()}; take weights in F32, F16 or BF16.")
+        if found.get_dtype() not in ("F32", "F16", "BF16"):
+            raise UserError(f"{file}: tensor {name} is stored as {found.get_dtype()}; take weights in F32, F16 or BF16.")
+        tensors[name] = found
     return tensors
+
+
+def _equal(left, right) -> bool:
+    """Whether two stored tensors have the same values, of which a few thousand rows at a time are in memory."""
+    if left.get_shape() != right.get_shape():
+        return False
+    rows = (left.get_shape() or [0])[0]
+    starts = range(0, rows, 4096)
+    return all(np.array_equal(left[i : min(i + 4096, rows)], right[i : min(i + 4096, rows)]) for i in starts)
 
 
 def save_params(folder: Path, config: DecoderConfig, params: Params, more: dict | None = None) -> None:
