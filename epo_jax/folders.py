@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, mesh
+from epo_jax import checkpoint, mesh, prompting
 from epo_jax.command import read_config
 from epo_jax.errors import UserError
 from epo_jax.models import hf_config, hub, lora, weights
@@ -74,6 +74,7 @@ def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer,
     """The tokenizer, the decoder and the weights of the model folder that `config.model.path` names, over a mesh's devices."""
     folder = hub.resolve(config.model.path)
     tokenizer = load_tokenizer(folder)
+    prompting.refuse_rewriting(tokenizer, config, folder)
     model = fit_vocabulary(hf_config.read_config(folder, config.model.dtype, config.model.remat), tokenizer, folder)
     if config.agent.max_tokens > model.max_positions:
         raise UserError(

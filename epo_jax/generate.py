@@ -81,6 +81,10 @@ class Speaker:
 
 def chat(policy: Policy, sampler: Sampler, response_tokens: int) -> None:
     """Answers lines from standard input until it ends."""
+    if policy.tokenizer.frame.rewrites == "turns":
+        raise UserError("The model's chat template changes earlier turns, so a chat cannot be appended to; use --prompt.")
+    if policy.tokenizer.frame.rewrites:
+        print("(The chat template drops the thoughts of earlier turns; this chat keeps them.)", file=sys.stderr)
     speaker = Speaker(policy, sampler, response_tokens)
     tokenizer = policy.tokenizer
     for line in _lines("you: "):

@@ -5,6 +5,7 @@ import functools
 
 from epo_jax.envs import agent
 from epo_jax.envs.base import Observation
+from epo_jax.errors import UserError
 from epo_jax.models.tokenizer import ChatTokenizer
 
 
@@ -95,6 +96,21 @@ def next_prompt(
     short_enough = functools.partial(fits, tokenizer, config)
     message = agent.message(first, history, observation, config.style, config.window, short_enough)
     return tokenizer.following(message, last) if history and config.window is None else tokenizer.first(message)
+
+
+def refuse_rewriting(tokenizer: ChatTokenizer, config, source: object) -> None:
+    """Refuses a conversation under a chat template that changes earlier turns; `source` names the model.
+
+    Raises:
+        UserError: config.agent.context is "chat", and a run with config.agent.style cannot append to it.
+    """
+    rewrites = tokenizer.frame.rewrites
+    if config.agent.context == "chat" and (rewrites == "turns" or (rewrites == "thoughts" and config.agent.style == "tagged")):
+        raise UserError(
+            f"config.agent.context=chat: the chat template of {source} changes earlier turns of a conversation"
+            f"{' (it drops their thoughts)' * (rewrites == 'thoughts')}, so nothing can be appended to it; "
+            "set config.agent.context=window."
+        )
 
 
 def fits(tokenizer: ChatTokenizer, config: RolloutConfig, message: str) -> bool:

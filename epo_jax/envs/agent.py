@@ -57,9 +57,10 @@ class ParsedAction(NamedTuple):
 def parse_action(text: str, tags: bool, opened: str = "") -> ParsedAction:
     """Reads the action out of one answer of the policy.
 
-    With tags, what the prompt `opened` of it (`ChatFrame.opened`) counts as its beginning; the action is the content of the last complete `<action>...</action>`, and the answer is valid if there
-    is one, it is not empty, and a complete `<think>...</think>` is there too. Without tags, the action is the whole
-    answer and valid unless empty. Tags match in any case. In both styles:
+    With tags, the action is the content of the last complete `<action>...</action>`, and the answer is valid if there
+    is one, it is not empty, and a complete `<think>...</think>` is there too; `opened`, the part of it that the prompt ends
+    with (`ChatFrame.opened`), counts as its beginning. Without tags, the action is the whole answer and valid unless empty.
+    Tags match in any case. In both styles:
 
     * the action is lower-cased, control characters and runs of blanks become one blank, outer blanks go, and
       it is cut after 256 characters (a cut action is not valid);
