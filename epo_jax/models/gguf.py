@@ -4,19 +4,23 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from epo_jax.errors import UserError
+from epo_jax.files import expand_user
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.hf_config import write_config
 from epo_jax.models.rope import frequencies
-from epo_jax.models.weights import write_tensors
+from epo_jax.models.weights import expected_shapes, write_tensors
 
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -47,46 +51,99 @@ _SPECIAL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 def converted(path: Path) -> Path:
     """The Hugging Face folder made of the GGUF file `path`, in the cache ($EPO_JAX_DATA, else ~/.cache/epo_jax).
 
-    A tokenizer.json beside the file is preferred to the vocabulary inside it.
+    A model in parts (NAME-00001-of-00003.gguf) may be named by any of them. A tokenizer.json beside the file is preferred to
+    the vocabulary inside it. A folder appears in the cache whole, once all tensors of the model are known to be there.
 
     Raises:
-        UserError: the file is missing, damaged, or holds a model, a tokenizer or a quantisation that is not known.
+        UserError: the file or a part is missing, damaged, or holds a model, a tokenizer or a quantization that is not known.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config.model.path={str(path)!r}: there is no such file; give the path of a GGUF file that exists.")
-    told = path.stat()
-    digest = hashlib.sha256(f"{path.resolve()} {told.st_size} {told.st_mtime_ns}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("EPO_JAX_DATA") or "~/.cache/epo_jax").expanduser() / "models"
-    folder = cache / f"{path.stem}-{digest}"
+    parts = _parts(Path(path))
+    stats = [(part.resolve(), part.stat()) for part in parts]
+    told = " ".join(f"{part} {stat.st_size} {stat.st_mtime_ns}" for part, stat in stats)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    cache = expand_user(os.environ.get("EPO_JAX_DATA") or "~/.cache/epo_jax", "EPO_JAX_DATA") / "models"
+    folder = cache / f"{parts[0].stem}-{digest}"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as made:
-            _convert(path, Path(made) / "model")
-            with contextlib.suppress(OSError):  # another process was quicker
-                (Path(made) / "model").rename(folder)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as made:
+                _convert(parts, Path(made) / "model")
+                with contextlib.suppress(OSError):  # another process was quicker
+                    (Path(made) / "model").rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{parts[0]} cannot be converted in {cache} ({error}); set EPO_JAX_DATA to a folder with room for its weights "
+                "in float32."
+            ) from error
     return folder
 
 
-def _convert(path: Path, folder: Path) -> None:
+def _parts(path: Path) -> list[Path]:
+    """All files of the model that `path` is a file of."""
+    if match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name):
+        parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[2]}.gguf") for number in range(1, int(match[2]) + 1)]
+    else:
+        parts = [path]
+    for part in [path, *parts]:
+        if not part.is_file():
+            raise UserError(f"config.model.path={str(path)!r}: there is no such file as {part}; give one that exists.")
+    return parts
+
+
+def _read(parts: list[Path]) -> tuple[Any, dict[str, Any]]:
+    """The first part, which holds the metadata, and the tensors of all parts by name."""
     import gguf  # only such a file needs it
 
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as GGUF ({error}); download it again.") from error
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    readers, tensors = [], {}
+    for number, part in enumerate(parts):
+        try:
+            reader = gguf.GGUFReader(part)
+            place, count = _value(reader, "split.no", 0), _value(reader, "split.count", 1)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            advice = "download it again, or take a file of another quantization"
+            raise UserError(f"{part} cannot be read as GGUF ({error}); {advice}.") from error
+        if (place, max(count, 1)) != (number, len(parts)):
+            raise UserError(
+                f"{part} is part {place + 1} of {count} of a model, but its name says {number + 1} of {len(parts)}; give the "
+                "parts the names that they had (NAME-00001-of-00002.gguf, ...), in one folder."
+            )
+        for tensor in reader.tensors:
+            if tensor.name in tensors:
+                raise UserError(f"{part} holds tensor {tensor.name}, which an earlier part holds too; download the parts again.")
+            tensors[tensor.name] = tensor
+        readers.append(reader)
+    total = _value(readers[0], "split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise UserError(f"{parts[0]} tells of {total} tensors, but there are {len(tensors)}; download it again.")
+    for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors.values()}.items():
+        try:
+            gguf.quants.dequantize(tensor.data[:1], kind)
+        except NotImplementedError:
+            raise UserError(
+                f"{parts[0]}: tensor {tensor.name} is stored as {kind.name}; take a file of another quantization."
+            ) from None
+    return readers[0], tensors
+
+
+def _convert(parts: list[Path], folder: Path) -> None:
+    import gguf
+
+    path = parts[0]
+    reader, tensors = _read(parts)
     config = _config(path, reader, tensors)
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if _architecture(reader) == "llama" else {}
     names = {_name(path, name): name for name in tensors if name != "rope_freqs.weight"}
+    expected = expected_shapes(config)
+    for name, shape in expected.items():
+        if name not in names or tuple(map(int, tensors[names[name]].shape[::-1])) != shape:
+            found = f"of shape {tensors[names[name]].shape[::-1].tolist()}" if name in names else "missing"
+            raise UserError(f"{path}: the tensor for {name} {list(shape)} is {found}; download it again.")
+    for name in names.keys() - expected.keys():
+        raise UserError(f"{path}: tensor {names[name]} is one that a model of its metadata does not have; download it again.")
 
     def tensor(name: str) -> np.ndarray:
         source = tensors[names[name]]
-        try:
-            array = gguf.quants.dequantize(source.data, source.tensor_type)
-        except NotImplementedError:
-            kind = source.tensor_type.name
-            raise UserError(f"{path}: tensor {source.name} is stored as {kind}; take a file of another quantisation.") from None
+        array = gguf.quants.dequantize(source.data, source.tensor_type)
         rotated = heads.get(names[name].split(".")[-2])
         if rotated:  # llama.cpp turns neighbouring elements of a head, Hugging Face those half a head apart
             array = array.reshape(rotated, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
@@ -116,6 +173,8 @@ def _name(path: Path, name: str) -> str:
 
 def _config(path: Path, reader, tensors: dict) -> DecoderConfig:
     family = _architecture(reader)
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path} lacks tensor token_embd.weight; download it again.")
     if family not in ("llama", "qwen2", "qwen3"):
         raise UserError(f"{path}: general.architecture={family!r} is not supported; choose a qwen2, qwen3 or llama model.")
 

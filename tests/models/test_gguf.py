@@ -53,9 +53,9 @@ def permuted(tensor, heads):
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
-def write(path, config, stored, architecture, kinds=None, pre="qwen2"):
+def write(path, config, stored, architecture, kinds=None, pre="qwen2", **split):
     """A GGUF of `stored`, quantised where `kinds` (Hugging Face name -> quantisation) says; returns what it stands for."""
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **split)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.d_model)
@@ -164,3 +164,91 @@ def test_what_cannot_be_read_is_refused(tmp_path, damage, culprit):
         hub.resolve(str(tmp_path / "model.gguf"))
     assert "\n" not in str(refusal.value)
     assert not list((tmp_path / "cache" / "models").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+def in_parts(folder, config, stored, **split):
+    """The parts of a model, its output head in the last one, as llama.cpp splits it."""
+    head = {name: tensor for name, tensor in stored.items() if name == "lm_head.weight"}
+    ordered = {name: tensor for name, tensor in stored.items() if name not in head} | head
+    write(folder / "model.gguf", config, ordered, "llama", split_max_tensors=9, **split)
+    return sorted(folder.glob("model-*-of-*.gguf"))
+
+
+@pytest.mark.parametrize("small_first_shard", [False, True], ids=["tensors in all", "none in the first"])
+def test_all_parts_are_read(tmp_path, small_first_shard):
+    stored = tensors(LLAMA)
+    parts = in_parts(tmp_path, LLAMA, stored, small_first_shard=small_first_shard)
+    assert len(parts) == 3 + small_first_shard
+    folder = hub.resolve(str(parts[0]))
+    config = hf_config.read_config(folder, "float32", "none")
+    assert not config.tie_embeddings
+    params = weights.load_params(folder, config)
+    np.testing.assert_array_equal(params["lm_head"], stored["lm_head.weight"])
+    np.testing.assert_array_equal(params["layers"]["q_proj"][1], stored["model.layers.1.self_attn.q_proj.weight"].T)
+    assert hub.resolve(str(parts[2])) == folder  # the same model by whichever of its files
+
+
+@pytest.mark.parametrize(
+    ("damage", "culprit"),
+    [
+        (lambda parts: parts[2].unlink(), r"model-00003-of-00003\.gguf"),
+        (lambda parts: parts[2].write_bytes(parts[1].read_bytes()), r"model-00003-of-00003\.gguf is part 2 of 3"),
+        (lambda parts: parts[2].write_bytes(b""), r"model-00003-of-00003\.gguf cannot be read"),
+        (lambda parts: parts[0].rename(parts[0].with_name("whole.gguf")), r"whole\.gguf is part 1 of 3"),
+        (lambda parts: [part.unlink() for part in parts[1:]], r"model-00002-of-00003\.gguf"),
+    ],
+    ids=["missing", "twice", "empty", "renamed", "the first alone"],
+)
+def test_parts_that_are_no_whole_are_refused_and_nothing_is_kept(tmp_path, damage, culprit):
+    parts = in_parts(tmp_path, LLAMA, tensors(LLAMA))
+    damage(parts)
+    with pytest.raises(UserError, match=culprit) as refusal:
+        hub.resolve(str(parts[0] if parts[0].exists() else tmp_path / "whole.gguf"))
+    assert "\n" not in str(refusal.value)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"up_proj\.weight \[96, 64\] is missing"),
+        (lambda t: t.pop("model.embed_tokens.weight"), r"lacks tensor token_embd\.weight"),
+        (lambda t: t.update({"model.norm.weight": np.ones(65, np.float32)}), r"model\.norm\.weight \[64\] is of shape \[65\]"),
+    ],
+    ids=["layer", "embedding", "shape"],
+)
+def test_a_model_that_lacks_a_tensor_is_refused_before_it_is_converted(tmp_path, change, culprit):
+    stored = tensors(QWEN3)
+    change(stored)
+    write(tmp_path / "model.gguf", QWEN3, stored, "qwen3")
+    with pytest.raises(UserError, match=culprit):
+        hub.resolve(str(tmp_path / "model.gguf"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_quantization_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """One that the gguf package does not decode, and one that it does not know."""
+    write(tmp_path / "model.gguf", QWEN3, tensors(QWEN3), "qwen3", {"model.embed_tokens.weight": gguf.GGMLQuantizationType.Q8_0})
+    monkeypatch.delitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0)
+    with pytest.raises(UserError, match=r"token_embd\.weight is stored as Q8_0; take a file of another quantization"):
+        hub.resolve(str(tmp_path / "model.gguf"))
+    kind = np.uint32(gguf.GGMLQuantizationType.Q8_0).tobytes()
+    data, name = (tmp_path / "model.gguf").read_bytes(), b"token_embd.weight"
+    after = data.index(name) + len(name) + 4 + 2 * 8  # dimensions
+    assert data[after : after + 4] == kind
+    (tmp_path / "model.gguf").write_bytes(data[:after] + np.uint32(199).tobytes() + data[after + 4 :])
+    with pytest.raises(UserError, match=r"model\.gguf cannot be read as GGUF \(.*199.*; .*take a file of another quantization"):
+        hub.resolve(str(tmp_path / "model.gguf"))
+
+
+def test_a_conversion_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
+    write(tmp_path / "model.gguf", QWEN3, tensors(QWEN3), "qwen3")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("epo_jax.models.gguf._tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        hub.resolve(str(tmp_path / "model.gguf"))
+    assert not list((tmp_path / "cache" / "models").iterdir())
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device.*set EPO_JAX_DATA"):
+        full = OSError(28, "No space left on device")
+        patch.setattr("epo_jax.models.gguf.write_tensors", lambda *_: (_ for _ in ()).throw(full))
+        hub.resolve(str(tmp_path / "model.gguf"))
+    assert (hub.resolve(str(tmp_path / "model.gguf")) / "config.json").exists()
