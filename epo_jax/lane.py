@@ -7,7 +7,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -164,21 +164,37 @@ class Lane:
 
     def _prefill(self, turns: dict[int, Turn]) -> None:
         """Appends the prompts. Rows of a member that start with the same prompt take it from the first of them."""
-        everyone = list(range(len(self._lengths)))
-        source, first = list(everyone), {}
+        first, source = {}, {}
         for row, turn in turns.items():
-            if turn.fresh:
-                source[row] = first.setdefault((row // self.size, *turn.prompt), row)
-        readers = {row: turn for row, turn in turns.items() if source[row] == row}
+            reader = first.setdefault((row // self.size, *turn.prompt), row) if turn.fresh else row
+            if reader != row:
+                source[row] = reader
+        readers = {row: turn for row, turn in turns.items() if row not in source}
         start = 0
         for width in pieces(self._longest({row: len(turn.prompt) for row, turn in readers.items()}), self.size):
             here = [row for row, turn in readers.items() if len(turn.prompt) > start]
             self._extend(here, readers, start, width)
             start += width
-        if source != everyone:
-            self._cache = self._take(source, self._capacity)
+        if source:
+            self._share(source, max(len(turns[row].prompt) for row in source))
         for row, turn in turns.items():
             self._lengths[row] += len(turn.prompt)
+
+    def _share(self, source: dict[int, int], tokens: int) -> None:
+        """Copies the first `tokens` tokens of row source[r] to row r."""
+        by_member = self._by_member(source)
+        shape = self.members, _rows_for(max(map(len, by_member)), self.size)
+        slots, readers = np.full(shape, self.size, np.int32), np.zeros(shape, np.int32)
+        for member, mine in enumerate(by_member):
+            slots[member, : len(mine)] = [row % self.size for row in mine]
+            readers[member, : len(mine)] = [source[row] % self.size for row in mine]
+        given = [x.reshape(*self._lead, -1) for x in (readers, slots)]
+        columns = capacity_for(tokens, self._capacity)
+        copied = self._call(self._compute.copy_slots, self._cache, *given, columns, shape=(shape[1], columns))
+        self._cache = self._placed(copied)
+
+    def _by_member(self, rows: Iterable[int]) -> list[list[int]]:
+        return [[row for row in rows if row // self.size == member] for member in range(self.members)]
 
     def _longest(self, lengths: dict[int, int]) -> tuple[int, ...]:
         """The longest prompts of any member, their second longest ones and so on, in ascending order."""
@@ -189,7 +205,7 @@ class Lane:
         return tuple(sorted(max(same_rank) for same_rank in itertools.zip_longest(*ranked, fillvalue=0)))
 
     def _extend(self, rows: list[int], turns: dict[int, Turn], start: int, width: int) -> None:
-        by_member = [[row for row in rows if row // self.size == member] for member in range(self.members)]
+        by_member = self._by_member(rows)
         count = _rows_for(max(map(len, by_member)), self.size)
         chosen = count < self.size
         shape = self.members, count
@@ -281,7 +297,10 @@ def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 def most_programs(size: int, max_tokens: int) -> int:
-    """Upper bound on the programs that a lane of `size` rows can ask for, whatever is played in it."""
+    """Upper bound on the programs that a lane of `size` rows can ask for to read and to sample, whatever is played in it.
+
+    Copying rows takes a few more, which are small.
+    """
     sizes, capacities = [size], {capacity_for(n, max_tokens) for n in range(1, max_tokens + 1)}
     while sizes[-1] // 2 >= SMALLEST_LANE:
         sizes.append(sizes[-1] // 2)

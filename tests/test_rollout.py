@@ -142,6 +142,32 @@ def test_a_prompt_that_a_group_shares_is_read_once(wander):
     assert opening[0] == opening[1] == opening[2] and stats.prompt_tokens == opening[0] + opening[3]
 
 
+def test_a_shared_prompt_is_copied_to_the_rows_that_share_it_and_nowhere_else(wander, monkeypatch):
+    """The same bits as a new cache whose rows are taken from the old one; and the cache is taken only for more room."""
+    calls = {"copy": 0, "take": 0}
+
+    def whole(cache, source, target, columns):
+        """A new cache, with every row's source in it."""
+        calls["copy"] += 1
+        size, capacity = len(cache.lengths), cache.layers[0][0].shape[-1]
+        rows = np.arange(size)
+        rows[target[target < size]] = source[target < size]
+        return take(cache, rows, capacity)
+
+    def counted(cache, slots, capacity):
+        calls["take"] += 1
+        assert capacity > cache.layers[0][0].shape[-1] or len(slots) < len(cache.lengths)
+        return take(cache, slots, capacity)
+
+    take, settings = generate.take_slots, dataclasses.replace(CHAT, lanes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "copy_slots", whole)
+        want = record(wander(settings)[0])
+    assert calls["copy"] > 2
+    monkeypatch.setattr(generate, "take_slots", counted)
+    assert record(wander(settings)[0]) == want and calls["take"] < calls["copy"]
+
+
 def test_shapes_come_from_a_small_table(wander, max_traces):
     """However many turns are played, the programs are those of the table; and a second rollout compiles none."""
     settings = dataclasses.replace(CHAT, slots=10, max_tokens=512)  # shapes that no other test has compiled
@@ -301,7 +327,7 @@ def test_fault_6_a_finished_episode_generates_nothing(params):
 
 def test_a_second_rollout_compiles_nothing(params, max_traces):
     play(params)
-    for function in (generate.decode, generate.extend, generate.take_slots):
+    for function in (generate.decode, generate.extend, generate.take_slots, generate.copy_slots):
         max_traces(function, 0)
     play(params, key=5)
 

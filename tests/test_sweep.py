@@ -230,7 +230,7 @@ def test_seeds_whose_texts_yield_about_as_many_tokens_share_a_program():
 
 def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_traces):
     """Two, after six: what plays is compiled already, and the train step of a sweep is traced once."""
-    for function in (generate.decode, generate.extend, generate.take_slots):
+    for function in (generate.decode, generate.extend, generate.take_slots, generate.copy_slots):
         max_traces(function, 0)
     for name in ("train_step", "take", "put"):
         max_traces(types.SimpleNamespace(__name__=name), 1)

@@ -81,6 +81,19 @@ def take_slots(cache: Cache, slots: Int[Array, " R"], capacity: int) -> Cache:
     return Cache(layers, cache.lengths[slots], cache.hidden[slots])
 
 
+@functools.partial(jax.jit, static_argnames=("columns",), donate_argnames=("cache",))
+def copy_slots(cache: Cache, source: Int[Array, " R"], target: Int[Array, " R"], columns: int) -> Cache:
+    """Copies what slots `source` hold, at most `columns` tokens each, to slots `target`, in place.
+
+    No slot may be both source and target. A row of padding has a target past the last slot.
+    """
+    layers = tuple(kv_cache.copy(layer, source, target, columns) for layer in cache.layers)
+    lengths, hidden = (
+        x.at[target].set(x.at[source].get(mode="clip"), mode="drop") for x in (cache.lengths, cache.hidden)
+    )
+    return Cache(layers, lengths, hidden)
+
+
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def extend(
     config: DecoderConfig,

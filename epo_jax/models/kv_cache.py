@@ -58,6 +58,16 @@ def take(layer: LayerCache, slots: Int[Array, " R"], capacity: int) -> LayerCach
     return tuple(fit(x, axis) for x, axis in zip(layer, _POSITION_AXES, strict=False))
 
 
+def copy(layer: LayerCache, source: Int[Array, " R"], target: Int[Array, " R"], columns: int) -> LayerCache:
+    """Copies the first `columns` positions of slots `source` to slots `target`; a target past the last slot is dropped."""
+
+    def one(x, axis):
+        part = (*[slice(None)] * (axis - 1), slice(columns))
+        return x.at[(target, *part)].set(x.at[(source, *part)].get(mode="clip"), mode="drop")
+
+    return tuple(one(x, axis) for x, axis in zip(layer, _POSITION_AXES, strict=False))
+
+
 def _quantised(x: Float[Array, "R T K d"]) -> tuple[Int[Array, "R T K d"], Float[Array, "R T K"]]:
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-30) / 127.0

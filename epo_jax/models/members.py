@@ -39,6 +39,12 @@ def take_slots(cache: Cache, slots: Int[Array, "M R"], capacity: int) -> Cache:
     return jax.vmap(functools.partial(generate.take_slots, capacity=capacity))(cache, slots)
 
 
+@functools.partial(jax.jit, static_argnames=("columns",), donate_argnames=("cache",))
+def copy_slots(cache: Cache, source: Int[Array, "M R"], target: Int[Array, "M R"], columns: int) -> Cache:
+    """See `generate.copy_slots`."""
+    return jax.vmap(functools.partial(generate.copy_slots, columns=columns))(cache, source, target)
+
+
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def extend(
     config: DecoderConfig,

@@ -11,7 +11,7 @@ from scipy import stats
 
 from epo_jax.models import generate, kv_cache
 from epo_jax.models.decoder import DecoderConfig, bind, init_params, unstack
-from epo_jax.models.generate import Sampling, decode, extend, init_cache, sample, take_slots
+from epo_jax.models.generate import Sampling, copy_slots, decode, extend, init_cache, sample, take_slots
 
 CONFIG = DecoderConfig(vocab_size=23, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24)
 BLOCK = 6
@@ -179,6 +179,28 @@ def test_slots_can_be_copied_and_given_more_room(params):
     _, alone = run(params, prompts[jnp.array([1, 0, 1, 1])], range(4))
     np.testing.assert_array_equal(out.tokens, alone.tokens)
     np.testing.assert_allclose(out.log_prob, alone.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_prompt_is_copied_in_place(params, dtype):
+    """Slot 1's tokens to slots 0 and 3: those two have what slot 1 has, the others what they had, and not even one slot's room
+    is allocated."""
+    slots, capacity, columns = 4, 64, 16
+    cache = init_cache(CONFIG, slots, capacity, dtype)
+    counts = jnp.array([3, 9, 5, 2], jnp.int32)
+    cache = extend(CONFIG, params, cache, random_prompts(9, slots, 9), counts, jnp.ones(slots, bool))
+    want = take_slots(cache, jnp.array([1, 1, 2, 1], jnp.int32), capacity)
+    given = jnp.array([1, 1, 0], jnp.int32), jnp.array([0, 3, slots], jnp.int32)  # the last row is padding
+    memory = copy_slots.lower(cache, *given, columns).compile().memory_analysis()
+    size = sum(x.nbytes for x in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes == size and memory.temp_size_in_bytes < size / slots
+    found = copy_slots(cache, *given, columns)
+    np.testing.assert_array_equal(found.lengths, want.lengths)
+    np.testing.assert_array_equal(found.hidden, want.hidden)
+    for slot, count in enumerate(want.lengths.tolist()):
+        for ours, theirs in zip(jax.tree.leaves(found.layers), jax.tree.leaves(want.layers), strict=True):
+            axis = ours.shape[1:].index(capacity)
+            np.testing.assert_array_equal(*(jnp.take(x[slot], jnp.arange(count), axis) for x in (ours, theirs)))
 
 
 def test_members_of_a_sweep_are_mapped_over(params, max_traces):
