@@ -11,7 +11,7 @@ from epo_jax.models.rope import SCALINGS
 _FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 # The value that each key must have, where it is there and not null, for the decoder to compute what the model was trained as.
-_ONLY = {"hidden_act": "silu", "quantization_config": None}
+_ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0, "is_causal": True}
 
 
 def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
@@ -35,6 +35,8 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     family = stated.get("model_type") if isinstance(stated, dict) else None
     if family not in _FAMILIES:
         raise UserError(f"{path}: model_type={family!r} is not supported; choose a model of type {' or '.join(_FAMILIES)}.")
+    if stated.get("sliding_window", 0) is None:  # as good as switched off
+        stated["use_sliding_window"] = False
     stated = {key: value for key, value in stated.items() if value is not None}
     for key, only in _ONLY.items():
         if stated.get(key, only) != only:
@@ -52,6 +54,9 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}.")
+    head_dim = size("head_dim", 128 if family == "qwen3" else width // heads)
+    if head_dim % 2 or ("head_dim" not in stated and family != "qwen3" and width % heads):
+        raise UserError(f"{path}: hidden_size={width} and num_attention_heads={heads} give no even head_dim; state it.")
     theta, scaling = _rope(path, stated)
     attention_bias = family != "qwen2" and bool(stated.get("attention_bias", False))
     return DecoderConfig(
@@ -60,7 +65,7 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
         num_layers=size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=size("head_dim", 128 if family == "qwen3" else width // heads),
+        head_dim=head_dim,
         d_ff=size("intermediate_size"),
         rope_theta=positive("rope_theta", float, theta),
         norm_eps=positive("rms_norm_eps", float, stated.get("rms_norm_eps", 1e-6)),
@@ -79,27 +84,39 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
 
 def _rope(path: Path, stated: dict) -> tuple:
     """(theta as it stands, scaling), from rope_theta and rope_scaling or, since transformers 5, from rope_parameters."""
-    theta, scaling = stated.get("rope_theta", 10_000.0), {}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = stated.get(key, {})
-        if not isinstance(rope, dict):
-            raise UserError(f"{path}: {key}={rope!r} is not a table of settings; download it again.")
-        rope = {name: value for name, value in rope.items() if value is not None}
-        theta = rope.pop("rope_theta", theta)
-        kind = rope.pop("type", None)
-        kind = rope.pop("rope_type", kind) or "default"
-        reads = SCALINGS.get(kind)
-        if "original_max_position_embeddings" in (reads or {}) and "max_position_embeddings" in stated:
-            rope.setdefault("original_max_position_embeddings", stated["max_position_embeddings"])
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in rope.values())
-        if reads is None or not numbers or rope.keys() - reads or any(v is ... and k not in rope for k, v in reads.items()):
-            raise UserError(
-                f"{path}: {key}={stated[key]!r} is not supported (rotary positions of type {', '.join(SCALINGS)} with their "
-                "own settings are); choose another model."
-            )
-        if kind != "default":
-            scaling = {"rope_type": kind, **rope}
-    return theta, tuple(sorted(scaling.items()))
+    found = [_rope_of_table(path, stated, key) for key in ("rope_scaling", "rope_parameters") if stated.get(key)]
+    if found[1:] and found[0] != found[1]:
+        raise UserError(f"{path}: rope_scaling and rope_parameters disagree; keep the one that the model was made with.")
+    return found[0] if found else (stated.get("rope_theta", 10_000.0), ())
+
+
+def _rope_of_table(path: Path, stated: dict, key: str) -> tuple:
+    def refused(why: str):
+        return UserError(f"{path}: {key}={stated[key]!r} is not supported ({why}); choose another model.")
+
+    if not isinstance(stated[key], dict):
+        raise refused("it must be a table of settings")
+    rope = {name: value for name, value in stated[key].items() if value is not None}
+    theta = rope.pop("rope_theta", stated.get("rope_theta", 10_000.0))
+    kind = rope.pop("type", None)
+    kind = rope.pop("rope_type", kind) or "default"
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    reads = SCALINGS.get(kind) if isinstance(kind, str) else None
+    length = "original_max_position_embeddings"
+    if length in (reads or {}):
+        # In the table, beside it, or else the length that the model has.
+        beside = stated.get(length, rope.get(length, stated.get("max_position_embeddings")))
+        if beside is not None and rope.setdefault(length, beside) != beside:
+            raise refused(f"{length}={beside} beside it says something else")
+    if reads is None or rope.keys() - reads or any(v is ... and k not in rope for k, v in reads.items()):
+        raise refused(f"rotary positions of type {', '.join(SCALINGS)} with their own settings are")
+    for name, value in rope.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            raise refused(f"{name} must be a positive number")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise refused("low_freq_factor must be below high_freq_factor")
+    return theta, () if kind == "default" else tuple(sorted({"rope_type": kind, **rope}.items()))
 
 
 def _windows(path: Path, stated: dict, size) -> tuple[int, ...]:
@@ -145,6 +162,7 @@ def write_config(folder: Path, config: DecoderConfig, more: dict | None = None) 
         stated |= {
             "use_sliding_window": True,
             "sliding_window": max(config.windows),
+            "max_window_layers": next(layer for layer, window in enumerate(config.windows) if window),
             "layer_types": ["sliding_attention" if window else "full_attention" for window in config.windows],
         }
     write_atomically(Path(folder) / "config.json", json.dumps(stated | (more or {}), indent=2) + "\n")

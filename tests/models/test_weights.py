@@ -30,6 +30,12 @@ LLAMA = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }  # fmt: skip
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 160}
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
 
 def tensors(stated):
     """A checkpoint of random tensors, with names and shapes as transformers writes them."""
@@ -240,6 +246,16 @@ def test_transformers_and_we_read_each_others_config(tmp_path):
         ({"rope_scaling": {"rope_type": "linear", "factor": "four"}}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "mscale": 1.0}}, "rope_scaling"),
         ({"rope_scaling": [4.0]}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "factor must be a positive number"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_scaling"),
+        ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor must be below"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "disagree"),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 32}, "=32 beside it says something else"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"head_dim": 7}, "give no even head_dim"),
+        ({"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5}, "give no even head_dim"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters"),
         ({"hidden_size": None}, "hidden_size=None"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5"),
@@ -251,6 +267,57 @@ def test_another_architecture_is_refused_by_file_and_key(tmp_path, change, culpr
     (tmp_path / "config.json").write_text(json.dumps(QWEN | change))
     with pytest.raises(UserError, match="config.json: .*" + culprit):
         hf_config.read_config(tmp_path, "float32", "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "theta", "scaling"),
+    [
+        ({}, 500.0, {}),
+        ({"rope_theta": None}, 10_000.0, {}),  # what transformers takes where it is not given
+        ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 7.0}}, 7.0, {}),
+        ({"rope_scaling": YARN}, 500.0, YARN),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 500.0, YARN | {"original_max_position_embeddings": 640}),
+        ({"rope_parameters": YARN | {"rope_theta": 7.0}}, 7.0, YARN),
+        ({"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 500.0}}, 500.0, YARN),
+        ({"rope_scaling": YARN, "original_max_position_embeddings": 160}, 500.0, YARN),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 1.0}}, 500.0,
+         {"rope_type": "linear", "factor": 2}),
+        ({"rope_parameters": LLAMA3_ROPE}, 500.0, LLAMA3_ROPE),
+    ],
+)  # fmt: skip
+def test_rotary_positions_in_either_spelling(tmp_path, change, theta, scaling):
+    """As transformers reads the same file; its own reading is the reference where it reads the file at all."""
+    stated = {key: value for key, value in (QWEN | {"hidden_size": H * d} | change).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    config = hf_config.read_config(tmp_path, "float32", "none")
+    assert (config.rope_theta, dict(config.rope_scaling)) == (theta, scaling)
+    if not ({"rope_scaling", "rope_parameters"} <= change.keys()):
+        theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(tmp_path).rope_parameters
+        kept = {key: value for key, value in theirs.items() if key not in ("type", "partial_rotary_factor")}
+        assert kept == {"rope_type": "default", "rope_theta": theta} | scaling
+
+
+@pytest.mark.parametrize(
+    ("change", "windows"),
+    [
+        ({"use_sliding_window": True, "sliding_window": None}, ()),
+        ({"use_sliding_window": False, "sliding_window": 16, "layer_types": ["full_attention"] * L}, ()),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": L}, ()),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, (0, 16)),
+        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}, (16, 0)),
+    ],
+)
+def test_windows_are_those_that_transformers_has(tmp_path, change, windows):
+    stated = QWEN | {"hidden_size": H * d} | change
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    config = hf_config.read_config(tmp_path, "float32", "none")
+    assert config.windows == windows
+    (tmp_path / "again").mkdir()
+    hf_config.write_config(tmp_path / "again", config)
+    for folder in (tmp_path, tmp_path / "again"):
+        theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(folder)
+        sliding = [theirs.sliding_window or 0 if kind == "sliding_attention" else 0 for kind in theirs.layer_types]
+        assert tuple(sliding) == (windows or (0,) * L)
 
 
 @pytest.mark.parametrize("text", [None, "", "[1]", '{"model_type": "qwen2"'])
