@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors.numpy import save_file
 
 from epo_jax.files import write_atomically
 from epo_jax.models.decoder import DecoderConfig, Params, init_params
-from epo_jax.models.weights import projection_module
+from epo_jax.models.weights import projection_module, save_tensors
 
 _MARK = "_lora_"
 
@@ -58,8 +57,8 @@ def save_adapters(folder: Path, config: DecoderConfig, adapters: Params, base: s
         for which in "ab":
             for layer, array in enumerate(np.asarray(adapters["layers"][f"{name}{_MARK}{which}"], np.float32)):
                 module = f"base_model.model.model.layers.{layer}.{projection_module(name)}"
-                tensors[f"{module}.lora_{which.upper()}.weight"] = np.ascontiguousarray(array.T)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                tensors[f"{module}.lora_{which.upper()}.weight"] = array.T
+    save_tensors(folder / "adapter_model.safetensors", tensors)
     stated = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +44,13 @@ class ChatTokenizer:
     Control tokens are those that frame a turn: they are in the frame, end a turn, or pad. All others are text.
 
     Attributes:
-        named: control tokens that the frame does not show (pad, beginning of a text).
+        roles: control tokens that the frame may not show: {"pad": ..., "bos": ...}, where there are such.
         folder, files: where the model's own files are, and which; none for a tokenizer that was trained here.
     """
 
     backend: tokenizers.Tokenizer
     frame: ChatFrame
-    named: tuple[str, ...] = ()
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
     files: tuple[str, ...] = ()
 
@@ -63,6 +63,11 @@ class ChatTokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """All tokens that end a turn, the template's first."""
         return tuple(self.backend.token_to_id(token) for token in (self.frame.stop, *self.frame.stops))
+
+    @property
+    def role_ids(self) -> dict[str, int]:
+        """The ids of `roles`."""
+        return {role: self.backend.token_to_id(token) for role, token in self.roles.items()}
 
     @property
     def vocab_size(self) -> int:
@@ -118,7 +123,7 @@ class ChatTokenizer:
     @functools.cached_property
     def _control(self) -> frozenset[str]:
         contents = [token.content for token in self._added.values()]
-        return control_tokens(self.frame, contents) | (frozenset(self.named) - TAGS)
+        return control_tokens(self.frame, contents) | (frozenset(self.roles.values()) - TAGS)
 
     @functools.cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -191,7 +196,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: str = "") ->
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return ChatTokenizer(backend, ChatFrame(head="", reply=_AGENT, between="", stop=_END), (_PAD,))
+    return ChatTokenizer(backend, ChatFrame(head="", reply=_AGENT, between="", stop=_END), {"pad": _PAD})
 
 
 def compose_embedding(embedding: np.ndarray, tokenizer: ChatTokenizer, seed: int) -> np.ndarray:

@@ -18,8 +18,8 @@ _FILES = (
 _TOGETHER = "copy both files from the same folder"
 
 
-def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, tuple[str, ...], Path, tuple[str, ...]]:
-    """(tokenizer, frame, pad and beginning-of-text tokens, folder, the model's own files there).
+def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, dict[str, str], Path, tuple[str, ...]]:
+    """(tokenizer, frame, pad and beginning-of-text tokens by role, folder, the model's own files there).
 
     The frame is the one that a run stored, or else that of the chat template.
 
@@ -37,7 +37,7 @@ def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, tuple[str, ...]
     for token in (frame.stop, *frame.stops):
         if backend.token_to_id(token) is None:
             raise UserError(f"{stored} names the stop token {token!r}, which {folder / 'tokenizer.json'} lacks; {_TOGETHER}.")
-    return backend, frame, _named(folder, backend, "pad_token", "bos_token"), folder, files
+    return backend, frame, _named(folder, backend, "pad", "bos"), folder, files
 
 
 def _reason(error: Exception) -> str:
@@ -91,7 +91,7 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
                     f"files place it; {_TOGETHER}."
                 )
     # Named tokens that the vocabulary holds as text: transformers takes them for special ones.
-    named = _named(folder, backend, "eos_token", "bos_token", "pad_token", "unk_token")
+    named = _named(folder, backend, "eos", "bos", "pad", "unk").values()
     backend.add_special_tokens([token for token in named if token not in _added(backend)])
     return backend
 
@@ -117,17 +117,17 @@ def _added(backend: tokenizers.Tokenizer) -> set[str]:
     return {token.content for token in backend.get_added_tokens_decoder().values()}
 
 
-def _named(folder: Path, backend: tokenizers.Tokenizer, *roles: str) -> tuple[str, ...]:
+def _named(folder: Path, backend: tokenizers.Tokenizer, *roles: str) -> dict[str, str]:
     """The tokens that the folder's files name for these roles, as far as the vocabulary has them."""
     stated = _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
-    tokens = [stated.get(role) for role in roles]
-    tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
-    return tuple(token for token in tokens if isinstance(token, str) and backend.token_to_id(token) is not None)
+    tokens = {role: stated.get(f"{role}_token") for role in roles}
+    tokens = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    return {role: token for role, token in tokens.items() if isinstance(token, str) and backend.token_to_id(token) is not None}
 
 
 def _ends(folder: Path, backend: tokenizers.Tokenizer) -> set[str]:
     """The tokens that the model's files name as ends of a turn."""
-    ends = set(_named(folder, backend, "eos_token"))
+    ends = set(_named(folder, backend, "eos").values())
     for path in (folder / "generation_config.json", folder / "config.json"):
         ids = _settings(path).get("eos_token_id")
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]

@@ -177,8 +177,10 @@ def _equal(left, right) -> bool:
     return all(np.array_equal(left[i : min(i + 4096, rows)], right[i : min(i + 4096, rows)]) for i in starts)
 
 
-def save_params(folder: Path, config: DecoderConfig, params: Params, more: dict | None = None) -> None:
-    """Writes config.json and the weights in float32, which `load_params` and transformers read.
+def save_params(
+    folder: Path, config: DecoderConfig, params: Params, more: dict | None = None, dtype: str = "float32"
+) -> None:
+    """Writes config.json and the weights in `dtype`, which `load_params` and transformers read.
 
     `params` are without adapters (`lora.merge`); `more` keys go into config.json.
     """
@@ -191,31 +193,38 @@ def save_params(folder: Path, config: DecoderConfig, params: Params, more: dict 
         return np.asarray(array) if layer is None else np.asarray(array[layer]).T
 
     sizes = {name: array.size if layer is None else array.size // config.num_layers for name, (array, layer) in sources.items()}
-    write_tensors(folder, sizes, tensor)
-    write_config(folder, config, more)
+    write_tensors(folder, sizes, tensor, dtype)
+    write_config(folder, config, {"torch_dtype": dtype} | (more or {}))
 
 
-def write_tensors(folder: Path, sizes: dict[str, int], tensor: Callable[[str], np.ndarray]) -> None:
-    """Writes `tensor(name)` for each name of `sizes` (numbers of elements) in float32, in files of at most SHARD_BYTES."""
-    folder = Path(folder)
+def write_tensors(folder: Path, sizes: dict[str, int], tensor: Callable[[str], np.ndarray], dtype: str = "float32") -> None:
+    """Writes `tensor(name)` for each name of `sizes` (numbers of elements) in `dtype`, in files of at most SHARD_BYTES."""
+    folder, dtype = Path(folder), jnp.dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     shards, room = [], 0
     for name, size in sizes.items():
-        if not shards or 4 * size > room:
+        if not shards or dtype.itemsize * size > room:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(name)
-        room -= 4 * size
+        room -= dtype.itemsize * size
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # save_file writes the memory behind an array and takes no notice of strides; transformers insists on the metadata.
-        tensors = {name: np.ascontiguousarray(tensor(name), np.float32) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, {name: np.asarray(tensor(name), dtype) for name in names})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": 4 * sum(sizes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": dtype.itemsize * sum(sizes.values())}, "weight_map": weight_map}
         write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file with the permissions of any new file; safetensors alone makes it readable to its owner only."""
+    file.touch()
+    mode = file.stat().st_mode
+    # save_file writes the memory behind an array and takes no notice of strides; transformers insists on the metadata.
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _weight_map(folder: Path) -> tuple[Path, dict[str, Path]]:

@@ -179,5 +179,5 @@ def test_a_frame_survives_saving(models, tmp_path):
     for name, (ours, _) in models.items():
         ours.save(tmp_path / name)
         again = load_tokenizer(tmp_path / name)
-        assert again.frame == ours.frame and again.stop_ids == ours.stop_ids and again.named == ours.named
+        assert again.frame == ours.frame and again.stop_ids == ours.stop_ids and again.roles == ours.roles
         assert again.first("a <|im_end|> b") == ours.first("a <|im_end|> b")
