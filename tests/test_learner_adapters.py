@@ -11,7 +11,7 @@ from epo_jax.learner import make_train_step
 from epo_jax.models import lora
 from epo_jax.models.decoder import Lora
 from epo_jax.train_state import init_state
-from tests import tiny
+from tests import rounding, tiny
 
 LORA = Lora(2, 6.0)
 
@@ -46,7 +46,10 @@ def test_adapters_get_the_chain_rule_of_the_full_gradient(adapted, batch):
     """At B = 0: dL/dB = alpha / rank * A^T dL/dW, and nothing else moves."""
     before, after, metrics = adapted["own"]
     full, full_metrics = tiny.first_update(*tiny.learner("ppo+epo", kl="k3"), batch)
-    np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], rtol=1e-5)
+    # Whitened advantages cancel in the policy's part; the entropy's and the divergence's are smaller than these.
+    size = max(full_metrics["advantage_max"], -full_metrics["advantage_min"])
+    atol = rounding.bound(batch.policy_mask.sum(), size)
+    np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], rtol=0, atol=atol)
     found = gradient(after.opt_state)["layers"]
     moved = 0.0
     for name in LORA.targets:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from epo_jax.optim import OptimConfig
-from tests import tiny
+from tests import rounding, tiny
 from tests.objectives import transcription
 
 STEPS, MINIS = 3, 2
@@ -54,9 +54,12 @@ def test_three_steps_of_ppo_with_a_critic_written_out_in_float64():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
         assert metrics["updates"] == MINIS and metrics["skipped_updates"] == 0
     assert metrics["clip_fraction"] > 0 and metrics["value_clip_fraction"] > 0 and metrics["outside_corridor"] > 0
-    for start, want, found, atol in zip(begun, (actor, judge), (state.params, state.critic), (2e-5, 1e-4), strict=True):
+    for start, want, found, most in zip(begun, (actor, judge), (state.params, state.critic), (2e-5, 1e-4), strict=True):
         assert np.median(np.abs(want.vector - start)) > 1e-3
-        np.testing.assert_allclose(ravel_pytree(found)[0], want.vector, atol=atol)
+        off = np.abs(ravel_pytree(found)[0] - want.vector)
+        assert np.quantile(off, 0.998) < most
+        # Adam divides by a gradient's size: where the tokens' gradients cancel, it magnifies their rounding.
+        assert (off < rounding.bound(batch.policy_mask[0].sum(), 1.0) * want.reach + rounding.EPS * np.abs(want.vector)).all()
 
 
 def written_out(trajectories, batch, reference, actor, judge, past, step, config, hyper):

@@ -105,12 +105,15 @@ def critic():
 
 
 class AdamW:
-    """The optimiser written out in float64, for all parameters as one `vector`."""
+    """The optimiser written out in float64, for all parameters as one `vector`.
+
+    `reach`: by how much each parameter moves for an error in its gradients of the size of the largest one.
+    """
 
     def __init__(self, params, clip_norm: float):
         start, self.unravel = ravel_pytree(params)
         self.vector, self.clip_norm = np.asarray(start, np.float64), clip_norm
-        self.first, self.second, self.updates = 0.0, 0.0, 0
+        self.first, self.second, self.updates, self.reach = 0.0, 0.0, 0, 0.0
 
     def params(self):
         return self.unravel(jnp.asarray(self.vector, jnp.float32))
@@ -122,7 +125,9 @@ class AdamW:
         gradient *= min(1.0, self.clip_norm / norm)
         self.updates += 1
         self.first, self.second = 0.9 * self.first + 0.1 * gradient, 0.999 * self.second + 0.001 * gradient**2
-        scaled = self.first / (1 - 0.9**self.updates) / (np.sqrt(self.second / (1 - 0.999**self.updates)) + 1e-8)
+        root = np.sqrt(self.second / (1 - 0.999**self.updates)) + 1e-8
+        scaled = self.first / (1 - 0.9**self.updates) / root
+        self.reach += rate * np.abs(gradient).max() / root
         self.vector = self.vector * (1 - rate * 0.01) - rate * scaled
         return norm
 

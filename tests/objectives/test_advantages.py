@@ -7,6 +7,7 @@ from epo_jax.objectives import advantages, released
 from epo_jax.objectives.loss import estimate
 from epo_jax.objectives.registry import ESTIMATORS
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
+from tests import rounding
 from tests.objectives import transcription
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_of, pack, trajectories
 
@@ -166,8 +167,12 @@ def test_every_estimator_under_vmap_over_coefficients_is_a_loop(estimator):
     members = [Hyper(*(jnp.float32(x * scale) for x in base)) for scale in (0.5, 0.8, 1.1)]
     mapped = jax.vmap(lambda hyper: estimate_(batch, hyper, settings))(jax.tree.map(lambda *x: jnp.stack(x), *members))
     for m, hyper in enumerate(members):
-        alone = estimate_(batch, hyper, settings)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[m], b, rtol=1e-4, atol=1e-5), mapped, alone)  # noqa: B023
+        alone, atol = estimate_(batch, hyper, settings), 1e-5
+        if estimator == "grpo":
+            # The returns 2, 2, 2 of a group differ only by their divergences, by which GRPO divides what rounding leaves.
+            returns = [alone.returns[(batch.trajectory == i) & (batch.policy_mask > 0)][0] for i in range(3, 6)]
+            atol = rounding.bound(3, max(returns)) / np.std(returns, ddof=1)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[m], b, rtol=1e-4, atol=atol), mapped, alone)  # noqa: B023
     assert np.abs(mapped.advantage[0] - mapped.advantage[2]).max() > 1e-3
 
 
