@@ -1,8 +1,9 @@
 """The same run on one process and on several, all on this machine: what they learn must agree.
 
     python -m benchmarks.hosts                      # 1, 2 and 4 processes
-    python -m benchmarks.hosts --processes 1 2 --config=configs/alfworld.py:smoke
+    python -m benchmarks.hosts --processes 1 2 --config=configs/alfworld.py:smoke --config.train.rows_tokens=1024
 
+Other options than these go to epo_jax.main.
 Each count trains two RL steps in a folder of its own, its processes on loopback with a CPU device each. Prints the seconds and
 the largest difference of a parameter from that of the first count.
 """
@@ -15,20 +16,21 @@ from pathlib import Path
 
 from tests.processes import Processes, apart, learnt
 
+# Adam divides by the size of a gradient, and so makes much of the rounding of one that is nearly 0.
+OPTIONS = "--config.optim.lr=3e-4", "--config.warm_start.steps=3"
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--config", default="tests/toy_sweep.py:single")
-    # Adam divides by the size of a gradient, and so makes much of the rounding of one that is nearly 0.
-    parser.add_argument("--options", nargs="*", default=["--config.optim.lr=3e-4", "--config.warm_start.steps=3"])
-    chosen = parser.parse_args()
+    chosen, options = parser.parse_known_args()
     first = None
     for count in chosen.processes:
         with tempfile.TemporaryDirectory() as name:
             folder, started = Path(name), time.perf_counter()
             command = ("-m", "epo_jax.main", f"--config={chosen.config}", f"--workdir={folder / 'run'}", "--config.train.steps=2")
-            with Processes(count, folder, *command, *chosen.options) as running:
+            with Processes(count, folder, *command, *OPTIONS, *options) as running:
                 if any(running.codes(3600)):
                     sys.exit(running.said(0))
             seconds, params = time.perf_counter() - started, learnt(folder / "run", 2)

@@ -10,6 +10,7 @@ each of them runs the same command and plays its share (epo_jax/hosts.py).
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from epo_jax.metrics import Outcome, Row, evaluation_row, evaluation_table, plai
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.prompting import RolloutConfig, rollout_config
-from epo_jax.rollout import Episode, collect
+from epo_jax.rollout import Episode, check_devices, collect
 from epo_jax.trajectory import Trajectory
 
 
@@ -57,7 +58,11 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
     task_ids = {split: [task["id"] for task in tasks[split]] for split in tasks}
     hosts.agree("config and tasks", [config.to_dict(), task_ids, sampling, seed, options.samples])
     # A run may have been trained on more devices than there are here.
-    devices = mesh.make_mesh(**config.mesh.to_dict()) if rest else mesh.make_mesh()
+    devices, settings = mesh.make_mesh(**config.mesh.to_dict()) if rest else mesh.make_mesh(), rollout_config(config)
+    if rest:
+        check_devices(settings.devices)
+    else:
+        settings = dataclasses.replace(settings, devices=min(settings.devices, jax.local_device_count()))
     policy = load(options.checkpoint, options.step, config, devices)
     mesh.check(devices, policy.model, config.train.rows_tokens)
     rows = []
@@ -65,7 +70,7 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
         for split in tasks:
             row, _ = evaluate(
                 split, tasks[split], policy.step, pool, policy.tokenizer, policy.model, policy.params,
-                rollout_config(config), seed=seed, samples=options.samples, **sampling,
+                settings, seed=seed, samples=options.samples, **sampling,
             )  # fmt: skip
             rows.append(row)
             print(evaluation_table(row), flush=True)

@@ -25,7 +25,7 @@ from epo_jax.evaluate import evaluate
 from epo_jax.folders import decoder_of_run, fit_vocabulary, load_pretrained
 from epo_jax.learner import batch_shardings, make_train_step
 from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
-from epo_jax.models import lora
+from epo_jax.models import attention, lora
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
 from epo_jax.objectives import registry
@@ -61,6 +61,8 @@ def train(command: Command) -> None:
     profile_first, profile_end = profiling.window(command.flags.profile_steps, config.train.steps)
     objective, hyper = objective_and_hyper(config)
     devices = mesh.make_mesh(**config.mesh.to_dict())
+    rollout.check_devices(config.rollout.devices)
+    attention.check_rows(config.train.rows_tokens)
     checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
     if config.checkpoint.folder and not command.resume:
         checkpoint.refuse_used(checkpoints)
@@ -132,6 +134,7 @@ def train(command: Command) -> None:
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(EnvPool(config.env.name, env_options, config.env.workers))
         stop = stack.enter_context(StopRequest())
+        profile = stack.enter_context(profiling.Profile(workdir / "profile", profile_first, profile_end))
         if hosts.is_first():
             writer = stack.enter_context(MetricWriter(workdir, first_step, wandb_run))
             log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
@@ -182,8 +185,7 @@ def train(command: Command) -> None:
             manager.wait_until_finished()  # from here on a killed run can be resumed
         durations = []
         for step in range(first_step, config.train.steps):
-            if step == profile_first:
-                jax.profiler.start_trace(workdir / "profile")
+            profile.begin(step)
             started = time.perf_counter()
             sampled, stats = play(step, 0)
             rounds = [sampled]
@@ -212,8 +214,7 @@ def train(command: Command) -> None:
             seconds["wall_seconds"] = wall_seconds()
             counts = {"env_restarts": sum(hosts.gather(pool.restarts)), "rows": int(batch.rows.sum())}
             done = step + 1
-            if done == profile_end:
-                jax.profiler.stop_trace()
+            profile.finish(done)
             durations.append(updated - started)
             if hosts.is_first():
                 row = writer.train(step_row(config, step, rounds, uniform, stats, metrics) | seconds | speeds | counts)

@@ -2,7 +2,9 @@
 TensorBoard's profile plugin, XProf or Perfetto."""
 
 import re
+from pathlib import Path
 
+import jax
 from absl import flags
 
 from epo_jax.errors import UserError
@@ -29,3 +31,36 @@ def window(text: str | None, steps: int) -> tuple[int | None, int | None]:
             "5 and 6."
         )
     return int(match[1]), int(match[2])
+
+
+class Profile:
+    """Writes a trace of steps `first` to `end`, `end` not among them, to `folder`; with (None, None) it does nothing.
+
+    Leaving `with` inside these steps, by a stop or an error, writes what the trace has by then.
+    """
+
+    def __init__(self, folder: Path, first: int | None, end: int | None):
+        self._folder, self._first, self._end = folder, first, end
+        self._under_way = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._under_way:
+            self._stop()
+
+    def begin(self, step: int) -> None:
+        """Call before each step."""
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._under_way = True
+
+    def finish(self, done: int) -> None:
+        """Call after each step, with the number of steps done."""
+        if done == self._end:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._under_way = False
+        jax.profiler.stop_trace()

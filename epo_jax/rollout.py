@@ -25,6 +25,7 @@ from epo_jax import hosts, mesh
 from epo_jax.envs import agent
 from epo_jax.envs.base import Observation, Task
 from epo_jax.envs.pool import EnvPool
+from epo_jax.errors import UserError
 from epo_jax.lane import SMALLEST_LANE, Answer, Lane, Programs, Sampler, Turn
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, unstack
@@ -387,12 +388,23 @@ def collect(
     return _of_all_processes(rollout.trajectories(player), rollout.stats)
 
 
+def check_devices(devices: int) -> None:
+    """Raises UserError unless this process has as many devices as `config.rollout.devices`."""
+    here = jax.local_devices()
+    if devices > len(here):
+        raise UserError(
+            f"config.rollout.devices={devices} cannot be had: this process has {len(here)} {here[0].platform} device"
+            f"{'s' if len(here) > 1 else ''}; choose at most as many."
+        )
+
+
 def _sampled_from(params: Params, model: DecoderConfig, devices: int) -> Params:
     """A run's parameters, unstacked, where this process samples: put together from the mesh of all, or copied to `devices`."""
     params = jax.tree.map(lambda x: x.astype(model.dtype), params)  # before they travel
     if mesh.mesh_of(params) is not None:
         params = mesh.on_this_host(params)
     elif devices > 1:
+        check_devices(devices)
         params = jax.device_put(params, mesh.shardings(mesh.make_mesh(devices, 1, 1, jax.local_devices()), params))
     return unstack(model, params)
 

@@ -48,7 +48,7 @@ from epo_jax.main import (
 )
 from epo_jax.members import make_members_step, member_mesh, stack
 from epo_jax.metrics import MetricWriter, Row, clock, read_rows, seconds_left
-from epo_jax.models import lora, weights
+from epo_jax.models import attention, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_adapters
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
@@ -72,6 +72,7 @@ def run_programs(command: Command) -> None:
     config = command.config
     groups = programs(config)
     refuse_what_members_cannot_share(config)
+    attention.check_rows(config.train.rows_tokens)
     if config.metrics.wandb_project:
         wandb_log.package(config.metrics.wandb_project)
     pretrained = load_pretrained(config) if config.model.path else None

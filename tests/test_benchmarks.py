@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkpoint, decode
+from benchmarks import checkpoint, decode, hosts
+from epo_jax import profiling
+from epo_jax.command import parse
 
 BENCHMARKS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 
@@ -23,6 +25,26 @@ def test_what_checkpoints_cost_is_measured(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["checkpoint", "--rounds=1", "--updates=1", "--rows=4"])
     checkpoint.main()
     assert "% of a step of" in capsys.readouterr().out
+
+
+def test_hosts_passes_other_options_on(monkeypatch):
+    """Those of the command line after its own, so that they win."""
+    given = []
+
+    class Refused(Exception):
+        pass
+
+    def processes(count, folder, *command):
+        given.extend(command)
+        raise Refused
+
+    monkeypatch.setattr(hosts, "Processes", processes)
+    options = ["--config.optim.lr=1e-4", "--config.env.workers=2"]
+    monkeypatch.setattr("sys.argv", ["hosts", "--processes", "1", "--config=configs/alfworld.py:smoke", *options])
+    with pytest.raises(Refused):
+        hosts.main()
+    assert given[2] == "--config=configs/alfworld.py:smoke" and given[-2:] == options
+    assert parse(["main", *given[2:]], profiling.define_flag).config.optim.lr == 1e-4
 
 
 def test_decode_is_held_against_its_bound(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Evaluation plays a fixed split whole, in a run and as a command."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from epo_jax import checkpoint, mesh
 from epo_jax import evaluate as command
 from epo_jax import main as program
-from epo_jax.command import write_config
+from epo_jax.command import read_config, write_config
 from epo_jax.envs import toy
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
@@ -113,6 +114,17 @@ def test_a_run_folder_is_played_as_the_run_itself_would(folders, tmp_path, capsy
     jax.tree.map(np.testing.assert_array_equal, older.params, first)
 
 
+def test_a_run_that_sampled_on_more_devices_is_played_on_those_there_are(folders, tmp_path):
+    runs, more = folders[0], tmp_path / "more"
+    shutil.copytree(runs, more)
+    config = read_config(runs)
+    config.rollout.devices = 9
+    write_config(config, more)
+    options = "--temperature=0", "--split=valid_unseen"
+    (row,), (want,) = (scores(tmp_path, f"--checkpoint={folder}", *options)["splits"] for folder in (more, runs))
+    assert without_seconds(row) == without_seconds(want)
+
+
 def test_a_model_folder_is_played_in_the_environment_of_a_config(folders, tmp_path, capsys):
     """Greedy: the same episodes as the run's checkpoint, all plays of a game alike."""
     runs, published, *_ = folders
@@ -146,6 +158,7 @@ def test_two_processes_find_what_one_does(folders, tmp_path):
         (0, ["--split=test"], "'test'"),
         (0, ["--samples=0"], "positive whole number"),
         (0, ["--temperature=-1"], "temperature"),
+        (1, ["--config=tests/toy_sweep.py:single", "--config.rollout.devices=9"], "config.rollout.devices=9 cannot be had"),
         (0, ["--config.seed=1"], "--config must be given"),
         (0, ["--stepp=3"], "stepp"),
         (0, ["--processes=2"], "--coordinator is missing"),

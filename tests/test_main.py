@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.kill import without_times
 from epo_jax import main as program
+from epo_jax import mesh, sweep
 from epo_jax.config import base_config
 from epo_jax.errors import UserError
 
@@ -147,6 +148,7 @@ def test_rounds_that_replace_uniform_groups_play_other_episodes():
         (["--config.algo.name=sarsa"], "sarsa"),
         (["--config.algo.name=grpo+epoch"], "epoch"),
         (["--config.model.path=/no/such/folder"], "/no/such/folder"),
+        (["--config.rollout.devices=9"], "config.rollout.devices=9 cannot be had: this process has 8 cpu devices"),
         (["--profile_steps=1"], "--profile_steps=1 must be FIRST:END"),
         (["--profile_steps=1:1"], "--profile_steps=1:1 must be FIRST:END"),
         (["--profile_steps=1:3"], "config.train.steps"),
@@ -158,6 +160,14 @@ def test_bad_config_is_refused_before_anything_is_written(tmp_path, arguments, c
         program.main(["main", "--config=configs/alfworld.py:smoke", f"--workdir={workdir}", *arguments])
     assert "\n" not in str(refusal.value)
     assert not workdir.exists()
+
+
+def test_rows_that_a_tpu_cannot_attend_to_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(mesh, "platform", lambda: "tpu")
+    for module, config in ((program, "configs/alfworld.py:smoke"), (sweep, "tests/toy_sweep.py")):
+        with pytest.raises(UserError, match=r"config.train.rows_tokens=1000 must be a multiple of 128 on TPUs.*choose 1024\."):
+            module.main(["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.train.rows_tokens=1000"])
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_exit_code_is_2_and_the_answer_one_line(tmp_path):

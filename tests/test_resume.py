@@ -83,9 +83,10 @@ def test_asked_to_stop_between_rollout_and_update_and_at_the_end_of_a_step(alone
     for where, name, call, steps in ((rollout, "choose_groups", 2, 1), (MetricWriter, "train", 1, 2)):
         with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"{steps} RL steps done and saved.*--resume"):
             patch.setattr(where, name, asked(getattr(where, name), call))
-            run(folder, *(() if folder.exists() else ARGUMENTS))
+            run(folder, *(("--resume",) if folder.exists() else (*ARGUMENTS, "--profile_steps=0:3")))
         assert signal.getsignal(signal.SIGTERM) == before
         assert "ask again to end at once" in capfd.readouterr().err
+        assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1  # what the first stop cut short
     run(folder)
     assert kill.differences(kill.ending(folder), alone) == []
 

@@ -15,10 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from epo_jax import mesh
+from epo_jax.errors import UserError
 
 # What attention gives its backward pass, by the name that a rematerialisation policy knows it under: output and normaliser.
 # Queries, keys and values are larger together, and quickly made again.
 SAVED = "attention"
+
+TPU_ROWS = 128
 
 _MASKED = -1e30
 
@@ -37,6 +40,15 @@ def packed_attention(
     return attend(q, k, v, segment_ids)
 
 
+def check_rows(tokens: int) -> None:
+    """Raises UserError for rows of packed tokens, `config.train.rows_tokens`, that the platform's kernel cannot take."""
+    if mesh.platform() == "tpu" and tokens % TPU_ROWS:
+        raise UserError(
+            f"config.train.rows_tokens={tokens} must be a multiple of {TPU_ROWS} on TPUs, in whose registers attention works; "
+            f"choose {-(-tokens // TPU_ROWS) * TPU_ROWS}."
+        )
+
+
 def gpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Array, "B T H d"]:
     """cuDNN's flash attention, which knows half precision only; float32 goes through XLA."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
@@ -48,7 +60,7 @@ def gpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Arra
 
 
 def tpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Array, "B T H d"]:
-    """Splash attention; rows must be a multiple of 128 tokens."""
+    """Splash attention; rows must be a multiple of TPU_ROWS tokens."""
     t, h = q.shape[1:3]
     shape = (t, t)
     band = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)

@@ -1,5 +1,6 @@
 """Each platform's attention against the definition, written out with a mask over all pairs."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from epo_jax.errors import UserError
 from epo_jax.models import attention
 
 WINDOWS = pytest.mark.parametrize("window", [None, 40])
@@ -71,6 +73,17 @@ def test_tpu_attention_means_the_same(monkeypatch, window):
     inputs, segments, _ = problem(128, d=64)
     found = attention.tpu_attention(*inputs, segments, window)
     np.testing.assert_allclose(found, dense(*inputs, segments, window), rtol=1e-3, atol=1e-4)
+
+
+def test_tpus_take_rows_of_whole_registers(monkeypatch):
+    for platform, refused in (("cpu", ()), ("gpu", ()), ("tpu", (64, 200))):
+        monkeypatch.setattr(attention.mesh, "platform", lambda platform=platform: platform)
+        for tokens in (64, 128, 200, 384):
+            with pytest.raises(UserError, match=f"={tokens} must be") if tokens in refused else contextlib.nullcontext():
+                attention.check_rows(tokens)
+    inputs, segments, _ = problem(200, d=64)
+    with pytest.raises((ValueError, NotImplementedError)):
+        jax.eval_shape(attention.tpu_attention, *inputs, segments)
 
 
 @WINDOWS
