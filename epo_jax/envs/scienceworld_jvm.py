@@ -148,6 +148,7 @@ class Simulator:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.process.stdin.close()  # py4j's threads close the pipe that they read
 
 
 class Episode:

