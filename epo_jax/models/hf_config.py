@@ -150,6 +150,7 @@ def write_config(folder: Path, config: DecoderConfig, more: dict | None = None) 
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,  # LlamaConfig's default is 1
         "torch_dtype": "float32",
     }
     if config.rope_scaling:
