@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from epo_jax.errors import UserError
+from epo_jax import versions
+from epo_jax.errors import UserError, explain, keep_traceback
+from epo_jax.files import expand_user
 from epo_jax.models.decoder import Params
 from epo_jax.train_state import TrainState
 
@@ -40,7 +42,10 @@ def place(workdir: Path, folder: str = "") -> epath.Path:
     Raises:
         UserError: this installation cannot reach a bucket.
     """
-    where = epath.Path(folder or Path(workdir).absolute() / "checkpoints")
+    if "://" not in folder:
+        folder = expand_user(folder, "config.checkpoint.folder") if folder else Path(workdir) / "checkpoints"
+        return epath.Path(folder.absolute())
+    where = epath.Path(folder)
     try:
         where.exists()
     except ImportError as error:
@@ -97,11 +102,11 @@ def newest(where: epath.Path) -> int | None:
 def _manager(where: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     try:
         return ocp.CheckpointManager(where, item_names=("state", "progress"), options=options)
-    except ValueError:  # it looks at the success of each
+    except Exception as error:  # Orbax raises many kinds; it reads the success of each checkpoint
         for rank in sorted(where.glob("*/metrics/metrics")):
             if not rank.read_text().rstrip().endswith("}"):
-                raise _unreadable(rank.parent.parent, f"{rank} is damaged") from None
-        raise
+                raise _unreadable(where, rank.parent.parent, ValueError(f"{rank} is damaged")) from error
+        raise _unreadable(where, where, error) from error
 
 
 BEGINNING = Progress()
@@ -115,7 +120,7 @@ def save(
     Args:
         success: of its policy, by which it is ranked.
     """
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict()))
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress._asdict()))
     manager.save(int(state.step), args=items, metrics={"success": success})
 
 
@@ -129,9 +134,16 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None =
     Raises:
         UserError: there is none, or it cannot be read as a state of this config.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    found = _read(manager, step, state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
-    return found["state"], Progress(**found["progress"])
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    folder = _folder(manager, step)
+    stored = _stored(folder)
+    missing = [name for name in versions.STATE_ADDED if jax.tree.leaves(getattr(like, name)) and not _below(stored, name)]
+    old = like._replace(**dict.fromkeys(missing, {}))
+    _check_shapes(folder, stored, old)
+    found = _read(folder, manager, state=_arguments(old), progress=ocp.args.JsonRestore())
+    added = {name: versions.STATE_ADDED[name](getattr(like, name)) for name in missing}
+    progress = {name: value for name, value in found["progress"].items() if name in Progress._fields}
+    return found["state"]._replace(**added), Progress(**progress)
 
 
 def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step: int | None = None) -> dict[str, Params]:
@@ -145,11 +157,19 @@ def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
-    how = ocp.checkpoint_utils.construct_restore_args(wanted)
-    return _read(manager, step, state=ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True))["state"]
+    folder = _folder(manager, step)
+    _check_shapes(folder, _stored(folder), wanted)
+    return _read(folder, manager, state=_arguments(wanted))["state"]
 
 
-def _read(manager: ocp.CheckpointManager, step: int | None, **items):
+def _arguments(like) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+    )
+
+
+def _folder(manager: ocp.CheckpointManager, step: int | None) -> epath.Path:
+    """The folder of the newest checkpoint, or of that of `step`. Raises UserError if there is none."""
     step = manager.latest_step() if step is None else step
     if step is None:
         raise UserError(f"{manager.directory} holds no checkpoint; let the run take its first step.")
@@ -159,12 +179,50 @@ def _read(manager: ocp.CheckpointManager, step: int | None, **items):
         raise UserError(f"{folder} is not there; choose from the checkpoints of the steps {held}.")
     if (folder / "default").exists():
         raise UserError(f"{folder} was written by an earlier version, whose checkpoints are not read; begin a new run.")
+    return folder
+
+
+def _stored(folder: epath.Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of the state in a checkpoint, by its dotted name."""
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as error:  # Orbax raises many kinds; to the user they are one
-        reason = str(error).strip().splitlines()
-        raise _unreadable(folder, f"{type(error).__name__}: {reason[0][:200] if reason else 'no message'}") from error
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+    except Exception as error:
+        raise _unreadable(folder.parent, folder, error) from error
 
 
-def _unreadable(folder: epath.Path, reason: str) -> UserError:
-    return UserError(f"The checkpoint {folder} cannot be read ({reason}); delete that folder to resume from an older one.")
+def _name(path) -> str:
+    """opt_state.1.0.mu.embedding, of a path in a pytree."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _below(names, field: str) -> list[str]:
+    return [name for name in names if name == field or name.startswith(f"{field}.")]
+
+
+def _check_shapes(folder: epath.Path, stored: dict[str, tuple[int, ...]], like) -> None:
+    """Raises UserError unless the checkpoint has every array of `like`, in its shape."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        name = _name(path)
+        if stored.get(name) != tuple(leaf.shape):
+            has = f"of shape {list(stored[name])}" if name in stored else "missing"
+            raise UserError(
+                f"{folder}: the state's {name} is {has}, but this config needs one of shape {list(leaf.shape)}; use the config "
+                "that the checkpoint was written with."
+            )
+
+
+def _read(folder: epath.Path, manager: ocp.CheckpointManager, **items):
+    try:
+        return manager.restore(int(folder.name), args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax raises many kinds
+        raise _unreadable(folder.parent, folder, error) from error
+
+
+def _unreadable(where: epath.Path, folder: epath.Path, error: Exception) -> UserError:
+    """The sentence for an error that reading `folder` among the checkpoints in `where` ended in; the traceback goes to a log."""
+    log = keep_traceback(error, Path(where).parent if where.name == "checkpoints" and where.exists() else None)
+    advice = f"if it is damaged, put a copy back, or move it out of {where} to go on from the one before"
+    what = explain(error, advice)
+    return UserError(f"The checkpoint {folder} cannot be read {what} (nothing was changed; traceback in {log}).")

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from epo_jax import lock
+from epo_jax import lock, versions
 from epo_jax.config import base_config, flatten, validate
 from epo_jax.errors import Stopped, UserError
 from epo_jax.files import expand_user, write_atomically
@@ -134,15 +134,13 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
         )
     workdir = expand_user(values.workdir, "--workdir")
     check_workdir(workdir, values.resume)
-    config = values.config
-    if config is None:
-        if not values.resume:
-            raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
-        config = read_config(workdir)
+    if values.config is None and not values.resume:
+        raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
+    saved = read_config(workdir) if values.resume else None
+    config = saved if values.config is None else values.config
     refuse_other_program(config, sweep)
     validate(config)
-    if values.resume:
-        saved = read_config(workdir)
+    if saved is not None:
         refuse_other_program(saved, sweep, f"--workdir={workdir}")
         _check_same_run(config, saved)
     return Command(config, workdir, values.resume, values)
@@ -223,29 +221,31 @@ def open_workdir(command: Command) -> None:
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `workdir`/config.json: every key, with overrides applied."""
-    write_atomically(Path(workdir) / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    """Writes `workdir`/config.json: the version of the format and every key, with overrides applied."""
+    content = {"version": versions.VERSION, **config.to_dict()}
+    write_atomically(Path(workdir) / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`, locked and validated.
+    """The config of the run in `workdir`, locked and validated; an earlier version's as this one would have written it.
 
     Raises:
-      UserError: the file is missing, is not JSON, or has keys or types that this version does not know.
+      UserError: the file is missing, is not JSON, was written by a later version, or has other keys or types than its version.
     """
     path = Path(workdir) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         sweep = content.pop("sweep", None)
-        saved = flatten(content)
+        saved, told = saved_keys(content)
         config = base_config(saved["env.name"], **_env_options(saved)).lock()
     except FileNotFoundError:
         raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{path} cannot be read as the config of a run; restore it or begin a new run.") from None
-    known = flatten(config)
-    for key in known.keys() ^ saved.keys():
-        raise UserError(f"{path} was written by another version: config.{key} differs; begin a new run.")
+    for sentence in told:
+        print(f"{path}: {sentence}", file=sys.stderr)
     for key, value in saved.items():
         section, _, leaf = key.rpartition(".")
         try:
@@ -257,6 +257,24 @@ def read_config(workdir: Path) -> ConfigDict:
         with config.unlocked():
             config.sweep = ConfigDict(tuples(sweep))
     return config
+
+
+def saved_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The keys of a config.json without its section sweep, by dotted name, as this version has them, and what to tell the user.
+
+    Raises:
+      UserError: the rest of a sentence about the file.
+    """
+    version = content.get("version", 1)
+    if not isinstance(version, int) or not 1 <= version <= versions.VERSION:
+        raise UserError(f"has version {version!r} of the format, and this installation reads 1 to {versions.VERSION}; update it.")
+    saved, told = versions.upgrade(flatten(content), version)
+    known = flatten(base_config(saved["env.name"], **_env_options(saved)))
+    for key in sorted(known.keys() - saved.keys()):
+        raise UserError(f"lacks config.{key}; restore it or begin a new run.")
+    for key in sorted(saved.keys() - known.keys()):
+        raise UserError(f"has config.{key}, which is not a key; restore it or begin a new run.")
+    return saved, told
 
 
 def tuples(value: Any) -> Any:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from epo_jax import versions
 from epo_jax.command import RESUME_MAY_CHANGE, ArgumentParser, check_output, run, write_output
 from epo_jax.config import flatten
 from epo_jax.errors import UserError
@@ -110,10 +111,11 @@ def read_run(folder: Path, name: str, coefficients: dict[str, Any], arm: str | N
     if not metrics and not evaluations:
         raise UserError(f"{folder} has no metrics.jsonl or eval.jsonl with rows; name the folder of a run or of a sweep.")
     try:
-        config = flatten(json.loads((folder / "config.json").read_text(encoding="utf-8"))) | coefficients
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = versions.upgrade(flatten(content), content.get("version", 1))[0] | coefficients
     except FileNotFoundError:
         config = coefficients
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         raise UserError(f"{folder / 'config.json'} cannot be read as the config of a run; restore it or take it away.") from None
     return Run(name, arm, config, metrics, evaluations, read_rows(folder / "trajectories.jsonl"))
 

@@ -31,7 +31,7 @@ from epo_jax import checkpoint, figures, flops, lock, prompting, rollout, wandb_
 from epo_jax.command import Command, open_workdir, parse, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import Stopped, UserError
+from epo_jax.errors import Stopped, UserError, explain
 from epo_jax.evaluate import episodes_of, row_of
 from epo_jax.files import write_atomically
 from epo_jax.folders import fit_vocabulary, load_pretrained
@@ -152,9 +152,8 @@ def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) ->
         try:
             params = weights.load_params(folder, model)
         except UserError as error:
-            raise UserError(
-                f"The weights in {folder} cannot be read ({error}); delete that folder, and they are made again."
-            ) from None
+            what = explain(error, "move that folder away, and the warm start is made again")
+            raise UserError(f"The weights in {folder} cannot be read {what}.") from error
     elif demonstrations:
         print(f"seed {seed}:", end=" ")
         # The weights that are cloned are given away; pretrained ones are needed again.

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from epo_jax import checkpoint, mesh
+from epo_jax import checkpoint, mesh, versions
 from epo_jax.errors import UserError
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.objectives.loss import ObjectiveConfig
@@ -83,6 +83,63 @@ def test_a_bucket_that_cannot_be_reached_is_refused_with_what_to_install(monkeyp
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"checkpoint.folder=gs://bucket/run.*pip install 'etils\[epath-gcs\]'"):
         checkpoint.place("run", "gs://bucket/run")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(24, "Too many open files"), r"Too many open files\); raise the limit on open files \(ulimit -n"),
+        (PermissionError(13, "Permission denied"), r"Permission denied\); give this user the permission"),
+        (OSError(116, "Stale file handle"), r"Stale file handle\); check that the file system or the network answers"),
+        (ValueError("UNAVAILABLE: HTTP response code: 503"), r"503\); check that the file system or the network"),
+        (MemoryError(), r"\(MemoryError\); free memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3 bytes"), "RESOURCE_EXHAUSTED.*free memory"),
+        (KeyError("embedding"), r"KeyError: 'embedding'\); if it is damaged, put a copy back, or move it out of .*checkpoints"),
+    ],
+)
+def test_a_restore_that_fails_names_the_true_error_and_keeps_the_traceback(tmp_path, monkeypatch, error, told):
+    def failing(*_, **__):
+        try:
+            raise error
+        except Exception as inner:  # as Orbax does
+            raise ValueError("Failed to restore item `state`") from inner
+
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+        checkpoint.save(manager, make_state(0))
+        manager.wait_until_finished()
+        monkeypatch.setattr(manager, "restore", failing)
+        with pytest.raises(UserError, match=told) as refusal:
+            checkpoint.restore(manager, make_state(0))
+    sentence = str(refusal.value)
+    assert "\n" not in sentence and "delete" not in sentence and f"traceback in {tmp_path}/errors.log" in sentence
+    log = (tmp_path / "errors.log").read_text()
+    assert "in failing" in log and type(error).__name__ in log
+
+
+def test_a_state_of_another_shape_is_named(tmp_path):
+    """The array, both shapes; and what the config needs but the checkpoint lacks."""
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+        checkpoint.save(manager, make_state(0, critic=False))
+        manager.wait_until_finished()
+        other = make_state(0, critic=False)
+        longer = other.history._replace(values=jnp.zeros((9, 1)))
+        with pytest.raises(UserError, match=r"history.values is of shape \[5, 1\], but this config needs .* \[9, 1\]"):
+            checkpoint.restore(manager, other._replace(history=longer))
+        with pytest.raises(UserError, match=r"critic.decoder.embedding is missing"):
+            checkpoint.restore(manager, make_state(0, critic=True))
+
+
+def test_a_field_that_an_earlier_version_did_not_have_is_filled_in(tmp_path, monkeypatch):
+    state = make_state(0)
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+        checkpoint.save(manager, state._replace(kl_scale={}))
+        manager.wait_until_finished()
+        with pytest.raises(UserError, match="kl_scale is missing"):
+            checkpoint.restore(manager, state)
+        monkeypatch.setitem(versions.STATE_ADDED, "kl_scale", lambda like: jnp.full(like.shape, 3.0, like.dtype))
+        restored, _ = checkpoint.restore(manager, state)
+    assert restored.kl_scale == 3.0
+    jax.tree.map(np.testing.assert_array_equal, state.params, restored.params)
 
 
 def test_no_checkpoint_and_a_torn_one_are_refused(tmp_path):

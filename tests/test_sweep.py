@@ -152,7 +152,7 @@ def test_a_sweep_killed_after_its_warm_starts_keeps_them(swept, going, tmp_path,
     for member in going:
         np.testing.assert_array_equal(params(again / "members" / member.name), params(member))
     (again / "warm_start" / "seed1" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"weights in .*seed1 cannot be read .*; delete that folder"):
+    with pytest.raises(UserError, match=r"weights in .*seed1 cannot be read .*; move that folder away"):
         sweep.main(["sweep", f"--workdir={again}", "--resume"])
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworld_rooms
 from epo_jax.envs.alfworld_env import AlfworldEnv
 from epo_jax.envs.base import SPLITS, Demonstration, Task, from_fields
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, explain
 
 HINTS = ("none", "admissible")
 INDEX_VERSION = 1
@@ -70,8 +70,9 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
     try:
         index = json.loads(path.read_text())
         return [{**task, "file": str(root / task["file"])} for task in index[split]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the index {path} is damaged; delete its folder and it is made again.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = explain(error, f"move {path.parent} away and it is made again")
+        raise UserError(f"the index {path} cannot be read {what}.") from None
 
 
 def make_env(options: dict[str, Any]) -> AlfworldEnv:
@@ -189,8 +190,8 @@ def _solvable(path: Path) -> bool:
     """Whether the file says so; it is read, not parsed, as there are thousands."""
     try:
         return re.search(rb'"solvable"\s*:\s*true', path.read_bytes()) is not None
-    except OSError:
-        return False
+    except OSError as error:  # a game that is skipped now would be missing from the index for good
+        raise UserError(f"{path} cannot be read {explain(error, 'restore the data')}.") from None
 
 
 # ---------------------------------------------------------------------------------------------- generated data

@@ -222,7 +222,7 @@ def compiled(content: bytes, cache: str) -> dict[str, Any]:
     except (UserError, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # the translator exits the process on some malformed problems
-        raise UserError(f"{type(error).__name__}: {error}; restore or delete it.") from None
+        raise UserError(f"{type(error).__name__}: {error}; restore the data.") from None
     write_atomically(target, zlib.compress(json.dumps(made).encode()))
     return made
 

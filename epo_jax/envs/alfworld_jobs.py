@@ -18,7 +18,7 @@ from typing import Any
 from epo_jax.envs import alfworld_engine, alfworld_games, experts
 from epo_jax.envs.alfworld_env import AlfworldEnv
 from epo_jax.envs.base import Observation, to_fields
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, explain
 
 # ---------------------------------------------------------------------------------------------- the parent's side
 
@@ -127,8 +127,8 @@ def _goal(game_file: str) -> experts.Goal:
         params = data["pddl_params"]
         target = params["parent_target"] or params["toggle_target"]
         return experts.Goal(data["task_type"], params["object_target"].lower(), target.lower())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is missing or damaged; restore it, or delete its folder.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read {explain(error, 'restore the data')}.") from None
 
 
 def _recite(walkthrough) -> experts.Moves:

@@ -15,7 +15,7 @@ import tokenizers
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, explain
 from epo_jax.files import expand_user
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.hf_config import write_config
@@ -101,7 +101,7 @@ def _read(parts: list[Path]) -> tuple[Any, dict[str, Any]]:
             place, count = _value(reader, "split.no", 0), _value(reader, "split.count", 1)
         except (ValueError, OSError, IndexError, KeyError) as error:
             advice = "download it again, or take a file of another quantization"
-            raise UserError(f"{part} cannot be read as GGUF ({error}); {advice}.") from error
+            raise UserError(f"{part} cannot be read as GGUF {explain(error, advice)}.") from error
         if (place, max(count, 1)) != (number, len(parts)):
             raise UserError(
                 f"{part} is part {place + 1} of {count} of a model, but its name says {number + 1} of {len(parts)}; give the "

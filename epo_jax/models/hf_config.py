@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, explain
 from epo_jax.files import write_atomically
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.rope import SCALINGS
@@ -31,7 +31,7 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     except FileNotFoundError:
         raise UserError(f"{path} is missing, so {folder} is not a Hugging Face model folder.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); download it again.") from error
+        raise UserError(f"{path} cannot be read as JSON {explain(error, 'download it again')}.") from error
     family = stated.get("model_type") if isinstance(stated, dict) else None
     if family not in _FAMILIES:
         raise UserError(f"{path}: model_type={family!r} is not supported; choose a model of type {' or '.join(_FAMILIES)}.")

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, explain
 from epo_jax.files import write_atomically
 from epo_jax.models.decoder import PROJECTIONS, DecoderConfig, Params, init_params
 from epo_jax.models.hf_config import write_config
@@ -238,7 +238,8 @@ def _weight_map(folder: Path) -> tuple[Path, dict[str, Path]]:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return index, {name: folder / file for name, file in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read as the index of a sharded model; download it again.") from error
+        what = explain(error, "download it again")
+        raise UserError(f"{index} cannot be read as the index of a sharded model {what}.") from error
 
 
 def _open(file: Path) -> safe_open:
@@ -246,4 +247,4 @@ def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors ({error}); download it again.") from error
+        raise UserError(f"{file} cannot be read as safetensors {explain(error, 'download it again')}.") from error
