@@ -13,6 +13,15 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# What conftest.py sets for the tests' own process: a command of its own says what it needs of these.
+_OF_CONFTEST = "--xla_force_host_platform_device_count=", "--xla_backend_optimization_level="
+
+
+def xla_flags(*own: str) -> str:
+    """XLA_FLAGS for a command: those that the tests were called with, such as a CPU's instructions, and its own."""
+    return " ".join([*(x for x in os.environ.get("XLA_FLAGS", "").split() if not x.startswith(_OF_CONFTEST)), *own])
+
+
 class Processes:
     """A command of Python as `count` processes with so many devices each, killed at the end of `with`; what process i says goes
     to `folder`/said.i.
@@ -28,7 +37,7 @@ class Processes:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         # What counts is the time to compile.
-        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        flags = xla_flags("--xla_backend_optimization_level=0", f"--xla_force_host_platform_device_count={devices}")
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         self.files = [folder / f"said.{i}" for i in range(count)]
         self.each = []

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import xla_flags
+
 ROOT = Path(__file__).parents[1]
 TOOLS = ("bash", "cat", "cksum", "date", "dirname", "env", "mkdir", "rm", "chmod", "ln")
 
@@ -17,7 +19,7 @@ case "$*" in
   *ensurepip*) exit ${NO_VENV:-0} ;;
   --version) echo Python 3.11.0 ;;
   "-m venv .venv") mkdir -p .venv/bin; ln -s "$0" .venv/bin/python; ln -s "$0" .venv/bin/ruff ;;
-  *) echo "$*" >>calls; if [[ "$*" == *"$FAIL_ON"* && -n "$FAIL_ON" ]]; then exit 1; fi ;;
+  *) echo "$*" >>calls; echo "$XLA_FLAGS" >flags; if [[ "$*" == *"$FAIL_ON"* && -n "$FAIL_ON" ]]; then exit 1; fi ;;
 esac
 """
 
@@ -56,6 +58,39 @@ def test_test_installs_then_lints_then_tests(clone):
     made = calls(clone)
     assert "-r requirements.txt" in made[0] and "--editable ." in made[1]
     assert made[2:] == ["check .", "-m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile -k wilson"]
+
+
+def test_numerics_runs_tests_that_are_there_with_the_instructions_of_an_old_cpu(clone):
+    """Flags that are set already come after, and so win."""
+    assert launch(clone, "numerics", "-x", HOSTTYPE="x86_64", XLA_FLAGS="--xla_cpu_max_isa=AVX2").returncode == 0
+    flags, command = (clone / "flags").read_text().strip(), calls(clone)[-1].split()
+    assert flags == "--xla_cpu_max_isa=SSE4_2 --xla_cpu_max_isa=AVX2"
+    assert command[:5] == "-m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile".split() and command[-1] == "-x"
+    assert len(command) > 10 and all((ROOT / path).exists() for path in command[5:-1])
+
+
+def test_numerics_is_left_out_on_other_cpus(clone):
+    result = launch(clone, "numerics", HOSTTYPE="aarch64")
+    assert result.returncode == 0 and "this one is aarch64" in result.stdout and "-m pytest" not in " ".join(calls(clone))
+
+
+def test_commands_that_tests_start_are_compiled_for_the_same_cpu(monkeypatch):
+    """conftest.py has added to what it was given; a command takes what was given, and its own."""
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_max_isa=SSE4_2 {os.environ['XLA_FLAGS']}")
+    given = xla_flags("--own")
+    assert given.startswith("--xla_cpu_max_isa=SSE4_2") and given.endswith(" --own")
+    assert "device_count" not in given and "optimization_level" not in given
+
+
+@pytest.mark.parametrize("failing", ["numerics", "test", ""])
+def test_the_job_runs_both_and_fails_with_either(clone, failing):
+    (clone / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", clone / ".ci" / "run")
+    (clone / "launch" / "local").write_text('#!/usr/bin/env bash\necho "$1" >>calls\n[[ "$1" != "$FAIL_ON" ]]\n')
+    done = subprocess.run(
+        [clone / ".ci" / "run"], env={"PATH": str(clone / "bin"), "FAIL_ON": failing}, capture_output=True, text=True, timeout=60
+    )
+    assert calls(clone) == ["numerics", "test"] and (done.returncode != 0) == bool(failing), done.stderr
 
 
 def test_demo_trains_the_laptop_preset_and_tells_where(clone):

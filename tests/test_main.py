@@ -16,10 +16,11 @@ from epo_jax import main as program
 from epo_jax import mesh, sweep
 from epo_jax.config import base_config
 from epo_jax.errors import UserError
+from tests.processes import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 # A command of this test runs on one device, as on a laptop; eight fake ones only cost time here.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": xla_flags(), "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 
 def command(*arguments, **environment):

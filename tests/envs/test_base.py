@@ -12,6 +12,7 @@ import pytest
 from epo_jax.command import read_config
 from epo_jax.envs import base
 from epo_jax.errors import UserError
+from tests.processes import xla_flags
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "environments.md").read_text()
@@ -31,7 +32,8 @@ def guide(tmp_path_factory):
 def run(folder, *arguments, said=""):
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}, input=said, capture_output=True, text=True,
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}, input=said,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
