@@ -28,12 +28,15 @@ def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, dict[str, str],
     """
     stored = folder / "chat_frame.json"
     if stored.exists():
-        frame, files = _stored_frame(stored)
+        frame, own = _stored_frame(stored)
         backend = _backend(folder)
     else:
         pretrained, backend = _pretrained(folder)
-        frame = _frame_of_template(pretrained, backend, folder)
-        files = tuple(name for name in _FILES if (folder / name).is_file())
+        frame, own = _frame_of_template(pretrained, backend, folder), _FILES
+    files = tuple(name for name in _FILES if name in own and (folder / name).is_file())
+    # Of a tokenizer that was saved while it made batches.
+    backend.no_truncation()
+    backend.no_padding()
     for token in (frame.stop, *frame.stops):
         if backend.token_to_id(token) is None:
             raise UserError(f"{stored} names the stop token {token!r}, which {folder / 'tokenizer.json'} lacks; {_TOGETHER}.")

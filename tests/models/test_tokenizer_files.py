@@ -180,6 +180,17 @@ def test_every_end_that_the_model_names_ends_a_turn(folder, file):
     assert load_tokenizer(folder).stop_ids == (tokenizer.stop_id, other)
 
 
+def test_a_tokenizer_that_was_saved_in_batches_cuts_and_pads_nothing(folder):
+    whole = load_tokenizer(folder)
+    change(
+        folder, "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        padding={"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+                 "pad_token": "<|endoftext|>"},
+    )  # fmt: skip
+    assert load_tokenizer(folder).first("take apple 1 from cabinet 3") == whole.first("take apple 1 from cabinet 3")
+
+
 def test_a_named_end_that_the_vocabulary_lacks_does_not_matter_beside_the_templates(folder):
     change(folder, eos_token="</eos>")
     tokenizer = load_tokenizer(folder)
