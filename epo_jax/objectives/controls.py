@@ -180,6 +180,6 @@ def clip_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
 
 def kl_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
     """KL-Cov (arXiv 2505.22617): the `cov_fraction` of tokens with the largest covariance pays `cov_coef` *
-    |log pi - log pi_old|. The arm opens PPO's clip, which this divergence replaces."""
+    |log pi - log pi_old| (`policy.size`). The arm opens PPO's clip, which this divergence replaces."""
     chosen = largest(covariance(rows), rows.policy_mask, hyper.cov_fraction)
     return rows._replace(divergence_weight=rows.weight * chosen * hyper.cov_coef)

@@ -138,7 +138,7 @@ def epo_loss(
         log_ratio, rows.policy_mask, rows.trajectory, rows.turn, *shape, objective.ratio_scope
     )
     surrogate = policy.ppo_surrogate(log_ratio, rows.advantage, hyper.clip_low, hyper.clip_high, hyper.dual_clip)
-    policy_loss = (rows.surrogate_weight * surrogate.loss + rows.divergence_weight * jnp.abs(log_ratio)).sum()
+    policy_loss = (rows.surrogate_weight * surrogate.loss + rows.divergence_weight * policy.size(log_ratio)).sum()
     entropy_loss, penalty = registry.ENTROPY_TERMS[objective.entropy_term](
         token_entropy, rows, smoothing, hyper, objective
     )

@@ -71,6 +71,15 @@ def test_sequence_ratio_is_the_geometric_mean(scope):
             np.testing.assert_allclose(found[same], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_size_of_a_difference_has_no_slope_at_zero():
+    x = jnp.array([-2.0, -1e-3, -1e-6, -0.0, 0.0, 1e-6, 1e-3, 2.0])
+    value, slope = jax.vmap(jax.value_and_grad(policy.size))(x)
+    np.testing.assert_array_equal(value, jnp.abs(x))
+    np.testing.assert_allclose(slope, [-1, -1, -1e-3, 0, 0, 1e-3, 1, 1], rtol=1e-6)
+    of_kl = jax.vmap(jax.grad(lambda log_prob: policy.kl_estimate(log_prob, jnp.zeros(()), "abs")))(x)
+    np.testing.assert_array_equal(of_kl, slope)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_kl_estimates_are_unbiased(kind):
     """The expectation of k1 and k3 under pi is the divergence itself."""
