@@ -130,7 +130,8 @@ def ours(options, naive: bool):
                 jnp.take_along_axis(x, rows.index, axis=1) for x in log_prob_entropy_from_logits(logits, every)
             )
             return -(advantage * log_prob).mean() - 0.01 * entropy.mean()
-        log_prob, entropy = fused_log_prob_entropy(*head_inputs(config, params, rows), rows.label.ravel())
+        hidden, head = head_inputs(config, params, rows)
+        log_prob, entropy = fused_log_prob_entropy(hidden, head.astype(hidden.dtype), rows.label.ravel())
         return -(advantage.ravel() * log_prob).mean() - 0.01 * entropy.mean()
 
     def update(params, opt_state, rows, advantage):

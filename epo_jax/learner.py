@@ -94,7 +94,7 @@ def head_inputs(
     module = bind(model, params)
     hidden = module(rows.tokens, rows.positions, rows.segment_ids)
     chosen = jnp.take_along_axis(hidden, rows.index[..., None], axis=1)
-    head = mesh.at_use("lm_head", module.output_embedding().astype(chosen.dtype))
+    head = mesh.at_use("lm_head", module.output_embedding())
     return mesh.constrain(chosen.reshape(-1, chosen.shape[-1]), mesh.ROWS), head
 
 
@@ -113,9 +113,14 @@ def head_statistics(
     temperature: float,
     top_p: float | None,
 ) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
-    """`fused_log_prob_entropy` of each device's own tokens; gradients of the head are added up once, not chunk by chunk."""
+    """`fused_log_prob_entropy` of each device's own tokens, in the type of `hidden`.
+
+    Gradients of the head are added up over devices once, not chunk by chunk, and in the head's own type: it comes in float32
+    and is rounded here, where each device is alone.
+    """
 
     def own(hidden, head, label):
+        head = head.astype(hidden.dtype)
         return fused_log_prob_entropy(hidden, head, label, temperature, top_p=top_p, unused=model.unused_ids)
 
     flat = mesh.locally(own, (P(mesh.ROWS), P(), P(mesh.ROWS)), P(mesh.ROWS), mesh.ROWS)(hidden, head, label.ravel())
@@ -130,8 +135,12 @@ def head_divergence(
     ref_head: Float[Array, "V D"],
     temperature: float,
 ) -> Float[Array, " N"]:
-    """`fused_full_kl` of each device's own tokens."""
-    own = functools.partial(fused_full_kl, temperature=temperature, unused=model.unused_ids)
+    """`fused_full_kl` of each device's own tokens; heads as in `head_statistics`."""
+
+    def own(hidden, head, ref_hidden, ref_head):
+        head, ref_head = head.astype(hidden.dtype), ref_head.astype(ref_hidden.dtype)
+        return fused_full_kl(hidden, head, ref_hidden, ref_head, temperature, unused=model.unused_ids)
+
     specs = P(mesh.ROWS), P(), P(mesh.ROWS), P()
     return mesh.locally(own, specs, P(mesh.ROWS), mesh.ROWS)(hidden, head, ref_hidden, ref_head)
 

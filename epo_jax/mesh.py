@@ -30,20 +30,20 @@ AXES = ("data", "fsdp", "tensor")
 # The axes that share the rows of a batch, and the slots of a lane.
 ROWS = ("data", "fsdp")
 
-# Name of an array -> the mesh axes of its own axes; the first rule that matches the whole name holds. Moments of an optimiser
-# bear the names of their parameters. Arrays under `layers` have the axis of layers in front.
+# Name of an array -> the mesh axes of its own axes; the first rule that matches the whole name holds. Arrays under `layers` have
+# the axis of layers in front. What is named nowhere is replicated, unless it is a parameter (`spec_of`).
 RULES: tuple[tuple[str, P], ...] = (
     # parameters
     ("embedding|lm_head", P("tensor", "fsdp")),
     ("(q|k|v|gate|up)_proj", P(None, "fsdp", "tensor")),
     ("(o|down)_proj", P(None, "tensor", "fsdp")),
     ("(q|k|v|gate|up)_bias", P(None, "tensor")),
-    ("(q|k|v|gate|up)_proj_lora_a|(o|down)_proj_lora_b", P(None, "fsdp", None)),
+    # adapters are cut as the weight next to them, never along their rank
+    ("(q|k|v|gate|up)_proj_lora_a", P(None, "fsdp", None)),
     ("(q|k|v|gate|up)_proj_lora_b", P(None, None, "tensor")),
     ("(o|down)_proj_lora_a", P(None, "tensor", None)),
+    ("(o|down)_proj_lora_b", P(None, None, "fsdp")),
     ("(o|down)_bias|.*_norm|value", P()),
-    # the rest of TrainState
-    ("step|kl_scale|count|values|observed", P()),
     # TokenBatch
     ("tokens|positions|segment_ids|index|label|policy_mask|trajectory|turn", P(None, ROWS)),
     ("reward|valid|behaviour_log_prob|behaviour_entropy", P(None, ROWS)),
@@ -112,9 +112,20 @@ def rule(name: str) -> P:
 
 
 def spec_of(path: tuple) -> P:
-    """The rule of the array at a key path of `jax.tree_util`: that of the last key which is a name."""
-    keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    return rule(next((key for key in reversed(keys) if isinstance(key, str)), ""))
+    """The mesh axes of the array at a key path of `jax.tree_util`, by the last key that is a name.
+
+    Parameters are entries of dicts, and so is what an optimizer keeps for each of them: optax stores moments in trees of the
+    parameters' form. Any other array is the field of a tuple, replicated unless a rule names it: counts, coefficients.
+
+    Raises:
+        UserError: no rule matches a parameter.
+    """
+    for key in reversed(path):
+        if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str):
+            return rule(key.key)
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            return next((spec for pattern, spec in RULES if re.fullmatch(pattern, key.name)), P())
+    return rule("")
 
 
 def shardings(mesh: Mesh, tree: PyTree, without: str | None = None) -> PyTree[NamedSharding]:
