@@ -82,7 +82,7 @@ def _laptop(config: ConfigDict) -> None:
 def _smoke(config: ConfigDict) -> None:
     config.env.update(
         workers=1,
-        max_turns=3,
+        max_turns=5,
         tasks=("lifespan-longest-lived",),
         train_variations=4,
         valid_seen_variations=2,

@@ -95,7 +95,8 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     config.warm_start = warm_start = ConfigDict()
     warm_start.episodes = 0  # expert episodes cloned before RL; 0 = none
     warm_start.steps = 0  # updates
-    warm_start.batch_tokens = 16384  # tokens of one update
+    warm_start.batch_tokens = 16384  # tokens of one update, on all devices together
+    warm_start.lost = False  # True: also clone the expert episodes that were lost
     warm_start.optimizer = "adamw"  # "muon": orthogonalises the layers' matrices, learns more from the same updates
     warm_start.lr = 1e-5
     warm_start.copies = 0  # renamed versions of each expert episode that are added to it

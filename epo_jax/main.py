@@ -32,7 +32,7 @@ from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 from epo_jax.optim import OptimConfig, stuck
 from epo_jax.stopping import StopRequest
-from epo_jax.train_state import LearnerConfig, abstract_state_on, init_state_on
+from epo_jax.train_state import LearnerConfig, abstract_state_on, init_state_on, state_shardings
 from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
 from epo_jax.trajectory_log import TrajectoryLog
 
@@ -78,6 +78,8 @@ def train(command: Command) -> None:
     else:
         model = decoder_config(config.model)
     mesh.check(devices, model, config.train.rows_tokens)
+    trained = with_adapters(model, config.model) if config.model.lora_rank else model
+    state_shardings(learner_config(config, trained, objective, mesh.row_shards(devices)), devices)  # refuses what it cannot share
     env_options = config.env.to_dict()
     env = environment(config.env.name)
     env.prepare(env_options)
@@ -87,7 +89,12 @@ def train(command: Command) -> None:
     hosts.agree("config and tasks", [config.to_dict(), task_ids])
     print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
     wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict()) if hosts.is_first() else None
-    demonstrations = [] if resumed else expert_demonstrations(config, train_tasks)
+    if not resumed:
+        demonstrations = expert_demonstrations(config, train_tasks)
+        if not config.model.path:
+            tokenizer = own_tokenizer(config, demonstrations)
+            model = fit_vocabulary(model, tokenizer, workdir)
+        shown = expert_trajectories(config, tokenizer, demonstrations)
 
     # ---------------------------------------------------------------- the run folder
     if hosts.is_first():
@@ -100,15 +107,13 @@ def train(command: Command) -> None:
     # ---------------------------------------------------------------- the policy that RL begins with
     if not resumed:
         if not config.model.path:
-            tokenizer = own_tokenizer(config, demonstrations)
-            model = fit_vocabulary(model, tokenizer, workdir)
             params = blank_params(config, model, tokenizer)
             params = mesh.place(params, mesh.shardings(devices, params))
         if hosts.is_first():
             tokenizer.save(workdir / "tokenizer")
         print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
-        if demonstrations:
-            params = clone_experts(config, model, tokenizer, params, demonstrations)
+        if shown:
+            params = clone_experts(config, model, params, shown)
         if config.model.lora_rank:
             model = with_adapters(model, config.model)
             adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
@@ -237,7 +242,12 @@ def train(command: Command) -> None:
 
 
 def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
-    """Expert episodes of tasks drawn by the run's seed, each followed by its renamed copies where they are asked for."""
+    """Expert episodes of tasks drawn by the run's seed, each followed by its renamed copies where they are asked for; lost
+    ones only with `warm_start.lost`.
+
+    Raises:
+        UserError: experts are asked for and there is nothing to clone.
+    """
     settings, env = config.warm_start, environment(config.env.name)
     if not settings.episodes:
         return []
@@ -247,7 +257,49 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
     if times > 1:
         copies = [d for i, d in enumerate(demonstrations) if i % times]
         demonstrations = demonstrations[::times] + rename(copies, config.seed)
-    return demonstrations
+    drawn, missing = len(chosen) * times, len(chosen) * times - len(demonstrations)
+    lost = sum(not d.won for d in demonstrations)
+    kept = demonstrations if settings.lost else [d for d in demonstrations if d.won]
+    told = (
+        f"of {drawn} expert episodes, {missing} do not exist within config.env.max_turns={config.env.max_turns} turns and {lost} "
+        "are lost"
+    )
+    if not kept:
+        clone_lost = ", set config.warm_start.lost=True to clone lost ones," if lost else ""
+        raise UserError(
+            f"config.warm_start.episodes={settings.episodes}: there is nothing to clone: {told}; raise "
+            f"config.env.max_turns{clone_lost} or set config.warm_start.episodes=0 to train without a warm start."
+        )
+    if missing or lost:
+        print(f"warm start: {told}" + ", which are cloned as well (config.warm_start.lost)" * (settings.lost and lost > 0))
+    return kept
+
+
+def expert_trajectories(config, tokenizer: ChatTokenizer, demonstrations: list[Demonstration]) -> list[Trajectory]:
+    """The expert episodes in tokens, those whose contexts all fit in `agent.max_tokens`.
+
+    Raises:
+        UserError: none fits.
+    """
+    play = prompting.rollout_config(config)
+    trajectories = [sft.to_trajectory(d, tokenizer, play) for d in demonstrations]
+    fitting = [t for t in trajectories if t.longest_context <= config.agent.max_tokens]
+    if not demonstrations:
+        return []
+    if not fitting:
+        raise UserError(
+            f"config.agent.max_tokens={config.agent.max_tokens}: none of the {len(trajectories)} expert episodes of the warm "
+            f"start fits, the shortest needs {min(t.longest_context for t in trajectories)} tokens; raise it and "
+            "config.train.rows_tokens, or set config.warm_start.episodes=0."
+        )
+    mean = np.mean([len(t.tokens) for t in fitting])
+    print(
+        f"warm start on {len(fitting)} expert episodes, {mean:.0f} tokens each"
+        + f"; {len(trajectories) - len(fitting)} do not fit in config.agent.max_tokens={config.agent.max_tokens}"
+        * (len(fitting) < len(trajectories)),
+        flush=True,
+    )
+    return fitting
 
 
 def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
@@ -360,26 +412,12 @@ def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.
     return [rollout.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]
 
 
-def clone_experts(config, model, tokenizer, params, demonstrations):
-    """The warm start, with a line now and then; returns the cloned parameters."""
-    settings = config.warm_start
-    play = prompting.rollout_config(config)
-    trajectories = [sft.to_trajectory(d, tokenizer, play) for d in demonstrations]
-    fitting = [t for t in trajectories if t.longest_context <= config.train.rows_tokens]
-    tokens = [len(t.tokens) for t in fitting]
-    print(f"warm start on {len(fitting)} of {len(trajectories)} expert episodes, {np.mean(tokens):.0f} tokens each", flush=True)
-    optim = OptimConfig(
-        settings.lr,
-        settings.steps,
-        weight_decay=config.optim.weight_decay,
-        floor_ratio=0.1,
-        b2=0.98,
-        muon=settings.optimizer == "muon",
-    )
-    shards = mesh.row_shards(mesh.mesh_of(params)) if mesh.mesh_of(params) else 1
-    rows = shards * max(1, settings.batch_tokens // config.train.rows_tokens // shards)
+def clone_experts(config, model: DecoderConfig, params: Params, trajectories: list[Trajectory]) -> Params:
+    """The warm start, with a line now and then; returns the cloned parameters. `params` are donated."""
+    settings, optim = config.warm_start, cloning_optim(config)
+    rows = max(1, settings.batch_tokens // config.train.rows_tokens)
     cloning = sft.warm_start(
-        params, fitting, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed
+        params, trajectories, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed
     )
     started = time.perf_counter()
     for step, (cloned, cross_entropy) in enumerate(cloning, start=1):
@@ -389,6 +427,19 @@ def clone_experts(config, model, tokenizer, params, demonstrations):
             told = f"warm start {step}/{settings.steps}  cross-entropy {cross_entropy:.3f} nats/token  {seconds:.0f} s"
             print(told, flush=True)
     return params
+
+
+def cloning_optim(config) -> OptimConfig:
+    """The optimizer of the warm start."""
+    settings = config.warm_start
+    return OptimConfig(
+        settings.lr,
+        settings.steps,
+        weight_decay=config.optim.weight_decay,
+        floor_ratio=0.1,
+        b2=0.98,
+        muon=settings.optimizer == "muon",
+    )
 
 
 def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:

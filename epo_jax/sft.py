@@ -82,7 +82,7 @@ def cloning_loss(
     answer, action = (
         jnp.zeros_like(follows).at[rows, batch.index].max(x) for x in (batch.policy_mask, batch.policy_mask * batch.valid)
     )
-    head = mesh.at_use("lm_head", module.output_embedding().astype(hidden.dtype))
+    head = mesh.at_use("lm_head", module.output_embedding())
     log_prob, _ = head_statistics(model, hidden.reshape(-1, hidden.shape[-1]), head, labels, 1.0, None)
     prompt = follows * (1.0 - answer)
     on_actions = -(log_prob * action).sum() / jnp.maximum(action.sum(), 1.0)
@@ -118,10 +118,10 @@ def warm_start(
     prompt_weight: float,
     seed: int,
 ) -> Iterator[tuple[Params, float]]:
-    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows (on a mesh, a multiple of
-    its `row_shards`); yields (params, action cross-entropy).
+    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows; yields (params, action cross-entropy).
 
-    The yielded params are donated to the next step: keep only the last.
+    A mesh changes nothing: it gets empty rows too, which weigh nothing, up to a multiple of its `row_shards`. The yielded
+    params are donated to the next step: keep only the last.
     """
     packed = pack(
         trajectories,
@@ -132,13 +132,18 @@ def warm_start(
         contexts_per_row=row_tokens // max(t.longest_context for t in trajectories),
     )
     pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed._replace(rows=None, returns=None, group=None, anchor=None))
-    step = make_cloning_step(model, optim, prompt_weight, mesh.mesh_of(params))
+    number = len(pool.tokens)
+    pool = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), pool)  # the last row is empty
+    on = mesh.mesh_of(params)
+    empty = [number] * (-rows_per_step % (mesh.row_shards(on) if on else 1))
+    step = make_cloning_step(model, optim, prompt_weight, on)
     opt_state = make_optimizer(optim).init(params)
     rng = np.random.default_rng(seed)
     deck = np.zeros(0, np.int64)
     for _ in range(optim.updates):
         while len(deck) < rows_per_step:
-            deck = np.concatenate([deck, rng.permutation(len(pool.tokens))])
+            deck = np.concatenate([deck, rng.permutation(number)])
         chosen, deck = deck[:rows_per_step], deck[rows_per_step:]
-        params, opt_state, cross_entropy = step(params, opt_state, jax.tree.map(lambda x, c=chosen: x[c], pool))
+        rows = np.append(chosen, empty).astype(np.int64)
+        params, opt_state, cross_entropy = step(params, opt_state, jax.tree.map(lambda x, r=rows: x[r], pool))
         yield params, float(cross_entropy)

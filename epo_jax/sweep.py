@@ -40,6 +40,7 @@ from epo_jax.main import (
     blank_params,
     clone_experts,
     expert_demonstrations,
+    expert_trajectories,
     learner_config,
     own_tokenizer,
     step_batch,
@@ -157,7 +158,8 @@ def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) ->
     elif demonstrations:
         print(f"seed {seed}:", end=" ")
         # The weights that are cloned are given away; pretrained ones are needed again.
-        params = clone_experts(config, model, tokenizer, jax.tree.map(jnp.copy, params), demonstrations)
+        shown = expert_trajectories(config, tokenizer, demonstrations)
+        params = clone_experts(config, model, jax.tree.map(jnp.copy, params), shown)
         tokenizer.save(folder)
         weights.save_params(folder, model, params)
     if config.model.lora_rank:

@@ -109,6 +109,7 @@ def test_scienceworld_end_to_end(tmp_path, data):
     done = command("--config=configs/scienceworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}")
     assert done.returncode == 0, done.stderr[-3000:]
     check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
+    assert "warm start on 2 expert episodes" in done.stdout  # gold paths that take more turns than the agent has are none
 
 
 def test_fault_3_members_of_a_group_play_the_same_task_and_a_pass_plays_each_task_once():

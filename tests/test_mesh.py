@@ -8,6 +8,7 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -17,8 +18,13 @@ from epo_jax.errors import UserError
 from epo_jax.learner import batch_shardings, make_train_step
 from epo_jax.main import step_batch
 from epo_jax.models.decoder import DecoderConfig, Lora, init_params
-from epo_jax.train_state import init_state_on, state_shardings
+from epo_jax.models.generate import Cache
+from epo_jax.optim import OptimConfig
+from epo_jax.sft import warm_start
+from epo_jax.train_state import abstract_state, init_state_on, state_shardings
+from epo_jax.trajectory import TokenBatch
 from tests import tiny
+from tests.test_windows import EPISODE_TOKENS, pack_split, split
 
 MODEL = DecoderConfig(40, 16, 1, 8, 4, 4, 32)
 SHAPES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -107,6 +113,16 @@ def test_the_releases_mini_batches_are_those_of_one_device():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), metrics, alone_metrics)
 
 
+def first_moments(opt_state) -> np.ndarray:
+    """After one update, a multiple of the gradient."""
+    moments = [value for _, value in optax.tree_utils.tree_get_all_with_path(opt_state, "mu")]
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(moments)])
+
+
+def batch_of_chats():
+    return tiny.batched(tiny.episodes(0), 1, MICRO_ROWS)
+
+
 def None_mesh():
     return mesh.make_mesh(1, 1, 1)
 
@@ -159,16 +175,110 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted():
     assert metrics["skipped_updates"] == 0.0
 
 
+# Of each of these, everything of a train step that sums over devices: both heads of a full KL, a critic, tied or not, adapters
+# whose rank the devices do not divide; turns in one row or in rows of their own; both optimizers of a config.
+KINDS = {
+    "window": (dict(tie_embeddings=True), dict(critic="own", episode_policy_tokens=EPISODE_TOKENS), True, (8, 1, 1)),
+    "chat": (dict(tie_embeddings=False, lora=Lora(3, 6.0)), dict(critic="lora"), False, (1, 8, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, bound", [("window", "float32", 1e-5), ("window", "bfloat16", 2**-8), ("chat", "bfloat16", 2**-8)]
+)
+def test_an_update_is_that_of_one_device_in_each_type(kind, dtype, bound):
+    """The gradients of policy and critic in one rounding of the type, relative to their norm. XLA aborts the process where it
+    cannot sum bfloat16 over devices."""
+    of_model, of_learner, muon, shape = KINDS[kind]
+    config, hyper = tiny.learner("ppo+epo", MICRO_ROWS, whiten=False)
+    optim = dataclasses.replace(config.optim, lr=1e-3, muon=muon)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(MODEL, dtype=dtype, **of_model), optim=optim, critic_optim=optim, reference=True,
+        objective=dataclasses.replace(config.objective, kl="full"), **of_learner,
+    )  # fmt: skip
+    batch = pack_split([split(t) for t in tiny.episodes(0)], 1, MICRO_ROWS) if kind == "window" else batch_of_chats()
+    found = []
+    for on in (None_mesh(), mesh.make_mesh(*shape), mesh.make_mesh(2, 2, 2)):
+        params = fresh(config.model, jax.random.key(0))
+        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+        placed = mesh.place(batch, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
+        state, metrics = make_train_step(config, on)(state, *placed)
+        assert metrics["skipped_updates"] == 0
+        found.append([first_moments(s) for s in (state.opt_state, state.critic_opt_state)])
+    for together in found[1:]:
+        for alone, gradient in zip(found[0], together, strict=True):
+            assert np.linalg.norm(alone) > 1e-3
+            assert np.linalg.norm(gradient - alone) <= bound * np.linalg.norm(alone)
+
+
+def test_no_rounding_decides_the_sign_of_a_divergence():
+    """Before an update log pi - log pi_old and log pi - log pi_ref are 0 but for rounding, which is another with each split into
+    micro-batches and over devices; KL-Cov's term and that of kl_kind="abs" then have no gradient."""
+    found = []
+    for micro_rows, shape, coef in ((8, (1, 1, 1), 0.0), (8, (1, 1, 1), 1.0), (1, (1, 1, 1), 1.0), (8, (4, 2, 1), 1.0)):
+        config, hyper = tiny.learner("grpo+kl_cov", micro_rows, kl="abs", cov_fraction=0.5, cov_coef=coef, kl_coef=coef)
+        on = mesh.make_mesh(*shape)
+        params = tiny.as_params()
+        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+        batch = tiny.batched(tiny.episodes(0), 1, 8)
+        placed = mesh.place(batch, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
+        found.append(first_moments(make_train_step(config, on)(state, *placed)[0].opt_state))
+    without, *others = found
+    for gradient in others:
+        assert np.linalg.norm(gradient - without) < 1e-2 * np.linalg.norm(without)
+
+
+@pytest.mark.parametrize(
+    "muon, dtype, bound", [(False, "float32", 1e-4), (True, "float32", 1e-4), (True, "bfloat16", 5e-3)], ids=str
+)
+def test_a_warm_start_is_that_of_one_device(muon, dtype, bound):
+    """Three updates of three rows each at a rate of 1e-2, on devices that three rows cannot be shared out to. The gradient of
+    a key's bias is 0 but for rounding, which Adam would make a step of: there is none."""
+    model, found = dataclasses.replace(MODEL, dtype=dtype, tie_embeddings=False, qkv_bias=False), []
+    for on in (None_mesh(), mesh.make_mesh(8, 1, 1), mesh.make_mesh(2, 2, 2)):
+        params = fresh(model, jax.random.key(0))
+        params = jax.device_put(params, mesh.shardings(on, params))
+        optim = OptimConfig(1e-2, 3, muon=muon)
+        *_, (params, cross_entropy) = warm_start(params, tiny.episodes(0), model, optim, ROW, 3, 0.3, 0)
+        found.append((jax.tree.map(np.asarray, params), cross_entropy))
+    start = fresh(model, jax.random.key(0))
+    alone, cross_entropy = found[0]
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), alone, start))) > 1e-2
+    for params, on_mesh in found[1:]:
+        np.testing.assert_allclose(on_mesh, cross_entropy, rtol=bound)
+        apart = jax.tree.map(lambda a, b: np.abs(a - b).mean(), params, alone)
+        assert max(jax.tree.leaves(apart)) < bound * 1e-2 * 3, apart
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 @pytest.mark.parametrize("arm", ["grpo+epo", "ppo+epo"])
 @pytest.mark.parametrize("lora", [None, Lora(2, 4.0)])
-def test_every_array_of_every_state_has_a_rule(arm, lora):
+def test_every_array_of_every_state_has_a_rule(arm, lora, muon):
     config, _ = tiny.learner(arm)
     model = dataclasses.replace(MODEL, lora=lora, tie_embeddings=False, o_bias=True, mlp_bias=True, qk_norm=True)
-    config = dataclasses.replace(config, model=model, reference=True)
+    config = dataclasses.replace(config, model=model, reference=True, optim=dataclasses.replace(config.optim, muon=muon))
     found = state_shardings(config, mesh.make_mesh(2, 2, 2))
-    moments = [s.spec for s in jax.tree.leaves(found.opt_state)]
-    assert moments == [P(), *2 * [s.spec for s in jax.tree.leaves(found.params)], P()]
+    shapes = {name: x.shape for name, x in by_name(abstract_state(config).params).items()}
+    expected = by_name(jax.tree.map(lambda s: s.spec, found.params))
+    moments = by_name(jax.tree.map(lambda s: s.spec, found.opt_state))
+    adams, others = 0, 0
+    for name, spec in moments.items():
+        parameter = next((p for p in expected if name.endswith(p)), None)
+        assert spec == (expected[parameter] if parameter else P()), name
+        adams, others = adams + (parameter is not None), others + (parameter is None)
+    matrices = sum(len(shape) == 3 for shape in shapes.values())
+    assert adams == 2 * len(expected) - muon * matrices and others >= 2  # Muon keeps one moment of a matrix
     assert not (jax.tree.leaves(found.reference) and lora)
+
+
+def by_name(tree) -> dict:
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+
+
+@pytest.mark.parametrize("field", [*TokenBatch._fields, *Cache._fields])
+def test_every_array_of_a_batch_and_of_a_cache_has_a_rule(field):
+    mesh.rule(field)
 
 
 def test_an_array_without_a_rule_is_an_error():

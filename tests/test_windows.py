@@ -32,8 +32,8 @@ def split(trajectory):
     return dataclasses.replace(trajectory, starts=starts)
 
 
-def pack_split(trajectories, mini_batches):
-    return pack(trajectories, 24, 12, tiny.TURNS, mini_batches, 2, None, tiny.TURNS, 2)
+def pack_split(trajectories, mini_batches, rows_multiple=2):
+    return pack(trajectories, 24, 12, tiny.TURNS, mini_batches, rows_multiple, None, tiny.TURNS, 2)
 
 
 def first_metrics(config, hyper, batch):
