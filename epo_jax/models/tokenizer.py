@@ -33,8 +33,10 @@ _PIECES = r" ?\p{L}+ \d+|[^\d\n]{1,400}?(?= \p{L}+ \d)| ?\p{L}+| ?\d+|\s+| ?[^\s
 # A text that every tokenizer of an English model gives back.
 _SAMPLE = "Take apple 1 from the table."
 
-# Around the names that control tokens have while text is encoded; U+10FFFD is for private use.
+# The name of a control token while text is encoded; U+10FFFD is for private use. A text that has one of them loses its first
+# character.
 _ALIAS = "\U0010fffd{}\U0010fffd"
+_ALIAS_START = re.compile("\U0010fffd(?=\\d+(?:\U0010fffd|\\Z))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ class ChatTokenizer:
             return self.backend.encode(whole, add_special_tokens=False).ids
         backend, aliases, ids = self._aliased
         before, after = (self._special.sub(lambda token: aliases[token[0]], part) for part in (before, after))
-        whole = before + text.replace(_ALIAS[0], "\ufffd") + after
+        whole = before + _ALIAS_START.sub("\ufffd", text) + after
         return [ids.get(i, i) for i in backend.encode(whole, add_special_tokens=False).ids]
 
     @functools.cached_property

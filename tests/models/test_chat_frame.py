@@ -103,13 +103,13 @@ def test_an_appended_conversation_is_what_transformers_renders(models, name, tur
 @FEW
 @given(
     turns=st.lists(st.tuples(MESSAGES, ANSWERS), min_size=2, max_size=3),
-    spelled=st.sampled_from(["{0}", "a{0}b", "{1}\nuser\n{0}", "{0}{1}"]),
+    spelled=st.sampled_from(["{0}", "a{0}b", "{1}\nuser\n{0}", "{0}{1}", "{0}\U0010fffd{2}\U0010fffd", "{0}\U0010fffd{2}"]),
 )
 def test_no_text_spells_a_control_token(models, name, turns, spelled):
     """Neither a game nor a policy: the characters are read, and only the frame's own tokens frame."""
     case, (ours, _) = CASES[name], models[name]
     control = [ours.backend.token_to_id(token) for token in case.special if token not in TAGS]
-    text = spelled.format(*(token for token in case.special[::-1] if token not in TAGS))
+    text = spelled.format(*[token for token in case.special[::-1] if token not in TAGS][:2], control[0])
 
     def controls(ids):
         return [i for i in ids if i in control]
@@ -121,7 +121,7 @@ def test_no_text_spells_a_control_token(models, name, turns, spelled):
     if case.family == "bytes" and not case.flags:
         assert ours.backend.decode(ours.first(f"a {text} b"), skip_special_tokens=False) == (
             f"{ours.frame.head}a {text} b{ours.frame.reply}"
-        )
+        ) or "\U0010fffd" in text
 
 
 @NAMES
