@@ -29,7 +29,7 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing, so {folder} is not a Hugging Face model folder.") from None
+        raise UserError(f"{path} is missing, so {folder} is not a Hugging Face model folder{_other(folder)}.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON {explain(error, 'download it again')}.") from error
     family = stated.get("model_type") if isinstance(stated, dict) else None
@@ -50,6 +50,11 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     def size(key: str, default=None) -> int:
         return positive(key, int, stated.get(key, default))
 
+    def flag(key: str) -> bool:
+        if not isinstance(value := stated.get(key, False), bool):
+            raise UserError(f"{path}: {key}={value!r} must be true or false.")
+        return value
+
     width, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -58,7 +63,7 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     if head_dim % 2 or ("head_dim" not in stated and family != "qwen3" and width % heads):
         raise UserError(f"{path}: hidden_size={width} and num_attention_heads={heads} give no even head_dim; state it.")
     theta, scaling = _rope(path, stated)
-    attention_bias = family != "qwen2" and bool(stated.get("attention_bias", False))
+    attention_bias = family != "qwen2" and flag("attention_bias")
     return DecoderConfig(
         vocab_size=size("vocab_size"),
         d_model=width,
@@ -69,17 +74,26 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
         d_ff=size("intermediate_size"),
         rope_theta=positive("rope_theta", float, theta),
         norm_eps=positive("rms_norm_eps", float, stated.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(stated.get("tie_word_embeddings", False)),
+        tie_embeddings=flag("tie_word_embeddings"),
         qkv_bias=attention_bias or family == "qwen2",
         o_bias=attention_bias,
-        mlp_bias=family == "llama" and bool(stated.get("mlp_bias", False)),
+        mlp_bias=family == "llama" and flag("mlp_bias"),
         qk_norm=family == "qwen3",
         rope_scaling=scaling,
-        windows=_windows(path, stated, size) if family != "llama" else (),
+        windows=_windows(path, stated, size) if family != "llama" and flag("use_sliding_window") else (),
         max_positions=size("max_position_embeddings", 2048 if family == "llama" else 32768),
         dtype=dtype,
         remat=remat,
     )
+
+
+def _other(folder: Path) -> str:
+    """What else a folder without config.json may be, as the end of a sentence."""
+    if files := sorted(Path(folder).glob("*.gguf")):
+        return f"; name one of its GGUF files in config.model.path, such as {files[0]}"
+    if (Path(folder) / "adapter_config.json").exists():
+        return "; it holds adapters: merge them into their base model and name the result"
+    return ""
 
 
 def _rope(path: Path, stated: dict) -> tuple:
@@ -122,8 +136,6 @@ def _rope_of_table(path: Path, stated: dict, key: str) -> tuple:
 def _windows(path: Path, stated: dict, size) -> tuple[int, ...]:
     """The window of each layer of a Qwen model, () where none has any."""
     layers = size("num_hidden_layers")
-    if not stated.get("use_sliding_window", False):
-        return ()
     window, full = size("sliding_window", 4096), stated.get("max_window_layers", 28)
     kinds = stated.get("layer_types", ["full_attention" if i < full else "sliding_attention" for i in range(layers)])
     if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:

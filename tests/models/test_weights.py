@@ -254,6 +254,9 @@ def test_transformers_and_we_read_each_others_config(tmp_path):
         ({"rope_scaling": YARN, "original_max_position_embeddings": 32}, "=32 beside it says something else"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"is_causal": False}, "is_causal=False"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+        ({"use_sliding_window": 1}, "use_sliding_window=1 must be true or false"),
+        ({"model_type": "llama", "mlp_bias": "yes"}, "mlp_bias='yes' must be true or false"),
         ({"head_dim": 7}, "give no even head_dim"),
         ({"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5}, "give no even head_dim"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters"),
@@ -325,6 +328,15 @@ def test_a_missing_or_damaged_config_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json"):
+        hf_config.read_config(tmp_path, "float32", "none")
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"), [("model-q8_0.gguf", r"such as .*model-q8_0\.gguf"), ("adapter_config.json", "merge them into")]
+)
+def test_a_folder_of_another_kind_is_refused_with_what_to_name(tmp_path, file, advice):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=f"is not a Hugging Face model folder; .*{advice}"):
         hf_config.read_config(tmp_path, "float32", "none")
 
 
