@@ -206,6 +206,7 @@ def _generate(options: dict[str, Any]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        partial.chmod(target.parent.stat().st_mode & 0o777)  # whoever may read the cache may read the games
         common = {
             "job": "games",
             "root": str(partial / "json_2.1.1"),

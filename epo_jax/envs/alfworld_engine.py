@@ -249,6 +249,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as file:
             file.write(content)
+        os.chmod(file.name, path.parent.stat().st_mode & 0o666)  # whoever may read the folder may read the file
         os.replace(file.name, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free it or set env.data_dir.") from None

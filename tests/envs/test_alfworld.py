@@ -39,7 +39,9 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("data")
+    folder.chmod(0o755)  # a cache that others may read
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,13 @@ def test_preparing_again_changes_nothing(options, data_dir):
     alfworld.prepare(options)
     assert {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")} == before
     assert not list(data_dir.rglob(".partial*"))
+
+
+def test_whoever_may_read_the_cache_may_read_all_of_it(options, data_dir):
+    """Folders and files of the tempfile module are for their owner only."""
+    alfworld.list_tasks("train", options)
+    closed = [path for path in data_dir.rglob("*") if path.stat().st_mode & 0o044 != 0o044]
+    assert closed == []
 
 
 def test_the_number_of_workers_does_not_change_the_games(options, tmp_path):
