@@ -156,12 +156,23 @@ def _pretrained(folder: Path):
 
     try:
         pretrained = AutoTokenizer.from_pretrained(str(folder))
-        return pretrained, backend or pretrained.backend_tokenizer
+        converted = pretrained.backend_tokenizer
     except Exception as error:  # transformers, tokenizers and sentencepiece have no common base
         raise UserError(
             f"No tokenizer can be read from {folder} ({_reason(error)}); a model folder needs tokenizer.json and "
             "tokenizer_config.json."
         ) from error
+    if fast:
+        return pretrained, backend
+    # transformers gives an id of its own making to a token that it expects and does not find.
+    stated = {token.content: i for i, token in _listed(folder)} | converted.get_vocab(with_added_tokens=False)
+    for token in sorted(_added(converted)):
+        if stated.get(token) != converted.token_to_id(token):
+            raise UserError(
+                f"{folder}: no file gives token {token!r} its id; copy tokenizer.json, or a tokenizer_config.json with "
+                "added_tokens_decoder, from the model's publisher."
+            )
+    return pretrained, converted
 
 
 def _frame_of_template(pretrained, backend: tokenizers.Tokenizer, folder: Path) -> ChatFrame:

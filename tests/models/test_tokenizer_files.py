@@ -113,16 +113,22 @@ def test_a_frame_of_an_earlier_version_is_read(folder):
     assert tokenizer.stop_ids == (tokenizer.stop_id,) and tokenizer.frame.rewrites == "" and not tokenizer.files
 
 
-def test_slow_files_are_converted(folder):
-    """vocab.json and merges.txt give the ids of the tokenizer.json that was made of them."""
-    whole = load_tokenizer(folder)
+def make_slow(folder):
+    """Replaces tokenizer.json by vocab.json and merges.txt; returns what tokenizer_config.json lists beside them."""
     stored = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(stored["model"]["vocab"]))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     listed = {str(token["id"]): {"content": token["content"], "special": token["special"]} for token in stored["added_tokens"]}
-    change(folder, tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=listed)
+    change(folder, tokenizer_class="Qwen2Tokenizer")
+    return listed
+
+
+def test_slow_files_are_converted(folder):
+    """vocab.json and merges.txt give the ids of the tokenizer.json that was made of them."""
+    whole = load_tokenizer(folder)
+    change(folder, added_tokens_decoder=make_slow(folder))
     slow = load_tokenizer(folder)
     assert slow.frame == whole.frame and slow.stop_ids == whole.stop_ids and slow.vocab_size == whole.vocab_size
     assert slow.first("take apple from cabinet") == whole.first("take apple from cabinet")
@@ -130,6 +136,16 @@ def test_slow_files_are_converted(folder):
     slow.save(folder.parent / "run")
     shutil.rmtree(folder)
     assert load_tokenizer(folder.parent / "run").first("take apple") == whole.first("take apple")
+
+
+@pytest.mark.parametrize("lost", ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "all"])
+def test_slow_files_that_leave_an_id_open_are_refused(folder, lost):
+    """transformers would make one up, or read the token as text."""
+    listed = make_slow(folder)
+    change(folder, added_tokens_decoder={i: token for i, token in listed.items() if lost not in ("all", token["content"])})
+    with pytest.raises(UserError, match=str(folder)) as refusal:
+        load_tokenizer(folder)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("kept", [(), ("vocab.json",), ("merges.txt",)])
