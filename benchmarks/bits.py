@@ -42,7 +42,7 @@ def differences(model, params, batch, temperature: float) -> tuple[np.ndarray, n
     score, found = jax.jit(policy_statistics, static_argnums=(0, 3)), []
     for mini in range(batch.rows.size):
         for row in range(batch.rows[mini]):
-            one = batch._replace(rows=None, returns=None, group=None, anchor=None)
+            one = batch.by_row()
             one = jax.tree.map(lambda x, at=(mini, row): x[at][None], one)
             log_prob, entropy = score(model, params, Inputs(*(getattr(one, name) for name in Inputs._fields)), temperature)
             apart = log_prob - one.behaviour_log_prob, entropy - one.behaviour_entropy

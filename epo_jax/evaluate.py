@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from epo_jax import hosts, mesh
+from epo_jax import hosts, keys, mesh
 from epo_jax.command import ArgumentParser, check_output, number_type, parse_config, read_config, run, write_output
 from epo_jax.envs.base import SPLITS, Task, environment
 from epo_jax.envs.pool import EnvPool
@@ -100,8 +100,9 @@ def evaluate(
     The sampling key depends on `seed` alone, so two evaluations of the same parameters agree, and the first play of a task
     does not depend on how many follow.
     """
+    key = keys.key(seed, "evaluation")
     trajectories, stats = collect(
-        episodes_of(tasks, samples), pool, tokenizer, model, params, jax.random.key(seed), config, temperature, top_k, top_p
+        episodes_of(tasks, samples), pool, tokenizer, model, params, key, config, temperature, top_k, top_p
     )
     return row_of(split, step, trajectories, stats.seconds), trajectories
 

@@ -86,7 +86,7 @@ def update_flops(config: LearnerConfig, contexts: Iterable[int], policy_tokens: 
     reference = weights + attention + head
     if config.reference:
         total += config.epochs * reference if objective.kl == "full" else reference
-    if objective.truncated_importance or objective.entropy_top_p is not None:
+    if objective.own_old_log_prob or objective.entropy_top_p is not None:
         total += weights + adapters + attention + head
     if config.critic_optim:
         forward = weights + attention + (0.0 if config.critic == "own" else adapters)

@@ -10,9 +10,7 @@
 import argparse
 import sys
 
-import jax
-
-from epo_jax import prompting
+from epo_jax import keys, prompting
 from epo_jax.command import ArgumentParser, number_type, run
 from epo_jax.config import base_config
 from epo_jax.envs import agent
@@ -29,7 +27,7 @@ def main(argv: list[str]) -> None:
     config.model.dtype = options.dtype
     policy = load(options.checkpoint, options.step, config)
     sampler = Sampler(
-        jax.random.key(options.seed), policy.tokenizer.stop_ids, options.temperature, options.top_k, options.top_p,
+        keys.key(options.seed, "evaluation"), policy.tokenizer.stop_ids, options.temperature, options.top_k, options.top_p,
         block=options.max_tokens,
     )  # fmt: skip
     if options.play or options.interactive:

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from epo_jax import mesh
+from epo_jax import keys, mesh
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.value import values
@@ -69,6 +70,29 @@ class Rows(NamedTuple):
 def batch_shardings(on: Mesh) -> TokenBatch:
     """Where each array of a batch lies."""
     return TokenBatch(*(NamedSharding(on, mesh.rule(name)) for name in TokenBatch._fields))
+
+
+def first_epoch(batch: TokenBatch, config: LearnerConfig) -> TokenBatch:
+    """The mini-batches of the first pass over the data, in which every token is once."""
+    if config.epochs == 1 or config.objective.released:
+        return batch
+    count = batch.rows.shape[0] // config.epochs
+    return batch._replace(rows=batch.rows[:count], **{k: x[:count] for k, x in batch.by_row()._asdict().items() if x is not None})
+
+
+def in_every_epoch(tree, batch: TokenBatch, config: LearnerConfig):
+    """Arrays by token of the first epoch, [M, R, P], for the rows of all epochs, [E * M, R, P]: each epoch has the same tokens in
+    other mini-batches and rows."""
+    shape = batch.policy_mask.shape
+    by_epoch = (x.reshape(config.epochs, -1, *shape[1:]) for x in (batch.policy_mask, batch.trajectory, batch.turn))
+    layout = jax.vmap(episode_layout)(*by_epoch)
+    table = batch.returns.size, config.episode_policy_tokens or shape[-1]
+
+    def moved(x: Array) -> Array:
+        laid_out = jnp.zeros(table, x.dtype).at[layout[0][0], layout[1][0]].set(x, mode="drop")
+        return laid_out.at[layout].get(mode="fill", fill_value=0.0).reshape(shape)
+
+    return jax.tree.map(moved, tree)
 
 
 def episode_layout(
@@ -160,6 +184,24 @@ def over_micro_batches(fn: Callable, rows, live: Int[Array, ""], micro_rows: int
     return jax.lax.fori_loop(0, (live + micro_rows - 1) // micro_rows, body, start)
 
 
+def inputs_of(batch: TokenBatch, m: Int[Array, ""]) -> Inputs:
+    """What the models read of mini-batch `m`."""
+    return Inputs(*(x[m] for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
+
+
+def in_rows(fn: Callable, inputs: Inputs, live: Int[Array, ""], micro_rows: int):
+    """`fn(micro_batch) -> [rows, P]`, or a pytree of them, over the live rows of a mini-batch: [R, P], 0 in the other rows."""
+
+    def body(out, micro, i):
+        return jax.tree.map(lambda whole, part: whole.at[i].set(part), out, fn(micro))
+
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[:micro_rows], inputs))
+    zeros = jnp.zeros(inputs.label.shape, jnp.float32)
+    start = jax.tree.map(lambda _: in_micro_batches(zeros, micro_rows), shapes)
+    out = over_micro_batches(body, inputs, live, micro_rows, start)
+    return jax.tree.map(lambda x: x.reshape(inputs.label.shape), out)
+
+
 def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int):
     """(gradient, sums, maxima) of `loss(params, micro_batch) -> (loss, (sums, maxima))` over a mini-batch: gradients and metric
     sums are added up, of metric maxima the largest is kept (-inf where there is no row)."""
@@ -198,6 +240,26 @@ def advantage_statistics(estimated: Estimate) -> Metrics:
     }
 
 
+def gradient_by_slopes(
+    statistics: Callable, loss: Callable, params: Params, rows: Rows, live: Int[Array, ""], micro_rows: int
+):
+    """`summed_gradients` of a loss in which tokens of different rows meet, as where an episode has a mean and its turns lie in
+    many rows: any split into micro-batches gives the same.
+
+    The chain rule in two passes. First `statistics(params, inputs)` of all rows, and the slope of `loss(statistics, rows)` by
+    each of them; then the gradient of each micro-batch's statistics times their slopes. It costs a forward pass more.
+    """
+    whole = in_rows(functools.partial(statistics, params), rows.inputs, live, micro_rows)
+    slopes, (sums, maxima) = jax.grad(loss, has_aux=True)(whole, rows.loss)
+
+    def sloped(params, micro):
+        inputs, slopes = micro
+        return optax.tree.vdot(slopes, statistics(params, inputs)), ({}, {})
+
+    gradient, _, _ = summed_gradients(sloped, params, (rows.inputs, slopes), live, micro_rows)
+    return gradient, sums, maxima
+
+
 TrainStep = Callable[[TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]
 
 
@@ -227,37 +289,29 @@ def step_function(config: LearnerConfig) -> TrainStep:
     plain_model = dataclasses.replace(config.model, lora=None)
 
     def per_policy_token(fn: Callable, batch: TokenBatch):
-        """`fn(micro_batch) -> [rows, P]`, or several of them, over every live row, without gradient: [M, R, P]."""
+        """`fn(micro_batch) -> [rows, P]`, or a pytree of them, over every live row, without gradient: [M, R, P]."""
 
         def one_mini(_, m):
-            inputs = (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)
-            mini = Inputs(*jax.tree.map(lambda x: x[m], inputs))
-
-            def body(out, micro, i):
-                return jax.tree.map(lambda whole, part: whole.at[i].set(part), out, fn(micro))
-
-            shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[:micro_rows], mini))
-            zeros = jnp.zeros(batch.policy_mask.shape[1:], jnp.float32)
-            start = jax.tree.map(lambda _: in_micro_batches(zeros, micro_rows), shapes)
-            return None, over_micro_batches(body, mini, batch.rows[m], micro_rows, start)
+            return None, in_rows(fn, inputs_of(batch, m), batch.rows[m], micro_rows)
 
         _, out = jax.lax.scan(one_mini, None, jnp.arange(batch.rows.shape[0]))
-        return jax.tree.map(lambda x: mesh.constrain(x.reshape(batch.policy_mask.shape)) * batch.policy_mask, out)
+        return jax.tree.map(lambda x: mesh.constrain(x) * batch.policy_mask, out)
 
-    def before_update(state: TrainState, batch: TokenBatch) -> tuple[Float[Array, "M R P"], Float[Array, "M R P"]]:
+    def before_update(state: TrainState, batch: TokenBatch) -> tuple[Float[Array, "M R P"], Float[Array, "M R P"], Metrics]:
         """Log-probability and entropy of the data before this step's updates: what the sampler recorded, or where that
-        will not do (it saw another arithmetic, or the whole distribution) the learner's own."""
+        will not do (it saw another arithmetic, or the whole distribution) the learner's own; and how far the two are apart."""
         log_prob, token_entropy = batch.behaviour_log_prob, batch.behaviour_entropy
-        if objective.truncated_importance or objective.entropy_top_p is not None:
-            own = per_policy_token(
-                lambda micro: policy_statistics(
-                    config.model, state.policy(), micro, config.temperature, objective.entropy_top_p
-                ),
-                batch,
-            )
-            log_prob = own[0] if objective.truncated_importance else log_prob
-            token_entropy = own[1] if objective.entropy_top_p is not None else token_entropy
-        return log_prob, token_entropy
+        if not objective.own_old_log_prob and objective.entropy_top_p is None:
+            return log_prob, token_entropy, {}
+        own = per_policy_token(
+            lambda micro: policy_statistics(config.model, state.policy(), micro, config.temperature, objective.entropy_top_p),
+            batch,
+        )
+        gap = jnp.abs(own[0] - log_prob)
+        metrics = {"sampler_gap_mean": gap.sum() / jnp.maximum(batch.policy_mask.sum(), 1.0), "sampler_gap_max": gap.max()}
+        log_prob = own[0] if objective.own_old_log_prob else log_prob
+        token_entropy = own[1] if objective.entropy_top_p is not None else token_entropy
+        return log_prob, token_entropy, metrics
 
     def reference_policy(state: TrainState) -> tuple[DecoderConfig, Params]:
         return (plain_model, state.base) if config.model.lora else (config.model, state.reference)
@@ -280,7 +334,7 @@ def step_function(config: LearnerConfig) -> TrainStep:
         shape = batch.policy_mask.shape
         by_token = (
             batch.policy_mask, batch.trajectory, batch.turn, batch.reward, batch.valid,
-            data["value"], batch.behaviour_log_prob, data["ref_log_prob"], data["old_entropy"],
+            data["value"], data["old_log_prob"], data["ref_log_prob"], data["old_entropy"],
         )  # fmt: skip
         layout = None
         if config.episode_policy_tokens:
@@ -304,64 +358,81 @@ def step_function(config: LearnerConfig) -> TrainStep:
     def train_step(state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         hyper = hyper._replace(kl_coef=hyper.kl_coef * state.kl_scale)
         batch = batch._replace(**{k: mesh.constrain(x) for k, x in batch._asdict().items() if k not in Inputs._fields})
-        data = {"ref_log_prob": reference_log_prob(state, batch), "value": critic_values(state, batch)}
-        data["old_log_prob"], data["old_entropy"] = before_update(state, batch)
-        key = jax.random.fold_in(jax.random.key(0), state.step)
-        estimated, turn_weights = advantages(batch, data, hyper, key)
-        mini_batches = jnp.tile(jnp.arange(batch.rows.shape[0]), config.epochs)
+        first = first_epoch(batch, config)
+        old = {"ref_log_prob": reference_log_prob(state, first), "value": critic_values(state, first)}
+        old["old_log_prob"], old["old_entropy"], gap = before_update(state, first)
+        key = keys.key(batch.seed, "learner")
+        episode_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch.episode)
+        estimated, turn_weights = advantages(first, old, hyper, jax.random.fold_in(key, state.step))
+
+        # A corridor is built from earlier steps alone; the release has the current one in it.
+        by_token = (old["old_entropy"], first.policy_mask, first.trajectory, first.turn)
+        history = record(state.history, *(x.reshape(-1, x.shape[-1]) for x in by_token), hyper, objective)
+        seen = history if objective.released else state.history
+
+        mini_batches, by_row = jnp.arange(batch.rows.shape[0]), (batch.by_row(), old, estimated)
         if objective.released:
             if batch.rows.shape[0] != 1:
                 raise ValueError("An arm with +released cuts its own mini-batches: pack with mini_batches=1.")
             mini_batches = jnp.zeros(config.epochs * turn_weights.shape[0], jnp.int32)
-
-        # A corridor is built from earlier steps alone; the release has the current one in it.
-        by_token = (data["old_entropy"], batch.policy_mask, batch.trajectory, batch.turn)
-        history = record(state.history, *(x.reshape(-1, x.shape[-1]) for x in by_token), hyper, objective)
-        seen = history if objective.released else state.history
+        elif config.epochs > 1:
+            by_row = batch.by_row(), *in_every_epoch((old, estimated), batch, config)
 
         def update(carry, step_and_mini):
             params, opt_state, critic, critic_opt_state = carry
             i, m = step_and_mini
-            by_row = batch._replace(rows=None, returns=None, group=None, anchor=None)
-            b, known, estimates = jax.tree.map(lambda x: x[m], (by_row, data, estimated))
-            live, weight = batch.rows[m], None
+            b, known, estimates = jax.tree.map(lambda x: x[m], by_row)
+            weight = None
             if objective.released:
                 turns = turn_weights[i % turn_weights.shape[0]]
                 weight = turns[b.trajectory * objective.max_turns + b.turn] * estimates.policy_mask
                 estimates = estimates._replace(policy_mask=(weight > 0).astype(weight.dtype))
+            # Rows without a token to train on (DAPO's dropped groups) are no reason for an update.
+            tokens = estimates.policy_mask.sum()
+            live = jnp.where(tokens > 0, batch.rows[m], 0)
             weighted = loss_rows(
                 estimates.policy_mask, b.trajectory, b.turn, known["old_log_prob"], known["ref_log_prob"],
                 estimates.advantage, hyper, objective, behaviour_log_prob=b.behaviour_log_prob,
-                behaviour_entropy=known["old_entropy"], key=jax.random.fold_in(key, i), given_weight=weight,
+                behaviour_entropy=known["old_entropy"], episode_keys=episode_keys, given_weight=weight,
             )  # fmt: skip
             terms = smoothing_terms(
                 seen, state.step, config.total_steps, known["old_entropy"], weighted, hyper, objective
             )
-            inputs = Inputs(b.tokens, b.positions, b.segment_ids, b.index, b.label)
-            rows = Rows(inputs, weighted, known["value"], estimates.returns)
+            rows = Rows(inputs_of(batch, m), weighted, known["value"], estimates.returns)
             if objective.released:  # rows without a turn of this mini-batch are not visited
                 needed = weight.any(axis=1)
                 live, rows = needed.sum(), jax.tree.map(lambda x: x[jnp.argsort(~needed, stable=True)], rows)
 
-            def policy_objective(params, micro: Rows):
-                label, full_kl = micro.inputs.label, None
-                head = head_inputs(config.model, lora.join(state.base, params), micro.inputs)
+            def statistics(params, inputs: Inputs) -> dict[str, Float[Array, "R P"]]:
+                """What the loss takes of the current policy at every policy token."""
+                label = inputs.label
+                head = head_inputs(config.model, lora.join(state.base, params), inputs)
                 log_prob, token_entropy = head_statistics(config.model, *head, label, config.temperature, objective.entropy_top_p)
+                found = {"log_prob": log_prob, "token_entropy": token_entropy}
                 if objective.kl == "full":
-                    reference = head_inputs(*reference_policy(state), micro.inputs)
-                    full_kl = head_divergence(config.model, *head, *reference, config.temperature).reshape(label.shape)
-                loss, sums = epo_loss(log_prob, token_entropy, micro.loss, terms, hyper, objective, full_kl)
-                log_ratio = log_prob - micro.loss.old_log_prob
+                    reference = head_inputs(*reference_policy(state), inputs)
+                    found["full_kl"] = head_divergence(config.model, *head, *reference, config.temperature).reshape(label.shape)
+                return found
+
+            def loss_of(found: dict[str, Float[Array, "R P"]], rows: LossRows):
+                loss, sums = epo_loss(**found, rows=rows, smoothing=terms, hyper=hyper, objective=objective)
+                log_ratio = found["log_prob"] - rows.old_log_prob
                 maxima = {
-                    name: jnp.where(micro.loss.policy_mask > 0, x, -jnp.inf).max()
+                    name: jnp.where(rows.policy_mask > 0, x, -jnp.inf).max()
                     for name, x in (("ratio_max", log_ratio), ("ratio_min", -log_ratio))
                 }
                 return loss, (sums, maxima)
 
             policy = lora.join(state.base, params)
-            gradient, metrics, maxima = summed_gradients(policy_objective, params, rows, live, micro_rows)
+            if config.episode_policy_tokens and objective.episode_means:
+                gradient, metrics, maxima = gradient_by_slopes(statistics, loss_of, params, rows, live, micro_rows)
+            else:
+                gradient, metrics, maxima = summed_gradients(
+                    lambda params, micro: loss_of(statistics(params, micro.inputs), micro.loss), params, rows, live, micro_rows
+                )
+            metrics["entropy_change"] = metrics["entropy"] - (weighted.mean_weight * known["old_entropy"]).sum()
             params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(
-                config.optim, gradient, opt_state, params, hyper.lr, state.step, live
+                config.optim, gradient, opt_state, params, hyper.lr, state.step, tokens
             )
             if config.critic_optim:
 
@@ -373,37 +444,43 @@ def step_function(config: LearnerConfig) -> TrainStep:
 
                 gradient, critic_metrics, _ = summed_gradients(critic_objective, critic, rows, live, micro_rows)
                 critic, critic_opt_state, _, skipped = guarded_update(
-                    config.critic_optim, gradient, critic_opt_state, critic, hyper.critic_lr, state.step, live
+                    config.critic_optim, gradient, critic_opt_state, critic, hyper.critic_lr, state.step, tokens
                 )
                 metrics |= critic_metrics
                 metrics["skipped_updates"] = jnp.maximum(metrics["skipped_updates"], skipped)
             metrics |= {"beta": terms.beta, "lam": terms.lam}
-            return (params, opt_state, critic, critic_opt_state), (metrics, maxima, live > 0)
+            return (params, opt_state, critic, critic_opt_state), (metrics, maxima, tokens > 0)
 
         carry = (state.params, state.opt_state, state.critic, state.critic_opt_state)
-        carry, (metrics, maxima, done) = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
-        updates, skipped = done.sum(), metrics["skipped_updates"].sum()
-        metrics = jax.tree.map(lambda x: jnp.where(done, x, 0.0).sum() / jnp.maximum(updates, 1), metrics)
-        metrics |= {"updates": updates.astype(jnp.float32), "skipped_updates": skipped}
-
+        carry, (of_updates, maxima, done) = jax.lax.scan(update, carry, (jnp.arange(mini_batches.size), mini_batches))
+        updates = done.sum()
+        metrics = jax.tree.map(lambda x: jnp.where(done, x, 0.0).sum() / jnp.maximum(updates, 1), of_updates)
+        last = jnp.where(done, jnp.arange(done.size), 0).max()
         center = entropy.center(seen, objective.history, hyper.window, hyper.ema_decay)
-        policy_tokens = batch.policy_mask.sum()
+        policy_tokens = jnp.maximum(first.policy_mask.sum(), 1.0)
         metrics |= {
-            "behaviour_entropy": (batch.behaviour_entropy * batch.policy_mask).sum() / policy_tokens,
-            "corridor_center": center.value.mean(),
-            **advantage_statistics(estimated),
+            "updates": updates.astype(jnp.float32),
+            "skipped_updates": of_updates["skipped_updates"].sum(),
+            "behaviour_entropy": (first.behaviour_entropy * first.policy_mask).sum() / policy_tokens,
+            "entropy_change": of_updates["entropy_change"][last],
+            "corridor_center": (center.value * center.known).sum() / jnp.maximum(center.known.sum(), 1.0),
             "ratio_max": jnp.exp(maxima["ratio_max"].max()),
             "ratio_min": jnp.exp(-maxima["ratio_min"].max()),
+            **advantage_statistics(estimated),
+            **gap,
         }
         kl_scale = state.kl_scale
         if objective.kl != "none":
             metrics["kl_coef"] = hyper.kl_coef
             if objective.kl_place == "reward":
-                kl = kl_estimate(batch.behaviour_log_prob, data["ref_log_prob"], objective.kl)
-                metrics["kl"] = (kl * batch.policy_mask).sum() / policy_tokens
+                kl = kl_estimate(old["old_log_prob"], old["ref_log_prob"], objective.kl)
+                measured = metrics["kl"] = (kl * first.policy_mask).sum() / first.policy_mask.sum()
+            else:
+                sound = done & jnp.isfinite(of_updates["kl"])
+                measured = jnp.where(sound, of_updates["kl"], 0.0).sum() / sound.sum()
             if objective.kl_controller == "adaptive":
-                target, horizon = hyper.kl_target, hyper.kl_horizon
-                kl_scale = adaptive_kl_coef(kl_scale, metrics["kl"], target, horizon, objective.num_trajectories)
+                moved = adaptive_kl_coef(kl_scale, measured, hyper.kl_target, hyper.kl_horizon, objective.num_trajectories)
+                kl_scale = jnp.where(jnp.isfinite(measured), moved, kl_scale)
         return TrainState(state.step + 1, *carry, state.reference, history, kl_scale, state.base), metrics
 
     return train_step

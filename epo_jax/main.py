@@ -6,7 +6,6 @@ Read `train` from top to bottom: it is the whole run. On several hosts each of t
 """
 
 import contextlib
-import random
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from epo_jax import checkpoint, figures, flops, hosts, lock, mesh, profiling, prompting, rollout, sft, wandb_log
+from epo_jax import checkpoint, figures, flops, hosts, keys, lock, mesh, profiling, prompting, rollout, sft, wandb_log
 from epo_jax.command import Command, open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
@@ -116,7 +115,7 @@ def train(command: Command) -> None:
             params = clone_experts(config, model, params, shown)
         if config.model.lora_rank:
             model = with_adapters(model, config.model)
-            adapters = lora.init_adapters(model, jax.random.key(config.seed + 2))
+            adapters = lora.init_adapters(model, keys.key(config.seed, "adapters"))
             params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters)))
 
     # ---------------------------------------------------------------- learner
@@ -177,7 +176,7 @@ def train(command: Command) -> None:
                 tokenizer,
                 model,
                 state.policy(),
-                jax.random.key(config.seed + 1),
+                keys.key(config.seed, "rollout"),
                 settings,
                 config.rollout.temperature,
             )
@@ -251,7 +250,8 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
     settings, env = config.warm_start, environment(config.env.name)
     if not settings.episodes:
         return []
-    chosen = random.Random(config.seed).sample(tasks, min(settings.episodes, len(tasks)))
+    drawn = keys.generator(config.seed, "demonstrations").permutation(len(tasks))[: settings.episodes]
+    chosen = [tasks[i] for i in drawn]
     times = 1 + settings.copies
     demonstrations = env.demonstrations([task for task in chosen for _ in range(times)], config.env.to_dict())
     if times > 1:
@@ -320,7 +320,7 @@ def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
 
 def blank_params(config, model: DecoderConfig, tokenizer: ChatTokenizer) -> Params:
     """Weights to train from scratch."""
-    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(config.seed))
+    params = jax.jit(init_params, static_argnums=0)(model, keys.key(config.seed, "weights"))
     params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
     return params
 
@@ -328,16 +328,23 @@ def blank_params(config, model: DecoderConfig, tokenizer: ChatTokenizer) -> Para
 def step_batch(
     config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int
 ) -> TokenBatch:
-    """What the learner sees of RL step `step`, in micro-batches of `micro_rows`."""
+    """What the learner sees of RL step `step`, in micro-batches of `micro_rows`: the mini-batches of every epoch, each of which
+    deals the episodes to them in another order."""
+    # The release's mini-batches are cut from turns, inside the train step, and are the same in every epoch.
+    mini_batches, epochs = (1, 1) if objective.released else (config.algo.mini_batches, config.algo.epochs)
+    orders = np.stack([
+        keys.generator(config.seed, "mini-batches", step, epoch).permutation(len(trajectories)) for epoch in range(epochs)
+    ])  # fmt: skip
     return pack(
         trajectories,
         config.train.rows_tokens,
         config.train.rows_policy_tokens,
         config.env.max_turns,
-        1 if objective.released else config.algo.mini_batches,  # the release's are cut from turns, inside the train step
+        mini_batches,
         micro_rows,
-        np.random.default_rng([config.seed, step]).permutation(len(trajectories)),
+        orders,
         *contexts(config),
+        seed=config.seed,
     )
 
 
@@ -371,6 +378,7 @@ def step_row(
         "env_wait_seconds": stats.env_wait_seconds,
         "env_steps": stats.env_steps,
         **metrics,
+        "learner_entropy": metrics["entropy"],
         "entropy": metrics["behaviour_entropy"],
     }
 
@@ -380,7 +388,7 @@ def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[ro
     replace uniform groups draw from all of it."""
     groups = config.rollout.groups
     if attempt:
-        drawn = np.random.default_rng([config.seed, step, attempt]).permutation(len(tasks))
+        drawn = keys.generator(config.seed, "resampling", step, attempt).permutation(len(tasks))
         chosen = [tasks[drawn[i % len(tasks)]] for i in range(groups)]
     else:
         chosen = step_tasks(tasks, config.seed, step, groups)
@@ -392,7 +400,7 @@ def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Tas
     chosen = []
     for position in range(step * groups, (step + 1) * groups):
         epoch, place = divmod(position, len(tasks))
-        chosen.append(tasks[np.random.default_rng([seed, epoch]).permutation(len(tasks))[place]])
+        chosen.append(tasks[keys.generator(seed, "tasks", epoch).permutation(len(tasks))[place]])
     return chosen
 
 
@@ -453,6 +461,7 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         kl=algo.kl_kind if algo.kl_coef else "none",
         kl_place=algo.kl_place,
         kl_controller=algo.kl_controller,
+        recompute_old_log_prob=_recomputes_old_log_prob(config),
         truncated_importance=algo.importance_cap > 0,
         penalty=epo.penalty,
         penalty_scope=epo.scope,
@@ -474,6 +483,14 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
     hyper = Hyper(**{name: value for name, value in coefficients.items() if name in Hyper._fields})
     objective, hyper = registry.arm(algo.name, objective, hyper)
     return objective, jax.tree.map(np.float32, hyper)
+
+
+def _recomputes_old_log_prob(config) -> bool:
+    """Whether the log-probabilities before the update are the learner's own: on request, and off float32, where sampler and
+    learner, two programs, round so differently that ratios of the two are no longer 1 before the first update."""
+    rollout = config.rollout
+    exact = config.model.dtype == "float32" and rollout.dtype in ("", "float32") and not rollout.cache_dtype
+    return config.algo.old_log_prob == "learner" or (config.algo.old_log_prob == "auto" and not exact)
 
 
 def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 1) -> LearnerConfig:

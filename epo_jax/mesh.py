@@ -47,7 +47,7 @@ RULES: tuple[tuple[str, P], ...] = (
     # TokenBatch
     ("tokens|positions|segment_ids|index|label|policy_mask|trajectory|turn", P(None, ROWS)),
     ("reward|valid|behaviour_log_prob|behaviour_entropy", P(None, ROWS)),
-    ("rows|returns|group|anchor", P()),
+    ("rows|returns|group|anchor|episode|seed", P()),
     # Cache
     ("layers", P(ROWS, "tensor")),
     ("lengths|hidden", P(ROWS)),

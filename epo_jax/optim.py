@@ -82,11 +82,11 @@ def guarded_update(
     params: Params,
     lr: Float[Array, ""] | float,
     step: Int[Array, ""],
-    live: Int[Array, ""],
+    tokens: Float[Array, ""],
 ) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
-    """(params, opt_state, norm of the gradient, skipped) after an update on `live` rows in RL step `step`, times `lr`.
+    """(params, opt_state, norm of the gradient, skipped) after an update on `tokens` policy tokens in RL step `step`, times `lr`.
 
-    Without rows, or where the norm is not finite, nothing changes; `skipped` is 1 in the second case.
+    Without tokens, or where the norm is not finite, nothing changes; `skipped` is 1 in the second case.
     """
     norm = optax.tree.norm(gradient)
     updates, next_state = make_optimizer(config).update(gradient, opt_state, params)
@@ -94,9 +94,9 @@ def guarded_update(
         lr *= _schedule(config, 1.0)(step)
     updated = optax.apply_updates(params, optax.tree.scale(lr, updates)), next_state
     finite = jnp.isfinite(norm)
-    made = finite & (live > 0)
+    made = finite & (tokens > 0)
     params, opt_state = jax.tree.map(lambda new, old: jnp.where(made, new, old), updated, (params, opt_state))
-    return params, opt_state, norm, jnp.where(live > 0, 1.0 - finite, 0.0)
+    return params, opt_state, norm, jnp.where(tokens > 0, 1.0 - finite, 0.0)
 
 
 def stuck(metrics: Mapping[str, Float[Array, ""] | float]) -> Bool[Array, ""] | bool:

@@ -233,7 +233,7 @@ class _Rollout:
         handle = self.free_handles.pop() if self.free_handles else next(self.handles)
         self.pool.reset(handle, episode.task)
         self.under_way += 1
-        trajectory = Trajectory(task=episode.task, group=episode.group)
+        trajectory = Trajectory(task=episode.task, group=episode.group, episode=episode.id)
         return _Live(episode, (player.number, place), player.tokenizer, handle, trajectory)
 
     def admit(self, lane: _LaneEpisodes) -> None:

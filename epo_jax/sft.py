@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from epo_jax import mesh
+from epo_jax import keys, mesh
 from epo_jax.envs import agent
 from epo_jax.envs.base import Demonstration, Observation
 from epo_jax.learner import head_statistics
@@ -131,14 +131,14 @@ def warm_start(
         contexts=max(len(t.contexts) for t in trajectories),
         contexts_per_row=row_tokens // max(t.longest_context for t in trajectories),
     )
-    pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed._replace(rows=None, returns=None, group=None, anchor=None))
+    pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed.by_row())
     number = len(pool.tokens)
     pool = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), pool)  # the last row is empty
     on = mesh.mesh_of(params)
     empty = [number] * (-rows_per_step % (mesh.row_shards(on) if on else 1))
     step = make_cloning_step(model, optim, prompt_weight, on)
     opt_state = make_optimizer(optim).init(params)
-    rng = np.random.default_rng(seed)
+    rng = keys.generator(seed, "warm start")
     deck = np.zeros(0, np.int64)
     for _ in range(optim.updates):
         while len(deck) < rows_per_step:

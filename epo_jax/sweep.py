@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, flops, lock, prompting, rollout, wandb_log
+from epo_jax import checkpoint, figures, flops, keys, lock, prompting, rollout, wandb_log
 from epo_jax.command import Command, open_workdir, parse, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
@@ -164,7 +164,7 @@ def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) ->
         weights.save_params(folder, model, params)
     if config.model.lora_rank:
         model = with_adapters(model, config.model)
-        params = lora.join(params, lora.init_adapters(model, jax.random.key(seed + 2)))
+        params = lora.join(params, lora.init_adapters(model, keys.key(seed, "adapters")))
     return Beginner(tokenizer, model, params)
 
 
@@ -295,13 +295,16 @@ def train(
     members_step = make_members_step(learner, at_once, mesh)
     hypers = stack([member.hyper for member in members])
     settings = prompting.rollout_config(config)
-    keys = jnp.stack([jax.random.key(seed + 1) for seed in seeds])
-    evaluation_keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    rollout_keys, evaluation_keys = (
+        jnp.stack([keys.key(seed, purpose) for seed in seeds]) for purpose in ("rollout", "evaluation")
+    )
     devices = list(mesh.devices) if mesh.size > 1 else []
 
-    def collect(episodes: list[list[rollout.Episode]], keys, *sampling):
+    def collect(episodes: list[list[rollout.Episode]], own_keys, *sampling):
         policies = Members(base, states.params)
-        return rollout.collect_members(episodes, pool, tokenizers, model, policies, keys, settings, *sampling, at_once, devices)
+        return rollout.collect_members(
+            episodes, pool, tokenizers, model, policies, own_keys, settings, *sampling, at_once, devices
+        )
 
     def played(step: int) -> tuple[list[list[list[Trajectory]]], rollout.RolloutStats]:
         """The rounds of every member, as many as dynamic sampling asks for, and what all of them took."""
@@ -312,7 +315,7 @@ def train(
                 step_episodes(tasks["train"], member.config, step, attempt) if wants else []
                 for member, wants in zip(members, wanting, strict=True)
             ]
-            sampled, spent = collect(episodes, keys, config.rollout.temperature, 0, 1.0)
+            sampled, spent = collect(episodes, rollout_keys, config.rollout.temperature, 0, 1.0)
             for mine, new, wants in zip(rounds, sampled, wanting, strict=True):
                 mine += [new] if wants else []
             stats, attempt = stats + spent, attempt + 1

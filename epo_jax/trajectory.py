@@ -22,6 +22,7 @@ class Trajectory:
         task: the environment's task.
         goal: the task in words.
         group: index of the group (same task) that the episode belongs to.
+        episode: the episode's id, from which its tokens were drawn; no other episode of the run has it.
         tokens: every token of every context, in order.
         starts: where in `tokens` each context begins: 0 alone for a conversation, one for each turn with a window.
         turn: for each token, the turn that emitted it; -1 for tokens of prompts and observations.
@@ -38,6 +39,7 @@ class Trajectory:
 
     task: Task
     group: int = 0
+    episode: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     starts: list[int] = dataclasses.field(default_factory=list)
     turn: list[int] = dataclasses.field(default_factory=list)
@@ -91,7 +93,8 @@ def entropy_by_turn(trajectories: list[Trajectory]) -> dict[int, float]:
 
 
 class TokenBatch(NamedTuple):
-    """Packed trajectories, split into M mini-batches of at most R rows of T tokens, P policy tokens a row.
+    """Packed trajectories, split into M mini-batches (those of each epoch, one after another) of at most R rows of T tokens, P
+    policy tokens a row.
 
     A segment is one context of a trajectory: all of a conversation, or one turn with its window.
 
@@ -109,6 +112,8 @@ class TokenBatch(NamedTuple):
         returns: undiscounted return of each trajectory.
         group: group of each trajectory.
         anchor: an id of the observation before each turn, equal within a group where the observations are (GiGPO).
+        episode: id of each trajectory's episode.
+        seed: the run's seed, from which the learner draws.
     """
 
     tokens: Int[Array, "M R T"]
@@ -127,6 +132,12 @@ class TokenBatch(NamedTuple):
     returns: Float[Array, " N"]
     group: Int[Array, " N"]
     anchor: Int[Array, "N U"]
+    episode: Int[Array, " N"]
+    seed: Int[Array, ""]
+
+    def by_row(self) -> "TokenBatch":
+        """The arrays that have rows; None in place of the others."""
+        return self._replace(rows=None, returns=None, group=None, anchor=None, episode=None, seed=None)
 
 
 def first_fit(sizes: list[tuple[int, int]], capacity: tuple[int, int]) -> list[list[int]]:
@@ -157,6 +168,7 @@ def pack(
     order: np.ndarray | None = None,
     contexts: int = 1,
     contexts_per_row: int = 1,
+    seed: int = 0,
 ) -> TokenBatch:
     """Packs trajectories into a `TokenBatch` whose shapes depend on the arguments alone, never on the lengths.
 
@@ -167,33 +179,32 @@ def pack(
         max_turns: U.
         mini_batches: M; the trajectories are dealt to them in `order`, all contexts of one together.
         rows_multiple: R is a multiple of this (the micro-batch size).
-        order: a permutation of the trajectories; as given when None.
+        order: a permutation of the trajectories, or [E, N] one for each of E epochs, whose mini-batches then follow one
+            another; as given when None.
         contexts: most contexts of a trajectory.
         contexts_per_row: contexts that fit in a row however long they are.
+        seed: see `TokenBatch`.
     """
     n = len(trajectories)
-    order = np.arange(n) if order is None else order
     per_mini = -(-n // mini_batches)
+    orders = np.atleast_2d(np.arange(n) if order is None else order)
+    dealt = [order[m * per_mini : (m + 1) * per_mini] for order in orders for m in range(mini_batches)]
     # First fit opens a row only when each other row holds at least `contexts_per_row`.
     num_rows = -(-per_mini * contexts // (contexts_per_row * rows_multiple)) * rows_multiple
-    wide, narrow = (mini_batches, num_rows, row_tokens), (mini_batches, num_rows, row_policy_tokens)
+    wide, narrow = (len(dealt), num_rows, row_tokens), (len(dealt), num_rows, row_policy_tokens)
     ints = {k: np.zeros(wide, np.int32) for k in ("tokens", "positions", "segment_ids")}
     ints |= {k: np.zeros(narrow, np.int32) for k in ("index", "label", "trajectory", "turn")}
     floats = {
         k: np.zeros(narrow, np.float32)
         for k in ("policy_mask", "reward", "valid", "behaviour_log_prob", "behaviour_entropy")
     }
-    rows = np.zeros((mini_batches,), np.int32)
+    rows = np.zeros((len(dealt),), np.int32)
     anchor, seen = np.zeros((n, max_turns), np.int32), {}
     for i, trajectory in enumerate(trajectories):
         for u, observation in enumerate(trajectory.observations[: len(trajectory.actions)]):
             anchor[i, u] = seen.setdefault((trajectory.group, observation), len(seen))
-    for m in range(mini_batches):
-        members = [
-            (i, slice(start, end))
-            for i in map(int, order[m * per_mini : (m + 1) * per_mini])
-            for start, end in trajectories[i].contexts
-        ]
+    for m, indices in enumerate(dealt):
+        members = [(i, slice(start, end)) for i in map(int, indices) for start, end in trajectories[i].contexts]
         turns = [np.asarray(trajectories[i].turn[of], np.int64) for i, of in members]
         sizes = [(len(turn), int((turn >= 0).sum())) for turn in turns]
         bins = first_fit(sizes, (row_tokens, row_policy_tokens))
@@ -229,4 +240,6 @@ def pack(
         returns=np.array([sum(t.rewards) for t in trajectories], np.float32),
         group=np.array([t.group for t in trajectories], np.int32),
         anchor=anchor,
+        episode=np.array([t.episode for t in trajectories], np.int32),
+        seed=np.array(seed, np.int32),
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from epo_jax import keys
 from epo_jax.config import base_config
 from epo_jax.main import learner_config
 from epo_jax.objectives import entropy, released, released_rows
@@ -42,7 +43,7 @@ def copied_turns(table, step, mini_turns):
     tokens = np.zeros(tiny.EPISODES * tiny.TURNS, np.int32)
     for i, u, places in table:
         tokens[i * tiny.TURNS + u] = len(places)
-    key = jax.random.fold_in(jax.random.key(0), step)
+    key = jax.random.fold_in(keys.key(0, "learner"), step)
     rows = released_rows.turn_rows(jnp.asarray(tokens), mini_turns, 5, key)
     index = {i * tiny.TURNS + u: row for row, (i, u, _) in enumerate(table)}
     return [index[int(k)] for k in rows.key[rows.live > 0]][len(table) :]

@@ -76,7 +76,7 @@ def test_the_loss_is_the_cross_entropy_of_actions_plus_weighted_prompts():
             if turn < 0 or t.valid[turn]:
                 (on_actions if turn >= 0 else on_prompts).append(-float(log_prob))
     packed = pack(trajectories, 128, 128, 2)
-    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), packed._replace(rows=None, returns=None, group=None, anchor=None))
+    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), packed.by_row())
     loss, actions = sft.cloning_loss(MODEL, params, rows, 0.3)
     np.testing.assert_allclose(actions, np.mean(on_actions), rtol=1e-5)
     np.testing.assert_allclose(loss, np.mean(on_actions) + 0.3 * np.mean(on_prompts), rtol=1e-5)

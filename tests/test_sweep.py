@@ -209,19 +209,19 @@ def test_a_sweep_and_its_members_are_for_one_process(swept, going, tmp_path):
 def test_seeds_whose_tokenizers_differ_in_size_are_the_runs_that_they_would_be_alone(tmp_path):
     """Each has ids of its own that must not be sampled, so that they cannot share a program."""
     settings = ("model.vocab_size=304", "warm_start.episodes=3", "warm_start.steps=2", "train.steps=1", "eval.before=False")
-    swept = run(tmp_path / "sweep", "--config.sweep.seeds=(0, 1)", *(f"--config.{setting}" for setting in settings))
+    swept = run(tmp_path / "sweep", "--config.sweep.seeds=(0, 4)", *(f"--config.{setting}" for setting in settings))
     folders = [swept / "members" / name for name in names(swept)]
-    assert [load_tokenizer(folder / "tokenizer").vocab_size for folder in folders] == [288, 304]
+    assert [load_tokenizer(folder / "tokenizer").vocab_size for folder in folders] == [304, 288]
     assert all(len(read_rows(folder / "metrics.jsonl")) == 1 for folder in folders)
     single = alone(tmp_path / "single", read_config(folders[0]))
     np.testing.assert_array_equal(params(folders[0], 1), params(single, 1))
 
 
 def test_seeds_whose_texts_yield_about_as_many_tokens_share_a_program():
-    """300 and 304 tokens, of 320 that are asked for."""
+    """304 and 301 tokens, of 320 that are asked for."""
     config, models = get_config(), set()
     config.update(model={"vocab_size": 320}, warm_start={"episodes": 3})
-    for config.seed in (0, 1):
+    for config.seed in (0, 4):
         demonstrations = program.expert_demonstrations(config, environment("toy").list_tasks("train", {}))
         tokenizer = program.own_tokenizer(config, demonstrations)
         models.add(fit_vocabulary(decoder_config(config.model), tokenizer, ""))

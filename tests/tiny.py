@@ -39,7 +39,7 @@ def episodes(seed: int, uniform: tuple[int, ...] = ()) -> list[Trajectory]:
     in `uniform` win every episode, the others the first and not the last."""
     rng, out = np.random.default_rng(seed), []
     for i in range(EPISODES):
-        t = Trajectory(task={"id": str(i // SIZE), "type": "t"}, group=i // SIZE)
+        t = Trajectory(task={"id": str(i // SIZE), "type": "t"}, group=i // SIZE, episode=seed * EPISODES + i)
         turns = int(rng.integers(1, TURNS + 1))
         for turn in range(turns):
             t.observations.append("start" if turn == 0 else f"room {rng.integers(2)}")

@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from epo_jax import keys
 from epo_jax.errors import UserError
 from epo_jax.files import write_atomically
 from epo_jax.models import tokenizer_files
@@ -207,7 +208,7 @@ def compose_embedding(embedding: np.ndarray, tokenizer: ChatTokenizer, seed: int
     A model that starts from here sees at once that "apple 2" is an apple, which from random rows it would have to learn for
     every thing apart. The sum is scaled to keep the rows' norm.
     """
-    rng = np.random.default_rng(seed)
+    rng = keys.generator(seed, "embedding")
     composed, parts = np.array(embedding), {}
 
     def part(word: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 Four places where a control can act, each with one signature, so that `registry` can list them by name:
 
     shaper(advantage, episodes, hyper, objective) -> advantage                           once, before training
-    token control(rows, key, hyper) -> rows                                              once per mini-batch
+    token control(rows, episode_keys, hyper) -> rows                                     once per mini-batch
     entropy term(entropy, rows, smoothing, hyper, objective) -> (loss, penalty)          in the loss
     coefficient(history, batch_entropy, hyper) -> lam                                    once per mini-batch
 
@@ -13,7 +13,7 @@ sampled, so the loss stays a sum over tokens and no split into micro-batches cha
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from epo_jax.objectives import policy
 from epo_jax.objectives.advantages import turn_sums
@@ -157,28 +157,30 @@ def covariance(rows: LossRows) -> Float[Array, "B T"]:
     return log_prob * (rows.advantage - (rows.advantage * rows.mean_weight).sum())
 
 
-def lots(rows: LossRows, key: Array) -> Float[Array, "B T"]:
-    """A uniform number for every policy token, a function of the token's episode and place in it: packing moves none."""
+def uniforms(rows: LossRows, episode_keys: Key[Array, " N"]) -> Float[Array, "B T"]:
+    """A uniform number for every policy token, from its episode's key, its turn and its position in the turn alone, so that it
+    depends neither on the rows nor on the mini-batch."""
     before = jnp.cumsum(rows.policy_mask, axis=1) - rows.policy_mask
-    starts = jnp.diff(rows.trajectory, axis=1, prepend=-1) != 0
-    place = (before - jax.lax.cummax(jnp.where(starts, before, 0.0), axis=1)).astype(jnp.int32)
+    starts = (jnp.diff(rows.trajectory, axis=1, prepend=-1) != 0) | (jnp.diff(rows.turn, axis=1, prepend=-1) != 0)
+    position = (before - jax.lax.cummax(jnp.where(starts, before, 0.0), axis=1)).astype(jnp.int32)
 
-    def draw(trajectory, place):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, trajectory), place))
+    def draw(trajectory, turn, position):
+        key = jax.random.fold_in(jax.random.fold_in(episode_keys[trajectory], turn), position)
+        return jax.random.uniform(key)
 
-    return jax.vmap(jax.vmap(draw))(rows.trajectory, place)
+    return jax.vmap(jax.vmap(draw))(rows.trajectory, rows.turn, position)
 
 
-def clip_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
+def clip_cov(rows: LossRows, episode_keys: Key[Array, " N"], hyper: Hyper) -> LossRows:
     """Clip-Cov (arXiv 2505.22617): a random `cov_fraction` of the tokens, drawn from those with covariance in
     (cov_low, cov_high), gives no policy gradient."""
     share = covariance(rows)
     band = jnp.where((share > hyper.cov_low) & (share < hyper.cov_high), rows.policy_mask, 0.0)
-    drawn = largest(lots(rows, key) * band, rows.policy_mask, hyper.cov_fraction) * band
+    drawn = largest(uniforms(rows, episode_keys) * band, rows.policy_mask, hyper.cov_fraction) * band
     return rows._replace(surrogate_weight=rows.surrogate_weight * (1.0 - drawn))
 
 
-def kl_cov(rows: LossRows, key: Array, hyper: Hyper) -> LossRows:
+def kl_cov(rows: LossRows, episode_keys: Key[Array, " N"] | None, hyper: Hyper) -> LossRows:
     """KL-Cov (arXiv 2505.22617): the `cov_fraction` of tokens with the largest covariance pays `cov_coef` *
     |log pi - log pi_old| (`policy.size`). The arm opens PPO's clip, which this divergence replaces."""
     chosen = largest(covariance(rows), rows.policy_mask, hyper.cov_fraction)

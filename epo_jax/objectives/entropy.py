@@ -39,9 +39,11 @@ def step_entropy(
 
 
 def append(history: EntropyHistory, mean: Float[Array, " I"], observed: Float[Array, " I"]) -> EntropyHistory:
-    """The history after an RL step. Steps beyond the capacity K are counted but not kept."""
+    """The history after an RL step. Steps beyond the capacity K are counted but not kept; a mean that is not finite counts as
+    not observed, so that it cannot spoil the corridor of later steps."""
+    observed = jnp.where(jnp.isfinite(mean), observed, 0.0)
     return EntropyHistory(
-        values=history.values.at[history.count].set(mean * observed, mode="drop"),
+        values=history.values.at[history.count].set(jnp.where(observed > 0, mean, 0.0), mode="drop"),
         observed=history.observed.at[history.count].set(observed, mode="drop"),
         count=history.count + 1,
     )

@@ -9,7 +9,7 @@ record(history, ...)             once per RL step: the history that the next ste
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from epo_jax.objectives import advantages, controls, entropy, policy, registry, released_rows
 from epo_jax.objectives.advantages import Estimate
@@ -61,15 +61,15 @@ def loss_rows(
     *,
     behaviour_log_prob: Float[Array, "B T"] | None = None,
     behaviour_entropy: Float[Array, "B T"] | None = None,
-    key: Array | None = None,
+    episode_keys: Key[Array, " N"] | None = None,
     given_weight: Float[Array, "B T"] | None = None,
 ) -> LossRows:
     """A whole mini-batch with its weights.
 
     `trajectory` and `turn` are 0 where padding; those tokens have mask 0. `old_log_prob` is the learner's own value
     before the update (or the sampler's, when the two agree). Some choices need more: `truncated_importance` the
-    sampler's log-probability, SIREN the sampler's entropy, Clip-Cov a key. `given_weight` takes the place of every
-    average (`released_rows.estimate`).
+    sampler's log-probability, SIREN the sampler's entropy, Clip-Cov a key for each trajectory. `given_weight` takes the
+    place of every average (`released_rows.estimate`).
     """
     shape = objective.num_trajectories, objective.max_turns
 
@@ -93,7 +93,7 @@ def loss_rows(
         ),
         mean_weight=weights(policy_mask, "token-mean"),
     )  # fmt: skip
-    return registry.TOKEN_CONTROLS[objective.token_control](rows, key, hyper)
+    return registry.TOKEN_CONTROLS[objective.token_control](rows, episode_keys, hyper)
 
 
 def smoothing_terms(

@@ -79,7 +79,7 @@ def scope_mean(
 ) -> Float[Array, "B T"]:
     """The weighted mean of x over each token's own turn or trajectory, written back to each token.
 
-    A turn (or trajectory) must lie whole in the rows given; packed rows guarantee it.
+    All tokens of a turn (or trajectory) must be in the rows given.
     """
     if scope == "token":
         return x

@@ -27,7 +27,7 @@ SHAPERS = {
     "empg": controls.empg,
 }
 
-# (rows, key, hyper) -> rows
+# (rows, episode_keys, hyper) -> rows
 TOKEN_CONTROLS = {
     "none": lambda rows, *_: rows,
     "clip_cov": controls.clip_cov,

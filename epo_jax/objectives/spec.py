@@ -84,7 +84,8 @@ class ObjectiveConfig:
     kl: KLKind = "k3"
     kl_place: Literal["loss", "reward"] = "loss"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    truncated_importance: bool = False  # needs the learner's own log-probabilities before the update
+    recompute_old_log_prob: bool = False  # before the update, by the learner, in place of what the sampler recorded
+    truncated_importance: bool = False  # needs the two, so it recomputes them too
     token_control: str = "none"  # which tokens the surrogate treats differently
     # entropy
     entropy_term: str = "epo"
@@ -106,6 +107,16 @@ class ObjectiveConfig:
     turn_tokens: int = 1  # tokens of a turn at most, for `released`
     mini_turns: int = 1  # turns of a mini-batch of the release, a multiple of `micro_turns`
     micro_turns: int = 1  # turns of a micro-batch of the release, each of which counts alike
+
+    @property
+    def episode_means(self) -> bool:
+        """Whether the loss is no sum over tokens, as it compares or clips means over whole episodes."""
+        return "trajectory" in (self.ratio_scope, self.penalty_scope)
+
+    @property
+    def own_old_log_prob(self) -> bool:
+        """Whether the log-probabilities before the update are the learner's own."""
+        return self.recompute_old_log_prob or self.truncated_importance
 
     @property
     def entropy_top_p(self) -> float | None:

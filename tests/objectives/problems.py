@@ -1,5 +1,6 @@
 """Random episodes as plain lists, and their packing into rows: what the tests of losses and advantages share."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,11 @@ def trajectories(seed: int) -> list[dict[str, np.ndarray]]:
 
 def advantages(seed: int) -> np.ndarray:
     return np.random.default_rng(seed + 1).normal(size=NUM)
+
+
+def episode_keys(seed: int = 0):
+    """What Clip-Cov draws from, a key for each trajectory."""
+    return jax.random.split(jax.random.key(seed), NUM)
 
 
 def pack(episodes: list[dict], layout: list[list[int]], length: int) -> dict[str, jnp.ndarray]:

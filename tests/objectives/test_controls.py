@@ -6,7 +6,7 @@ import pytest
 from epo_jax.objectives import controls, entropy, registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
 from tests import rounding
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episodes_of, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episode_keys, episodes_of, pack, trajectories
 
 OBJECTIVE = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS)
 
@@ -30,7 +30,7 @@ def table(rows, advantage, hyper, objective=OBJECTIVE, key=0):
     return loss_rows(
         rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"],
         advantage * rows["mask"], hyper, objective,
-        behaviour_entropy=rows["old_entropy"], key=jax.random.key(key),
+        behaviour_entropy=rows["old_entropy"], episode_keys=episode_keys(key),
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def covariances(rows, advantage):
 
 def test_kl_cov_charges_the_tokens_of_largest_covariance(rows, advantage):
     share, keep = covariances(rows, advantage)
-    found = controls.kl_cov(table(rows, advantage, Hyper()), jax.random.key(0), Hyper(cov_fraction=0.1, cov_coef=2.0))
+    found = controls.kl_cov(table(rows, advantage, Hyper()), None, Hyper(cov_fraction=0.1, cov_coef=2.0))
     count = int(0.1 * keep.sum())
     expected = share >= np.sort(share.ravel())[-count]
     np.testing.assert_allclose(found.divergence_weight, 2.0 * found.weight * expected, rtol=1e-6)
@@ -91,7 +91,7 @@ def test_clip_cov_silences_some_tokens_of_the_band(rows, advantage):
     hyper = Hyper(cov_fraction=0.1, cov_low=0.1, cov_high=1.0)
     silenced = []
     for key in range(2):
-        found = controls.clip_cov(table(rows, advantage, hyper), jax.random.key(key), hyper)
+        found = controls.clip_cov(table(rows, advantage, hyper), episode_keys(key), hyper)
         off = np.asarray(found.surrogate_weight == 0) & keep
         assert off.sum() == int(0.1 * keep.sum())
         assert ((share > 0.1) & (share < 1.0))[off].all()
@@ -99,11 +99,11 @@ def test_clip_cov_silences_some_tokens_of_the_band(rows, advantage):
     assert (silenced[0] != silenced[1]).any()
 
 
-def test_clip_covs_lots_follow_the_token_wherever_it_is_packed():
-    key, found = jax.random.key(3), []
+def test_clip_covs_draws_follow_the_token_wherever_it_is_packed():
+    keys, found = episode_keys(3), []
     for layout, length in ((ONE_PER_ROW, 24), (PACKED, 60)):
         rows = pack(trajectories(0), layout, length)
-        drawn = controls.lots(table(rows, jnp.zeros_like(rows["mask"]), Hyper()), key)
+        drawn = controls.uniforms(table(rows, jnp.zeros_like(rows["mask"]), Hyper()), keys)
         found.append([np.asarray(drawn)[(rows["trajectory"] == i) & (rows["mask"] > 0)] for i in range(NUM)])
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -113,7 +113,7 @@ def test_clip_covs_lots_follow_the_token_wherever_it_is_packed():
 
 def test_clip_cov_with_an_empty_band_silences_nothing(rows, advantage):
     hyper = Hyper(cov_low=1e6, cov_high=2e6)
-    found = controls.clip_cov(table(rows, advantage, hyper), jax.random.key(0), hyper)
+    found = controls.clip_cov(table(rows, advantage, hyper), episode_keys(), hyper)
     np.testing.assert_array_equal(found.surrogate_weight, found.weight)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from epo_jax.objectives import entropy, registry, released
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, estimate, loss_rows, record, smoothing_terms
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_of, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episode_keys, episodes_of, pack, trajectories
 
 SHAPES = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, max_tokens=40)
 
@@ -19,7 +19,7 @@ def table(rows, hyper, objective):
     zero = jnp.zeros_like(rows["mask"])
     return loss_rows(
         rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"],
-        zero, hyper, objective, behaviour_entropy=rows["old_entropy"], key=jax.random.key(0),
+        zero, hyper, objective, behaviour_entropy=rows["old_entropy"], episode_keys=episode_keys(),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from epo_jax.objectives import entropy, registry, spec
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
 from tests import rounding
 from tests.objectives import transcription
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episode_keys, pack, trajectories
 
 STEPS = 8
 PAST = (0.7, 0.9)  # mean entropies of the steps before
@@ -42,7 +42,7 @@ def total(rows, advantage, hyper, objective, split=None, history=None):
         table = loss_rows(
             rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"],
             advantage[rows["trajectory"]] * rows["mask"], hyper, objective,
-            behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=rows["old_entropy"], key=jax.random.key(0),
+            behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=rows["old_entropy"], episode_keys=episode_keys(),
         )  # fmt: skip
         past_steps = past(objective) if history is None else history
         smoothing = smoothing_terms(past_steps, 2, STEPS, rows["old_entropy"], table, hyper, objective)
@@ -186,7 +186,7 @@ def test_the_corridor_never_contains_the_current_step(name):
     def seen(history, sampled):
         table = loss_rows(
             rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"], 0.0 * rows["mask"],
-            hyper, objective, behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=sampled, key=jax.random.key(0),
+            hyper, objective, behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=sampled, episode_keys=episode_keys(),
         )  # fmt: skip
         return smoothing_terms(history, 2, STEPS, sampled, table, hyper, objective).center
 
