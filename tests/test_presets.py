@@ -15,8 +15,6 @@ from epo_jax.train_state import abstract_state_on
 from epo_jax.trajectory import Trajectory
 from tests.test_config import preset
 
-ABSENT = dict(rows=None, returns=None, group=None, anchor=None)
-
 
 @pytest.mark.parametrize(
     "file, name, shape",
@@ -51,5 +49,5 @@ def test_every_preset_can_be_trained_on_eight_devices(file, name, shape):
     params = mesh.abstract(params, mesh.shardings(on, params))
     opt_state = jax.eval_shape(make_optimizer(optim).init, params)
     wide = jax.ShapeDtypeStruct((mesh.row_shards(on), config.train.rows_tokens), "int32")
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(wide.shape, x.dtype), batch._replace(**ABSENT))
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(wide.shape, x.dtype), batch.by_row())
     sft.make_cloning_step(plain, dataclasses.replace(optim, updates=3), 0.3, on).lower(params, opt_state, rows)

@@ -175,7 +175,7 @@ def test_an_update_is_that_of_the_smaller_model(arm, kl, shape):
 
 def test_the_warm_start_is_that_of_the_smaller_model():
     packed = tiny.batched(tiny.episodes(0), 1)
-    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), packed._replace(rows=None, returns=None, group=None, anchor=None))
+    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), packed.by_row())
     losses = [
         jax.jit(functools.partial(sft.cloning_loss, model, batch=rows, prompt_weight=0.3))(params)
         for model, params in ((tiny.MODEL, tiny.as_params()), (PADDED, wide_params()))
