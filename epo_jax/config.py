@@ -132,8 +132,8 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     algo.kl_target = 0.1  # nats per policy token, for "adaptive"
     algo.kl_horizon = 10_000.0  # episodes over which "adaptive" acts; smaller is quicker
     # Whose log-probabilities before the update the ratios are taken against: "sampler" what was recorded while sampling,
-    # "learner" its own, for one more forward pass; "auto" the sampler's where model, rollout and cache are all float32
-    # and no importance_cap asks for both.
+    # "learner" its own, for one more forward pass; "auto" the sampler's where model, rollout and cache are all float32.
+    # With importance_cap, which compares the two, always the learner's.
     algo.old_log_prob = "auto"
     algo.clip_low = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     algo.clip_high = 0.2
@@ -319,11 +319,6 @@ def _validate_pairs(config: ConfigDict) -> None:
         raise UserError(
             "config.algo.kl_kind='full' belongs in the loss; for config.algo.kl_place='reward' choose an estimate "
             "from the sampled token: 'k1', 'abs', 'k2' or 'k3'."
-        )
-    if algo.importance_cap and algo.old_log_prob == "sampler":
-        raise UserError(
-            f"config.algo.importance_cap={algo.importance_cap} weighs the learner's log-probabilities against the sampler's; "
-            "set config.algo.old_log_prob='learner' or 'auto'."
         )
     if algo.kl_controller == "adaptive" and not algo.kl_coef:
         raise UserError(

@@ -13,7 +13,7 @@ VERSION = 2
 
 # Keys added after a version, with the value that reproduces what that version did.
 KEYS_ADDED: dict[int, dict[str, Any]] = {
-    1: {"warm_start.lost": True},
+    1: {"warm_start.lost": True, "algo.old_log_prob": "sampler"},
 }
 
 # Keys removed after a version: the key that took its place, or None if nothing did.
