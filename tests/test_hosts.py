@@ -51,7 +51,8 @@ def test_two_processes_learn_what_one_does_and_one_continues_what_two_began(tmp_
     """Two processes take two RL steps; one takes them again from the checkpoint before the first."""
     two, one = tmp_path / "two", tmp_path / "one"
     options = ("--config.train.steps=2", "--config.warm_start.steps=3", "--config.eval.before=False", "--config.eval.every=0",
-               "--config.optim.lr=3e-4", "--config.rollout.groups=3", "--config.mesh.fsdp=2")  # fmt: skip
+               "--config.optim.lr=3e-4", "--config.rollout.groups=3", "--config.mesh.fsdp=2",
+               "--config.warm_start.optimizer=muon", "--config.warm_start.batch_tokens=192")  # fmt: skip
     with Processes(2, tmp_path, "-m", "epo_jax.main", SINGLE, f"--workdir={two}", *options) as running:
         assert running.codes(300) == [0, 0], running.said(0)[-2000:] + running.said(1)[-2000:]
         assert "mesh: 1 data, 2 fsdp, 1 tensor" in running.said(0) and "step 2/2" in running.said(0)

@@ -216,8 +216,18 @@ def test_a_mesh_samples_the_same_as_one_device(wander, stirred, monkeypatch):
     on = mesh.make_mesh(1, 2, 2)
     settings = dataclasses.replace(CHAT, max_turns=2)
     want = wander(settings, params=params)[0]
-    got = wander(settings, params=jax.device_put(params, mesh.shardings(on, params)))[0]
-    same_but_for_rounding(want, got)
+    spread = jax.device_put(params, mesh.shardings(on, params))
+    same_but_for_rounding(want, wander(settings, params=spread)[0])
+
+    # In bfloat16 a draw may fall on the next token; up to there it is one episode.
+    settings = dataclasses.replace(settings, dtype="bfloat16")
+    agreed = 0
+    for one, other in zip(*(wander(settings, params=p)[0] for p in (params, spread)), strict=True):
+        parted = [a != b for a, b in zip(one.tokens, other.tokens, strict=False)]
+        same = parted.index(True) if True in parted else len(parted)
+        np.testing.assert_allclose(other.log_prob[:same], one.log_prob[:same], atol=0.05)
+        agreed += sum(t >= 0 for t in one.turn[:same])
+    assert agreed > 20
 
 
 def same_but_for_rounding(want, got):
