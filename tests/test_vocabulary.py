@@ -128,6 +128,17 @@ def test_the_sampler_draws_what_the_smaller_model_draws(temperature, top_k, top_
     np.testing.assert_allclose(found.entropy, wanted.entropy, atol=1e-5)
 
 
+def test_the_sampler_with_its_head_cut_over_devices():
+    """Each device masks its own rows: the unused ids begin inside the third device's."""
+    on = mesh.make_mesh(1, 1, 4)
+    placed = jax.device_put(wide_params(), mesh.replicated(on))
+    placed["embedding"] = jax.device_put(placed["embedding"], jax.sharding.NamedSharding(on, mesh.rule("embedding")))
+    _, wanted = sampled(PADDED, wide_params(), 1.0, 0, 1.0)
+    _, found = sampled(PADDED, placed, 1.0, 0, 1.0)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_allclose(found.log_prob, wanted.log_prob, atol=1e-5)
+
+
 def test_the_learner_scores_what_was_sampled():
     first, out = sampled(PADDED, wide_params(), 1.0, 0, 1.0)
     assert out.tokens.max() < V
