@@ -11,7 +11,9 @@ Presets
 from ml_collections import ConfigDict
 
 from epo_jax.config import base_config
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, nearest
+
+PRESETS = "paper", "laptop", "smoke"
 
 
 def get_config(preset: str = "paper") -> ConfigDict:
@@ -22,7 +24,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
         _laptop(config)
         _smoke(config)
     elif preset != "paper":
-        raise UserError(f"configs/alfworld.py has no preset {preset!r}; choose one of 'paper', 'laptop', 'smoke'.")
+        near = nearest(preset, PRESETS)
+        raise UserError(f"configs/alfworld.py has no preset {preset!r}{near}; choose one of {', '.join(map(repr, PRESETS))}.")
     return config
 
 

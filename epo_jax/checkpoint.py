@@ -5,6 +5,7 @@ resumed run to be the uninterrupted one bit for bit: the random numbers of every
 are pure functions of `config.seed` and the number of RL steps done.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,6 +123,17 @@ def save(
     """
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress._asdict()))
     manager.save(int(state.step), args=items, metrics={"success": success})
+
+
+def rank(manager: ocp.CheckpointManager, step: int, progress: Progress, success: float) -> None:
+    """Gives the checkpoint of `step`, which was saved before its policy was evaluated, what is known since."""
+    if jax.process_index() == 0:
+        for item, values in (("progress", progress._asdict()), ("metrics", {"success": success})):
+            path = manager.directory / str(step) / item / ("metadata" if item == "progress" else "metrics")
+            beside = path.with_name(f"{path.name}.new")
+            beside.write_text(json.dumps(values))
+            beside.replace(path)
+    manager.reload()
 
 
 def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:

@@ -17,6 +17,7 @@ A program is written as
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -29,9 +30,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from epo_jax import lock, versions
-from epo_jax.config import base_config, flatten, validate
-from epo_jax.errors import Stopped, UserError
+from epo_jax import lock, stopping, versions
+from epo_jax.config import ENV_SECTIONS, base_config, flatten, validate
+from epo_jax.errors import Stopped, UserError, full_disk
 from epo_jax.files import expand_user, write_atomically
 
 # Keys that a resumed run may change: they alter where and how often things happen, never what is learned. (Another mesh adds
@@ -57,17 +58,38 @@ class Command(NamedTuple):
 
 
 def run(main: Callable[[list[str]], None]) -> int:
-    """Calls `main(sys.argv)`; the exit code, with a sentence on stderr unless it is 0: 2 after bad input, 75 (sysexits.h: try
-    again) where the run was asked to stop and is to be resumed."""
-    try:
-        main(sys.argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 75
-    return 0
+    """Calls `main(sys.argv)`; the exit code, with a sentence on stderr unless it is 0.
+
+    2 after bad input or where a file system is full; 75 where the command was asked to stop, and is to be resumed or repeated;
+    141, without a word, where a command that has nothing to save lost the reader of its output.
+    """
+    with stopping.listening() as listener:
+        console, code, told = sys.stdout, 0, ""
+        sys.stdout = console and stopping.Output(console, listener)
+        try:
+            try:
+                main(sys.argv)
+            finally:
+                print(end="", flush=True)
+        except UserError as error:
+            code, told = 2, f"error: {error}"
+        except Stopped as stopped:
+            code, told = stopping.CODE, str(stopped)
+        except KeyboardInterrupt:
+            unread = listener.output_closed and listener.sentence is None
+            code, told = (stopping.CLOSED_OUTPUT, "") if unread else (stopping.CODE, listener.last_line())
+        except Exception as error:
+            if (sentence := full_disk(error)) is None:
+                raise
+            code, told = 2, f"error: {sentence}"
+        finally:
+            sys.stdout = console
+        if told:
+            with contextlib.suppress(OSError):
+                print(told, file=sys.stderr, flush=True)
+        if listener.asked:
+            stopping.end_at_once(code)
+        return code
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -164,6 +186,9 @@ def parse_config(arguments: Sequence[str]) -> ConfigDict:
 def _read_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
     """Reads a command line into `values`, --config and its keys among them."""
     argv = list(argv)
+    # For the flags' own types "None" is no number, and a text like any other.
+    without = [match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([^=]+)=None", argument))]
+    argv = [argument for argument in argv if not re.fullmatch(r"--?config\.[^=]+=None", argument)]
     config_flags.DEFINE_config_file(
         "config", None, "Config file and preset, as configs/alfworld.py:laptop.", flag_values=values, sys_argv=argv
     )
@@ -178,11 +203,27 @@ def _read_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
         if source is None and any(re.match(r"--?config\.", argument) for argument in argv):
             raise UserError("--config must be given when its keys are overridden.") from None
         raise UserError(_sentence(str(error))) from None
+    if without:
+        _set_none(values.config, without, source)
     if values.help:
         print(values.module_help("epo_jax.command") or values.get_help())
         raise SystemExit(0)
     if rest:
         raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
+
+
+def _set_none(config: ConfigDict | None, keys: list[str], source: str | None) -> None:
+    """Sets the keys that may be None. Raises UserError for the others."""
+    if config is None:
+        raise UserError("--config must be given when its keys are overridden.")
+    known = flatten(config)
+    may = known | (flatten(base_config(known["env.name"])) if known["env.name"] in ENV_SECTIONS else {})
+    for key in keys:
+        if key not in known:
+            raise UserError(f"config.{key} is not a key of {source}{_suggestion(key, known)}")
+        if may[key] is not None:
+            raise UserError(f"--config.{key}=None: the key needs a value; leave the option out for {known[key]!r}.")
+        config.update_from_flattened_dict({key: None})
 
 
 def check_workdir(workdir: Path, resume: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, nearest
 
 AGGREGATIONS = ("trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
@@ -278,7 +278,7 @@ def validate(config: ConfigDict) -> None:
     for key, allowed in CHOICES.items():
         if key in values and values[key] not in allowed:
             listed = ", ".join(repr(choice) for choice in allowed)
-            raise UserError(f"config.{key}={values[key]!r} is not known; choose one of {listed}.")
+            raise UserError(f"config.{key}={values[key]!r} is not known; choose one of {listed}{nearest(values[key], allowed)}.")
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.{key}={value} is not a finite number.")
@@ -367,7 +367,8 @@ def _validate_pairs(config: ConfigDict) -> None:
         )
     for split in config.eval.splits:
         if split not in SPLITS:
-            raise UserError(f"config.eval.splits names {split!r}; choose from {', '.join(map(repr, SPLITS))}.")
+            near = nearest(split, SPLITS)
+            raise UserError(f"config.eval.splits names {split!r}{near}; choose from {', '.join(map(repr, SPLITS))}.")
 
 
 # (keys, what must hold, the rule in words). None values are skipped: they mean "no limit".

@@ -1,10 +1,11 @@
 """What ends a command without a traceback, and how an error of a library or the machine is told in a sentence."""
 
 import datetime
+import difflib
 import re
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Errors of the machine, by what libraries write of them, and what helps.
@@ -47,6 +48,24 @@ def explain(error: BaseException, otherwise: str) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"({_line(str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}')}); {otherwise}"
+
+
+def full_disk(error: BaseException) -> str | None:
+    """A sentence if a full file system, quota or limit on a file's size is behind `error`, else None."""
+    for each in _chain(error):
+        if found := re.search(r"No space left on device|[Qq]uota exceeded|File too large", str(each)):
+            where = getattr(each, "filename", None) or "a file"
+            return (
+                f"{where} cannot be written ({found[0]}); make room there and give the command again, that of a run with "
+                "--resume."
+            )
+    return None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" (nearest: 'NAME')" for the name of `known` that `name` may be a slip of, else ""."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (nearest: {near[0]!r})" if near else ""
 
 
 def keep_traceback(error: BaseException, folder: Path | None = None) -> Path:

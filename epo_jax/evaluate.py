@@ -57,6 +57,7 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
     tasks = {split: env.list_tasks(split, env_options) for split in options.split or config.eval.splits}
     task_ids = {split: [task["id"] for task in tasks[split]] for split in tasks}
     hosts.agree("config and tasks", [config.to_dict(), task_ids, sampling, seed, options.samples])
+    print(mesh.devices_in_use(), flush=True)
     # A run may have been trained on more devices than there are here.
     devices, settings = mesh.make_mesh(**config.mesh.to_dict()) if rest else mesh.make_mesh(), rollout_config(config)
     if rest:

@@ -79,7 +79,7 @@ def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer,
     if config.agent.max_tokens > model.max_positions:
         raise UserError(
             f"config.agent.max_tokens={config.agent.max_tokens} exceeds the {model.max_positions} positions that {folder} was "
-            "trained for; lower it or choose a model with a longer context."
+            f"trained for; set --config.agent.max_tokens={model.max_positions} or less, or choose a model with a longer context."
         )
     shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     return tokenizer, model, weights.load_params(folder, model, mesh.shardings(devices, shapes) if devices else None)

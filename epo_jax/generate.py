@@ -10,21 +10,25 @@
 import argparse
 import sys
 
-from epo_jax import keys, prompting
+from epo_jax import keys, mesh, prompting
 from epo_jax.command import ArgumentParser, number_type, run
 from epo_jax.config import base_config
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, nearest
 from epo_jax.folders import Policy, load
 from epo_jax.lane import Lane, Programs, Sampler, Turn
 from epo_jax.models.decoder import unstack
+
+_MOST_TOKENS = 1 << 15
 
 
 def main(argv: list[str]) -> None:
     options = _parse(argv[1:])
     config = base_config()
     config.model.dtype = options.dtype
+    config.agent.max_tokens = 1  # the room in a context is what the model has
+    print(mesh.devices_in_use(), file=sys.stderr)
     policy = load(options.checkpoint, options.step, config)
     sampler = Sampler(
         keys.key(options.seed, "evaluation"), policy.tokenizer.stop_ids, options.temperature, options.top_k, options.top_p,
@@ -35,16 +39,21 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--play: {options.checkpoint} is no run folder, so it has no game; use --prompt.")
         play(policy, sampler, options.split, options.task, options.interactive)
     elif options.prompt is not None:
-        speaker = Speaker(policy, sampler, options.max_tokens)
+        speaker = Speaker(policy, sampler, options.max_tokens, room_of(policy))
         print(speaker.answer(policy.tokenizer.first(options.prompt), fresh=True))
     else:
         chat(policy, sampler, options.max_tokens)
 
 
+def room_of(policy: Policy) -> int:
+    """Most tokens of a conversation outside a game: the positions of the model, up to a bound on the cache."""
+    return min(policy.model.max_positions, _MOST_TOKENS)
+
+
 class Speaker:
     """One conversation with a policy: what it has read stays in the cache."""
 
-    def __init__(self, policy: Policy, sampler: Sampler, response_tokens: int, max_tokens: int = 1 << 15, episode: int = 0):
+    def __init__(self, policy: Policy, sampler: Sampler, response_tokens: int, max_tokens: int, episode: int = 0):
         self._tokenizer, self._episode, self._budget = policy.tokenizer, episode, response_tokens
         self._max_tokens = max_tokens
         params = unstack(policy.model, policy.params)
@@ -63,7 +72,11 @@ class Speaker:
         ids = ids if fresh else self._unread + ids
         self._held = len(ids) + (0 if fresh else self._held)
         if self._held + self._budget > self._max_tokens:
-            raise UserError(f"The conversation no longer fits in {self._max_tokens} tokens; begin a new one.")
+            what = "The prompt" if self._held == len(ids) else "The conversation"
+            raise UserError(
+                f"{what} has {self._held} tokens, which with an answer of up to {self._budget} do not fit in the "
+                f"{self._max_tokens} that there is room for; shorten it, or lower --max_tokens."
+            )
         said = self._lane.play({0: Turn(ids, fresh, self._episode, self.turn, 0, self._budget)})[0].tokens
         self.turn += 1
         self._held += len(said) - 1
@@ -83,7 +96,7 @@ def chat(policy: Policy, sampler: Sampler, response_tokens: int) -> None:
         raise UserError("The model's chat template changes earlier turns, so a chat cannot be appended to; use --prompt.")
     if policy.tokenizer.frame.rewrites:
         print("(The chat template drops the thoughts of earlier turns; this chat keeps them.)", file=sys.stderr)
-    speaker = Speaker(policy, sampler, response_tokens)
+    speaker = Speaker(policy, sampler, response_tokens, room_of(policy))
     tokenizer = policy.tokenizer
     for line in _lines("you: "):
         ids = tokenizer.following(line, speaker.last) if speaker.turn else tokenizer.first(line)
@@ -138,7 +151,8 @@ def _task(tasks: list[Task], split: str, wanted: str | None) -> tuple[int, Task]
     for number, task in enumerate(tasks):
         if wanted in (str(number), task["id"]):
             return number, task
-    raise UserError(f"--task={wanted}: {split} has tasks 0 to {len(tasks) - 1}; give one of these or a task's id.")
+    near = nearest(wanted, [task["id"] for task in tasks])
+    raise UserError(f"--task={wanted}: {split} has tasks 0 to {len(tasks) - 1}; give one of these or a task's id{near}.")
 
 
 def _lines(prompt: str):

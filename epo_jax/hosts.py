@@ -29,7 +29,9 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from epo_jax import stopping
 from epo_jax.errors import Stopped, UserError
+from epo_jax.mesh import devices_in_use
 
 Item = TypeVar("Item")
 
@@ -70,6 +72,7 @@ def joined(values: flags.FlagValues | argparse.Namespace) -> Iterator[None]:
         UserError: the options do not fit together, or the processes do not find each other.
     """
     _connect(values.coordinator, values.processes, values.process)
+    devices_in_use()  # or JAX's own error would come first
     if jax.process_count() == 1:
         yield
         return
@@ -188,13 +191,15 @@ class _Watch:
             time.sleep(_SILENCE_AFTER_FAILURE + 2 * _BEAT)
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, KeyboardInterrupt):
+            print("stopped as asked, before a point at which all processes save; a run goes on with --resume", file=sys.stderr)
         else:
             traceback.print_exception(error)
         with contextlib.suppress(RuntimeError):
             self._stop(f"{_FAILED}{type(error).__name__}: {' '.join(str(error).split())[:500]}")
             if is_first():  # the service ends with it: let the others read first
                 time.sleep(2 * _BEAT)
-        _exit(2 if isinstance(error, UserError) else 1)
+        _exit(stopping.CODE if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1)
 
     def _stop(self, last: str) -> None:
         self._closing.set()

@@ -8,13 +8,14 @@ Read `train` from top to bottom: it is the whole run. On several hosts each of t
 import contextlib
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
-from epo_jax import checkpoint, figures, flops, hosts, keys, lock, mesh, profiling, prompting, rollout, sft, wandb_log
+from epo_jax import checkpoint, figures, flops, hosts, keys, lock, mesh, profiling, prompting, rollout, sft, wandb_log, warm_start
 from epo_jax.command import Command, open_workdir, parse, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
@@ -38,8 +39,12 @@ from epo_jax.trajectory_log import TrajectoryLog
 
 def main(argv: list[str]) -> None:
     command = parse(argv, define_flags)
-    with hosts.joined(command.flags), lock.hold(*written(command)) if hosts.is_first() else contextlib.nullcontext():
-        train(command)
+    with (
+        StopRequest(command.workdir) as stop,
+        hosts.joined(command.flags),
+        lock.hold(*written(command)) if hosts.is_first() else contextlib.nullcontext(),
+    ):
+        train(command, stop)
 
 
 def written(command: Command) -> list[Path]:
@@ -53,12 +58,13 @@ def define_flags(values: flags.FlagValues) -> None:
     profiling.define_flag(values)
 
 
-def train(command: Command) -> None:
+def train(command: Command, stop: StopRequest) -> None:
     # ---------------------------------------------------------------- the run: refuse bad input before anything is written
     began = time.perf_counter()
     config, workdir = command.config, command.workdir
     profile_first, profile_end = profiling.window(command.flags.profile_steps, config.train.steps)
     objective, hyper = objective_and_hyper(config)
+    print(mesh.devices_in_use(), flush=True)
     devices = mesh.make_mesh(**config.mesh.to_dict())
     rollout.check_devices(config.rollout.devices)
     attention.check_rows(config.train.rows_tokens)
@@ -112,7 +118,8 @@ def train(command: Command) -> None:
             tokenizer.save(workdir / "tokenizer")
         print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
         if shown:
-            params = clone_experts(config, model, params, shown)
+            stop.defer()
+            params = clone_experts(config, model, params, shown, workdir / "warm_start", stop)
         if config.model.lora_rank:
             model = with_adapters(model, config.model)
             adapters = lora.init_adapters(model, keys.key(config.seed, "adapters"))
@@ -137,19 +144,28 @@ def train(command: Command) -> None:
 
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(EnvPool(config.env.name, env_options, config.env.workers))
-        stop = stack.enter_context(StopRequest())
         profile = stack.enter_context(profiling.Profile(workdir / "profile", profile_first, profile_end))
         if hosts.is_first():
             writer = stack.enter_context(MetricWriter(workdir, first_step, wandb_run))
             log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
-        def evaluate_all(step: int) -> float:
+        @contextlib.contextmanager
+        def stoppable(step: int) -> Iterator[None]:
+            """What is inside changes nothing, so a request to stop ends it at once, and the run after RL step `step`."""
+            try:
+                with stop.now():
+                    yield
+            except KeyboardInterrupt:
+                end_early(step)
+
+        def evaluate_all(step: int, splits: Sequence[str] = config.eval.splits) -> float:
             success = checkpoint.NOT_EVALUATED
-            for split, tasks in eval_tasks.items():
-                row, played = evaluate(
-                    split, tasks, step, pool, tokenizer, model, state.policy(), settings,
-                    config.eval.temperature, config.seed, config.eval.top_k, config.eval.top_p,
-                )  # fmt: skip
+            for split in splits:
+                with stoppable(step):
+                    row, played = evaluate(
+                        split, eval_tasks[split], step, pool, tokenizer, model, state.policy(), settings,
+                        config.eval.temperature, config.seed, config.eval.top_k, config.eval.top_p,
+                    )  # fmt: skip
                 if hosts.is_first():
                     print(evaluation_table(writer.evaluation(row)), flush=True)
                     log.write(step, split, played)
@@ -167,26 +183,37 @@ def train(command: Command) -> None:
             if step not in manager.all_steps():
                 save()
             manager.close()
-            raise Stopped(f"stopped as asked, {step} RL steps done and saved; go on with --workdir={workdir} --resume")
+            raise Stopped(stop.sentence(f"{step} RL steps done and saved"))
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
-            return rollout.collect(
-                step_episodes(train_tasks, config, step, attempt),
-                pool,
-                tokenizer,
-                model,
-                state.policy(),
-                keys.key(config.seed, "rollout"),
-                settings,
-                config.rollout.temperature,
-            )
+            with stoppable(step):
+                return rollout.collect(
+                    step_episodes(train_tasks, config, step, attempt),
+                    pool,
+                    tokenizer,
+                    model,
+                    state.policy(),
+                    keys.key(config.seed, "rollout"),
+                    settings,
+                    config.rollout.temperature,
+                )
 
         # ------------------------------------------------------------ the loop
-        if config.eval.before and first_step == 0:
-            best = evaluate_all(0)
+        stop.defer()
+        evaluated = checkpoint.NOT_EVALUATED
+        if first_step == 0:
+            if config.eval.before:
+                evaluated = evaluate_all(0)
+        elif missing := splits_to_evaluate(config, workdir, first_step):
+            evaluated = evaluate_all(first_step, missing)
+        best = max(best, evaluated)
         if not resumed:
             save(best)
             manager.wait_until_finished()  # from here on a killed run can be resumed
+        elif best != before.best or (first_step and evaluated != checkpoint.NOT_EVALUATED):
+            checkpoint.rank(manager, first_step, before._replace(best=best), evaluated)
+        if hosts.is_first():
+            warm_start.clear(workdir / "warm_start")
         durations = []
         for step in range(first_step, config.train.steps):
             profile.begin(step)
@@ -216,7 +243,8 @@ def train(command: Command) -> None:
             seconds = {"rollout_seconds": rolled_out - started, "update_seconds": updated - rolled_out}
             speeds = flops.rates(learner, sum(rounds, []), trajectories, **seconds, devices=devices.size)
             seconds["wall_seconds"] = wall_seconds()
-            counts = {"env_restarts": sum(hosts.gather(pool.restarts)), "rows": int(batch.rows.sum())}
+            restarts, asked = zip(*hosts.gather([pool.restarts, stop.asked_here]), strict=True)
+            counts = {"env_restarts": sum(restarts), "rows": int(batch.rows.sum())}
             done = step + 1
             profile.finish(done)
             durations.append(updated - started)
@@ -231,13 +259,21 @@ def train(command: Command) -> None:
                 improved, best = success > best, max(success, best)
             if last or done % config.checkpoint.every == 0 or (improved and config.checkpoint.keep_best):
                 save(success)
-            if not last and (manager.reached_preemption(done) or stop.asked):
+            if not last and (manager.reached_preemption(done) or any(asked)):
                 end_early(done)
 
     # ---------------------------------------------------------------- results
     manager.close()
     for path in figures.draw(workdir) if hosts.is_first() else ():
         print(f"wrote {path}")
+
+
+def splits_to_evaluate(config, workdir: Path, step: int) -> list[str]:
+    """The splits whose evaluation after RL step `step` is due and missing, as the run was stopped in it."""
+    if step != config.train.steps and (not config.eval.every or step % config.eval.every):
+        return []
+    evaluated = {row["split"] for row in read_rows(workdir / "eval.jsonl") if row["step"] == step}
+    return hosts.gather([split for split in config.eval.splits if split not in evaluated])[0]
 
 
 def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
@@ -420,20 +456,34 @@ def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.
     return [rollout.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]
 
 
-def clone_experts(config, model: DecoderConfig, params: Params, trajectories: list[Trajectory]) -> Params:
-    """The warm start, with a line now and then; returns the cloned parameters. `params` are donated."""
+def clone_experts(
+    config, model: DecoderConfig, params: Params, trajectories: list[Trajectory], folder: Path, stop: StopRequest
+) -> Params:
+    """The warm start, with a line now and then; returns the cloned parameters. `params` are donated.
+
+    Asked to stop, it leaves its updates in `folder`, from where it goes on.
+
+    Raises:
+        Stopped: then.
+    """
     settings, optim = config.warm_start, cloning_optim(config)
     rows = max(1, settings.batch_tokens // config.train.rows_tokens)
+    found = warm_start.restore(folder, params, optim)
+    if found is not None:
+        print(f"the first {found.updates} updates of the warm start are done", flush=True)
     cloning = sft.warm_start(
-        params, trajectories, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed
+        params, trajectories, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed, found
     )
     started = time.perf_counter()
-    for step, (cloned, cross_entropy) in enumerate(cloning, start=1):
-        params = cloned
-        if step % max(1, settings.steps // 10) == 0:
+    for cloned in cloning:
+        params, updates = cloned.params, cloned.updates
+        if updates % max(1, settings.steps // 10) == 0:
             seconds = time.perf_counter() - started
-            told = f"warm start {step}/{settings.steps}  cross-entropy {cross_entropy:.3f} nats/token  {seconds:.0f} s"
+            told = f"warm start {updates}/{settings.steps}  cross-entropy {cloned.cross_entropy:.3f} nats/token  {seconds:.0f} s"
             print(told, flush=True)
+        if stop.asked and updates < settings.steps:
+            warm_start.save(folder, cloned)
+            raise Stopped(stop.sentence(f"{updates} updates of the warm start done and saved"))
     return params
 
 

@@ -14,6 +14,7 @@ nothing.
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -211,6 +212,25 @@ def check(mesh: Mesh, model, row_tokens: int) -> None:
     ):
         if length % mesh.shape[axis]:
             raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} must divide the {length} {of}; choose a divisor.")
+
+
+def devices_in_use() -> str:
+    """A line about the devices that JAX has found.
+
+    Raises:
+        UserError: it finds none of the platform that JAX_PLATFORMS names.
+    """
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise UserError(
+            f"JAX_PLATFORMS={wanted!r}: JAX finds no such device ({reason}); install JAX for it (pip install 'jax[cuda12]' or "
+            "'jax[tpu]'), or unset the variable."
+        ) from None
+    kind, platform = devices[0].device_kind, devices[0].platform
+    return f"device: {len(devices)} x {kind}" + (f" ({platform})" if platform not in kind.lower() else "")
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:

@@ -13,16 +13,18 @@ docs/metrics.md has every field.
 
 import json
 import math
-import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any, NamedTuple
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from epo_jax import wandb_log
-from epo_jax.files import write_atomically
+from epo_jax.files import append, write_atomically
 
 Row = dict[str, Any]
 
@@ -47,7 +49,12 @@ class MetricWriter:
                 with open(path.with_suffix(".superseded.jsonl"), "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(row) + "\n" for row in superseded)
             keep_rows(path, lambda row, last=last: row["step"] <= last)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step if step else None)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # Without a thread of its own, as in `SummaryWriter`, which a full disk would end without a word.
+        self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+        if step:  # what was written of this and later steps is void
+            start = SessionLog(status=SessionLog.START)
+            self._tensorboard.write_event(Event(wall_time=time.time(), step=step, session_log=start))
         self._wandb = wandb_run
         if wandb_run is not None:
             write_atomically(workdir / wandb_log.ID, f"{wandb_run.id}\n")
@@ -55,10 +62,8 @@ class MetricWriter:
     def train(self, row: Mapping[str, Any]) -> Row:
         """Adds the row of an RL step; returns it as written (plain numbers, None where not finite)."""
         row = plain(row)
-        # One unbuffered write of one line: a kill leaves the whole line, or a torn last line that `read_rows` skips.
-        with open(self._metrics, "ab", buffering=0) as file:
-            file.write((json.dumps(row) + "\n").encode())
-            os.fsync(file.fileno())  # a checkpoint that outlives the machine must not outlive its rows
+        # On disk before the step's checkpoint. A kill leaves the whole line, or a torn last one that `read_rows` skips.
+        append(self._metrics, json.dumps(row) + "\n")
         self._scalars("train", row, row["step"])
         return row
 
@@ -85,7 +90,7 @@ class MetricWriter:
     def _scalars(self, prefix: str, row: Row, step: int) -> None:
         scalars = {f"{prefix}/{k}": value for k, value in row.items() if k != "step" and isinstance(value, int | float)}
         for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log({"step": step, **scalars})

@@ -12,11 +12,12 @@ trajectories, bit for bit, whatever the workers' number and delays.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -179,7 +180,7 @@ class _Rollout:
         started = time.perf_counter()
         working: dict[concurrent.futures.Future, _LaneEpisodes] = {}
         idle: collections.deque[_LaneEpisodes] = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(max(1, self.threads)) as executor:
+        with _executor(max(1, self.threads)) as executor:
             while self.lanes or idle or working:
                 while self.lanes and len(idle) + len(working) < self.open:
                     self.admit(self.lanes[0])
@@ -352,6 +353,19 @@ class _Rollout:
         self.pool.step(live.handle, parsed.action)
         self.under_way += 1
         self.stats.env_steps += 1
+
+
+@contextlib.contextmanager
+def _executor(threads: int) -> Iterator[concurrent.futures.Executor]:
+    """Threads that are waited for at the end, but where somebody asks to stop: what one of them compiles can take minutes."""
+    executor, wait = concurrent.futures.ThreadPoolExecutor(threads), True
+    try:
+        yield executor
+    except KeyboardInterrupt:
+        wait = False
+        raise
+    finally:
+        executor.shutdown(wait=wait, cancel_futures=not wait)
 
 
 def collect(

@@ -7,6 +7,7 @@ scratch learns what the game's words mean. The expert's mistakes are context onl
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,15 @@ def make_cloning_step(
     return step
 
 
+class Cloning(NamedTuple):
+    """A warm start after `updates` updates; `cross_entropy` of the action tokens of the last one, nats."""
+
+    params: Params
+    opt_state: optax.OptState
+    updates: int
+    cross_entropy: float = 0.0
+
+
 def warm_start(
     params: Params,
     trajectories: list[Trajectory],
@@ -117,11 +127,15 @@ def warm_start(
     rows_per_step: int,
     prompt_weight: float,
     seed: int,
-) -> Iterator[tuple[Params, float]]:
-    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows; yields (params, action cross-entropy).
+    begun: Cloning | None = None,
+) -> Iterator[Cloning]:
+    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows; yields the state after each.
 
     A mesh changes nothing: it gets empty rows too, which weigh nothing, up to a multiple of its `row_shards`. The yielded
-    params are donated to the next step: keep only the last.
+    arrays are donated to the next step: keep only the last.
+
+    Args:
+        begun: the state that an earlier process came to, from which this one goes on as that one would have.
     """
     packed = pack(
         trajectories,
@@ -137,13 +151,16 @@ def warm_start(
     on = mesh.mesh_of(params)
     empty = [number] * (-rows_per_step % (mesh.row_shards(on) if on else 1))
     step = make_cloning_step(model, optim, prompt_weight, on)
-    opt_state = make_optimizer(optim).init(params)
+    opt_state, first = make_optimizer(optim).init(params), 0
+    if begun is not None:
+        params, opt_state, first = begun.params, begun.opt_state, begun.updates
     rng = keys.generator(seed, "warm start")
     deck = np.zeros(0, np.int64)
-    for _ in range(optim.updates):
+    for update in range(optim.updates):
         while len(deck) < rows_per_step:
             deck = np.concatenate([deck, rng.permutation(number)])
         chosen, deck = deck[:rows_per_step], deck[rows_per_step:]
-        rows = np.append(chosen, empty).astype(np.int64)
-        params, opt_state, cross_entropy = step(params, opt_state, jax.tree.map(lambda x, r=rows: x[r], pool))
-        yield params, float(cross_entropy)
+        if update >= first:
+            rows = np.append(chosen, empty).astype(np.int64)
+            params, opt_state, cross_entropy = step(params, opt_state, jax.tree.map(lambda x, r=rows: x[r], pool))
+            yield Cloning(params, opt_state, update + 1, float(cross_entropy))

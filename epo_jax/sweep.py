@@ -18,7 +18,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, flops, keys, lock, prompting, rollout, wandb_log
+from epo_jax import checkpoint, figures, flops, keys, lock, prompting, rollout, wandb_log, warm_start
 from epo_jax.command import Command, open_workdir, parse, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
@@ -43,11 +43,13 @@ from epo_jax.main import (
     expert_trajectories,
     learner_config,
     own_tokenizer,
+    splits_to_evaluate,
     step_batch,
     step_episodes,
     step_row,
 )
 from epo_jax.members import make_members_step, member_mesh, stack
+from epo_jax.mesh import devices_in_use
 from epo_jax.metrics import MetricWriter, Row, clock, read_rows, seconds_left
 from epo_jax.models import attention, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_adapters
@@ -65,11 +67,12 @@ def main(argv: list[str]) -> None:
         if match := re.match(r"--?config\.sweep\.over\.([^=]+)", argument):
             refuse_static(match[1])
     command = parse(argv, sweep=True)
-    with lock.hold(command.workdir):
-        run_programs(command)
+    with StopRequest(command.workdir) as stop, lock.hold(command.workdir):
+        run_programs(command, stop)
 
 
-def run_programs(command: Command) -> None:
+def run_programs(command: Command, stop: StopRequest) -> None:
+    print(devices_in_use(), flush=True)
     config = command.config
     groups = programs(config)
     refuse_what_members_cannot_share(config)
@@ -86,16 +89,19 @@ def run_programs(command: Command) -> None:
         for some in alike(members, ledger.vocabulary):
             resume_point(some, ledger)
     open_workdir(command)
-    beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained, command.workdir / "warm_start"))
+    kept = command.workdir / "warm_start"
+    beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained, kept, stop))
 
     # ---------------------------------------------------------------- one program after the other
     folders = [ledger.folder(member) for member in sum(groups, [])]
     with lock.hold(*folders), EnvPool(config.env.name, env_options, config.env.workers) as pool:
         ledger.open()
         for number, members in enumerate(groups, start=1):
+            with stop.now():  # a request that came when the last program had done its last step
+                pass
             print(f"program {number} of {len(groups)}, {len(members)} members: " + ", ".join(m.name for m in members), flush=True)
             for some in alike(members, lambda member: beginner(member.coefficients["seed"]).model):
-                train(config, some, ledger, beginner, tasks, pool)
+                train(config, some, ledger, beginner, tasks, pool, stop)
 
     # ---------------------------------------------------------------- results
     for member in sum(groups, []):
@@ -136,7 +142,7 @@ class Beginner(NamedTuple):
     params: Params
 
 
-def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) -> Beginner:
+def begin(config, train_tasks: list[Task], pretrained, kept: Path, stop: StopRequest, seed: int) -> Beginner:
     """The beginner of a seed: cloned from experts, which is done once and kept as a model folder in `kept`."""
     config = ConfigDict(config.to_dict())
     config.seed = seed
@@ -159,9 +165,11 @@ def begin(config, train_tasks: list[Task], pretrained, kept: Path, seed: int) ->
         print(f"seed {seed}:", end=" ")
         # The weights that are cloned are given away; pretrained ones are needed again.
         shown = expert_trajectories(config, tokenizer, demonstrations)
-        params = clone_experts(config, model, jax.tree.map(jnp.copy, params), shown)
+        stop.defer()
+        params = clone_experts(config, model, jax.tree.map(jnp.copy, params), shown, folder / "updates", stop)
         tokenizer.save(folder)
         weights.save_params(folder, model, params)
+        warm_start.clear(folder / "updates")
     if config.model.lora_rank:
         model = with_adapters(model, config.model)
         params = lora.join(params, lora.init_adapters(model, keys.key(seed, "adapters")))
@@ -256,6 +264,7 @@ def train(
     beginner: Callable[[int], Beginner],
     tasks: dict[str, list[Task]],
     pool: EnvPool,
+    stop: StopRequest,
 ) -> None:
     """Trains the members of one program to their end, from their last checkpoints where they have any."""
     sweep, config = config.sweep, members[0].config
@@ -327,7 +336,6 @@ def train(
         return rounds, stats
 
     with contextlib.ExitStack() as stack_of_writers:
-        stop = stack_of_writers.enter_context(StopRequest())
         project, group = config.metrics.wandb_project, ledger.name
         writers = [
             stack_of_writers.enter_context(
@@ -341,14 +349,24 @@ def train(
             for folder, tokenizer in zip(folders, tokenizers, strict=True)
         ]
 
-        def evaluate_all(step: int) -> None:
+        @contextlib.contextmanager
+        def stoppable(step: int) -> Iterator[None]:
+            """What is inside changes nothing, so a request to stop ends it at once, and the sweep after RL step `step`."""
+            try:
+                with stop.now():
+                    yield
+            except KeyboardInterrupt:
+                end_early(step)
+
+        def evaluate_all(step: int, splits: Sequence[str] = config.eval.splits) -> None:
             # Before the first step, members of one seed are one policy.
             players = [alive[i] and (step > 0 or i == seeds.index(seeds[i])) for i in range(len(members))]
             rows = []
-            for split in config.eval.splits:
+            for split in splits:
                 episodes = [episodes_of(tasks[split]) if plays else [] for plays in players]
                 sampling = config.eval.temperature, config.eval.top_k, config.eval.top_p
-                sampled, stats = collect(episodes, evaluation_keys, *sampling)
+                with stoppable(step):
+                    sampled, stats = collect(episodes, evaluation_keys, *sampling)
                 for i in np.flatnonzero(alive):
                     mine = sampled[i] if players[i] else sampled[seeds.index(seeds[i])]
                     rows.append((members[i].name, writers[i].evaluation(row_of(split, step, mine, stats.seconds))))
@@ -363,17 +381,31 @@ def train(
                 if jax.tree.leaves(base):
                     managers[i].wait_until_finished()  # or there would be a copy of the base for each
 
+        def end_early(step: int) -> None:
+            for manager in managers:
+                manager.wait_until_finished()
+            if any(step not in managers[i].all_steps() for i in np.flatnonzero(alive)):
+                save_all()
+            for manager in managers:
+                manager.close()
+            raise Stopped(stop.sentence(f"{step} RL steps of this program done and saved"))
+
         # ------------------------------------------------------------ the loop
-        if found is None:
+        stop.defer()
+        if first_step == 0:
             if config.eval.before:
                 evaluate_all(0)
+        elif missing := {split for i in np.flatnonzero(alive) for split in splits_to_evaluate(config, folders[i], first_step)}:
+            evaluate_all(first_step, [split for split in config.eval.splits if split in missing])
+        if found is None:
             save_all()
             for manager in managers:  # from here on a killed sweep can be resumed
                 manager.wait_until_finished()
         durations = []
         for step in range(first_step, steps):
             started = time.perf_counter()
-            rounds, stats = played(step)
+            with stoppable(step):
+                rounds, stats = played(step)
             rolled_out = time.perf_counter()
             living, batches, uniform = np.flatnonzero(alive), [None] * len(members), [0] * len(members)
             trained: list[list[Trajectory]] = [[] for _ in members]
@@ -410,12 +442,10 @@ def train(
                 break
             if done == steps or (config.eval.every and done % config.eval.every == 0):
                 evaluate_all(done)
-            if done == steps or done % config.checkpoint.every == 0 or stop.asked:
+            if done == steps or done % config.checkpoint.every == 0:
                 save_all()
             if stop.asked and done < steps:
-                for manager in managers:
-                    manager.close()
-                raise Stopped(f"stopped as asked, {done} RL steps done and saved; go on with --resume")
+                end_early(done)
     for manager in managers:
         manager.close()
 

@@ -12,12 +12,11 @@ One row per episode:
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from epo_jax.files import write_atomically
+from epo_jax.files import append, write_atomically
 from epo_jax.metrics import Row, keep_rows, plain
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.trajectory import Trajectory
@@ -51,9 +50,7 @@ class TrajectoryLog:
         if not chosen:
             return
         rows = [episode_row(step, split, trajectories[i], self._tokenizer) for i in chosen]
-        with open(self._path, "ab", buffering=0) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            os.fsync(file.fileno())
+        append(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         if self._path.stat().st_size > self._bytes:
             # To half the bound, so that the next sample does not need it again.
             write_atomically(self._path, "".join(thin(self._path.read_text().splitlines(keepends=True), self._bytes // 2)))

@@ -6,7 +6,7 @@ import os
 import pytest
 from absl import flags
 
-from epo_jax import lock
+from epo_jax import lock, mesh
 from epo_jax.command import check_workdir, open_workdir, parse, read_config, run
 from epo_jax.config import flatten
 from epo_jax.errors import Stopped, UserError
@@ -39,6 +39,21 @@ def test_whole_numbers_are_accepted_for_real_keys(tmp_path):
     assert parse(arguments(tmp_path, SMOKE, "--config.epo.lam=1")).config.epo.lam == 1.0
 
 
+def test_none_is_a_value_of_keys_that_have_it(tmp_path):
+    assert parse(arguments(tmp_path, SMOKE)).config.env.max_receptacles is not None
+    assert parse(arguments(tmp_path, SMOKE, "--config.env.max_receptacles=None")).config.env.max_receptacles is None
+
+
+def test_a_platform_that_is_not_there_is_named(monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr("jax.devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match="JAX_PLATFORMS='cuda': JAX finds no such device"):
+        mesh.devices_in_use()
+
+
 def test_a_program_adds_its_own_flags(tmp_path):
     command = parse(
         arguments(tmp_path, SMOKE, "--split=train"),
@@ -58,10 +73,16 @@ def test_a_program_adds_its_own_flags(tmp_path):
         ([SMOKE, "--config.epo.lam=much"], "--config.epo.lam=much: could not convert"),
         ([SMOKE, "--config.train.steps=1.5"], "--config.train.steps=1.5: invalid literal"),
         ([SMOKE, "--config.epo.kappa_l=-1"], "config.epo.kappa_l=-1.0 must be zero or positive"),
+        ([SMOKE, "--config.seed=None"], "--config.seed=None: the key needs a value; leave the option out for 0."),
+        ([SMOKE, "--config.checkpoint.folder=None"], "--config.checkpoint.folder=None: the key needs a value"),
+        ([SMOKE, "--config.sed=None"], "config.sed is not a key .* did you mean config.seed?"),
+        ([SMOKE, "--config.algo.kl_kind=k33"], r"\(nearest: 'k3'\)"),
+        ([SMOKE, "--config.eval.splits=valid_sen"], r"names 'valid_sen' \(nearest: 'valid_seen'\)"),
         ([SMOKE, "--resum"], "'resum'. Did you mean: resume?"),
         ([SMOKE, "train"], "'train' is not understood"),
         ([SMOKE, "--resume"], "holds no run"),
         (["--config=configs/alfworld.py:tiny"], "no preset 'tiny'"),
+        (["--config=configs/alfworld.py:laptp"], "no preset 'laptp' .nearest: 'laptop'."),
         (["--config=configs/alfword.py"], "there is no file configs/alfword.py; there is .*configs/alfworld.py"),
         (["--config.epo.lam=1"], "config"),
         ([], "--config is missing"),

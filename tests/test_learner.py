@@ -37,7 +37,7 @@ def world():
     model = DecoderConfig(tokenizer.vocab_size, 32, 2, 2, 1, 16, 64)
     params = init_params(model, jax.random.key(0))
     trajectories = [sft.to_trajectory(d, tokenizer, SETTINGS) for d in demonstrations]
-    for cloned, _ in sft.warm_start(params, trajectories, model, OptimConfig(5e-3, 40), 128, 8, 0.1, 0):
+    for cloned, *_ in sft.warm_start(params, trajectories, model, OptimConfig(5e-3, 40), 128, 8, 0.1, 0):
         params = cloned
     return tokenizer, model, jax.tree.map(np.asarray, params), tasks
 

@@ -239,7 +239,7 @@ def test_a_warm_start_is_that_of_one_device(muon, dtype, bound):
         params = fresh(model, jax.random.key(0))
         params = jax.device_put(params, mesh.shardings(on, params))
         optim = OptimConfig(1e-2, 3, muon=muon)
-        *_, (params, cross_entropy) = warm_start(params, tiny.episodes(0), model, optim, ROW, 3, 0.3, 0)
+        *_, (params, _, _, cross_entropy) = warm_start(params, tiny.episodes(0), model, optim, ROW, 3, 0.3, 0)
         found.append((jax.tree.map(np.asarray, params), cross_entropy))
     start = fresh(model, jax.random.key(0))
     alone, cross_entropy = found[0]

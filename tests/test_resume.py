@@ -7,9 +7,10 @@ import sys
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import kill
-from epo_jax import figures, rollout
+from epo_jax import figures, rollout, sft, stopping
 from epo_jax import main as program
 from epo_jax.errors import Stopped, UserError
 from epo_jax.metrics import MetricWriter
@@ -30,13 +31,19 @@ ARGUMENTS = f"--config={kill.__file__}", "--config.warm_start.steps=10", "--conf
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
+def quick(tmp_path_factory):
     """What counts here is the time to compile."""
+    settings = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    settings["jax_compilation_cache_dir"] = str(tmp_path_factory.mktemp("cache"))
+    before = {name: jax.config.values[name] for name in settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw", lambda folder: [])
-        jax.config.update("jax_disable_most_optimizations", True)
+        for name, value in settings.items():
+            jax.config.update(name, value)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
+        compilation_cache.reset_cache()
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def run(folder, *arguments):
@@ -64,30 +71,46 @@ def test_killed_while_a_checkpoint_is_written(alone, tmp_path, request):
     assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
-def test_asked_to_stop_between_rollout_and_update_and_at_the_end_of_a_step(alone, tmp_path, monkeypatch, capfd):
+def test_asked_to_stop_wherever_a_run_can_be(alone, tmp_path, monkeypatch, capfd):
+    """In the warm start, in a rollout, between it and the update, after the update, in every evaluation."""
     folder = tmp_path / "stopped"
 
     def asked(inner, call):
-        """`inner`, whose `call`-th call comes with a SIGTERM."""
+        """`inner`, whose `call`-th call comes with a signal."""
         calls = []
 
-        def outer(*arguments):
+        def outer(*arguments, **named):
             calls.append(arguments)
             if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return inner(*arguments)
+                os.kill(os.getpid(), (signal.SIGTERM, signal.SIGHUP)[len(points) % 2])
+            return inner(*arguments, **named)
 
         return outer
 
-    before = signal.getsignal(signal.SIGTERM)
-    for where, name, call, steps in ((rollout, "choose_groups", 2, 1), (MetricWriter, "train", 1, 2)):
-        with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"{steps} RL steps done and saved.*--resume"):
+    points = [
+        (sft, "Cloning", 4, "4 updates of the warm start"),
+        (sft, "Cloning", 3, "7 updates of the warm start"),
+        (program, "evaluate", 1, "0 RL steps"),
+        (rollout, "collect", 1, "0 RL steps"),
+        (rollout, "choose_groups", 2, "1 RL steps"),
+        (MetricWriter, "train", 1, "2 RL steps"),
+        (program, "evaluate", 1, "2 RL steps"),
+        (program, "evaluate", 2, "3 RL steps"),
+    ]
+    before = [signal.getsignal(number) for number in stopping._SIGNALS]
+    while points:
+        where, name, call, said = points.pop(0)
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"{said} done and saved.*--resume"):
             patch.setattr(where, name, asked(getattr(where, name), call))
-            run(folder, *(("--resume",) if folder.exists() else (*ARGUMENTS, "--profile_steps=0:3")))
-        assert signal.getsignal(signal.SIGTERM) == before
+            arguments = ("--resume",) if folder.exists() else ARGUMENTS
+            run(folder, *arguments, *(["--profile_steps=0:3"] if name == "choose_groups" else []))
+        assert [signal.getsignal(number) for number in stopping._SIGNALS] == before
         assert "ask again to end at once" in capfd.readouterr().err
-        assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1  # what the first stop cut short
+        assert (folder / "warm_start").exists() or name != "Cloning"
+        if name == "choose_groups":
+            assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1  # what the stop cut short
     run(folder)
+    assert not (folder / "warm_start").exists()
     assert kill.differences(kill.ending(folder), alone) == []
 
 

@@ -49,7 +49,7 @@ def test_mistakes_are_not_imitated(window):
     settings = dataclasses.replace(SETTINGS, window=window)
     erring = [dataclasses.replace(d, actions=("purple", d.actions[1]), mistakes=(0,)) for d in DEMONSTRATIONS]
     shown = [sft.to_trajectory(d, TOKENIZER, settings) for d in (*DEMONSTRATIONS, *erring)]
-    *_, (params, cross_entropy) = sft.warm_start(
+    *_, (params, _, _, cross_entropy) = sft.warm_start(
         init_params(MODEL, jax.random.key(0)), shown, MODEL, OptimConfig(1e-2, 60), 128, 8, 0.3, 0
     )
     assert cross_entropy < 1.2  # 6 nats before it
@@ -87,7 +87,8 @@ def test_cloning_lowers_the_cross_entropy_and_is_deterministic():
 
     def run():
         params = init_params(MODEL, jax.random.key(0))
-        return list(ce for _, ce in sft.warm_start(params, trajectories, MODEL, OptimConfig(1e-2, 30), 128, 4, 0.1, 0))
+        cloning = sft.warm_start(params, trajectories, MODEL, OptimConfig(1e-2, 30), 128, 4, 0.1, 0)
+        return [state.cross_entropy for state in cloning]
 
     curve = run()
     assert curve[-1] < 0.5 * curve[0]

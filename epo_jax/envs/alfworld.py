@@ -30,6 +30,7 @@ from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworl
 from epo_jax.envs.alfworld_env import AlfworldEnv
 from epo_jax.envs.base import SPLITS, Demonstration, Task, from_fields
 from epo_jax.errors import UserError, explain
+from epo_jax.files import OTHER_CACHE, cache_folder, expand_user
 
 HINTS = ("none", "admissible")
 INDEX_VERSION = 1
@@ -121,8 +122,7 @@ def _tells_admissible(options: dict[str, Any]) -> bool:
 
 
 def _cache(options: dict[str, Any]) -> Path:
-    folder = options.get("data_dir") or os.environ.get("EPO_JAX_DATA") or "~/.cache/epo_jax"
-    return Path(folder).expanduser().absolute() / "alfworld"
+    return cache_folder(options.get("data_dir", "")) / "alfworld"
 
 
 def _digest(key: Any) -> str:
@@ -161,7 +161,7 @@ def _real_data() -> Path | None:
     name = os.environ.get("ALFWORLD_DATA")
     if not name:
         return None
-    folder = Path(name).expanduser().absolute()
+    folder = expand_user(name, "ALFWORLD_DATA").absolute()
     if (folder / "json_2.1.1").is_dir():
         folder = folder / "json_2.1.1"
     if not any((folder / split).is_dir() for split in SPLITS):
@@ -224,7 +224,7 @@ def _generate(options: dict[str, Any]) -> None:
         if not target.exists():  # another process may have been faster
             os.rename(partial, target)
     except OSError as error:
-        raise UserError(f"cannot write games to {target}: {error.strerror}; free it or set env.data_dir.") from None
+        raise UserError(f"cannot write games to {target}: {error.strerror}; {OTHER_CACHE}.") from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

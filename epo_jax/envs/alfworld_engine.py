@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from epo_jax.envs import alfworld_compile, alfworld_library, alfworld_text
 from epo_jax.envs.alfworld_library import Proposition
 from epo_jax.errors import UserError
+from epo_jax.files import OTHER_CACHE
 
 MAX_REMEMBERED_STATES = 2000  # per game, a few kB each; the states beyond are as right, but not shared
 LOADED_GAMES = 32  # per process, about 3 MB each
@@ -252,4 +253,4 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.chmod(file.name, path.parent.stat().st_mode & 0o666)  # whoever may read the folder may read the file
         os.replace(file.name, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free it or set env.data_dir.") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; {OTHER_CACHE}.") from None

@@ -19,6 +19,7 @@ from epo_jax.envs import alfworld_engine, alfworld_games, experts
 from epo_jax.envs.alfworld_env import AlfworldEnv
 from epo_jax.envs.base import Observation, to_fields
 from epo_jax.errors import UserError, explain
+from epo_jax.files import OTHER_CACHE
 
 # ---------------------------------------------------------------------------------------------- the parent's side
 
@@ -164,7 +165,7 @@ def main() -> None:
     except BrokenPipeError:
         os._exit(1)  # the parent has gone
     except OSError as error:
-        message = f"cannot write {error.filename}: {error.strerror}; free it or set env.data_dir."
+        message = f"cannot write {error.filename}: {error.strerror}; {OTHER_CACHE}."
         answers.write(json.dumps({"error": message}) + "\n")
 
 

@@ -25,7 +25,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, nearest
 
 Task = dict[str, Any]
 
@@ -127,7 +127,7 @@ def environment(name: str) -> Environment:
     module_name = ENVIRONMENTS.get(name, name)
     unknown = UserError(
         f"env.name={name!r} is not an environment; choose one of {', '.join(sorted(ENVIRONMENTS))}, "
-        "or name a module that can be imported from here."
+        f"or name a module that can be imported from here{nearest(name, ENVIRONMENTS)}."
     )
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise unknown

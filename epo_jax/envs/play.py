@@ -19,7 +19,7 @@ from epo_jax.config import ENV_SECTIONS, base_config
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Environment, Observation, Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, nearest
 
 FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # enough to look at, and made in seconds
 
@@ -31,11 +31,12 @@ def read_options(env: str, settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or (env in ENV_SECTIONS and key not in options):
-            raise UserError(f"--option={setting!r} is not understood; write key=value with a key of {', '.join(options)}.")
+            near = nearest(key, options)
+            raise UserError(f"--option={setting!r} is not understood; write key=value with a key of {', '.join(options)}{near}.")
         try:
             options[key] = json.loads(text)
         except ValueError:
-            options[key] = text
+            options[key] = None if text == "None" else text
     return options
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epo_jax import stopping
 from epo_jax.envs import worker as program
 
 MAX_ANSWER_BYTES = 1 << 24
@@ -88,6 +89,7 @@ class WorkerProcess:
             start_new_session=True,
             env={**os.environ, **SINGLE_THREAD, "PYTHONPATH": path},
         )
+        stopping.process_groups.add(self.process.pid)
         os.set_blocking(self.process.stdin.fileno(), False)
         os.set_blocking(self.process.stdout.fileno(), False)
         self._selector.register(self.process.stdout, selectors.EVENT_READ, self)
@@ -192,6 +194,7 @@ class WorkerProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
+        stopping.process_groups.discard(self.process.pid)
         self.process.wait()
         self.process.stdout.close()
         self.log.close()

@@ -32,8 +32,8 @@ from typing import Any
 
 from epo_jax.envs import base, scienceworld_jvm
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
-from epo_jax.errors import UserError
-from epo_jax.files import write_atomically
+from epo_jax.errors import UserError, nearest
+from epo_jax.files import OTHER_CACHE, cache_folder, write_atomically
 
 SLOTS_PER_WORKER = 32  # live episodes of one JVM, whose heap has room for about three times as many
 WIN_REWARD = 10.0
@@ -174,7 +174,8 @@ def _check(options: dict[str, Any]) -> None:
             raise UserError(f"env.{key}={options[key]!r} is not known; choose one of {', '.join(allowed)}.")
     for name in options["tasks"]:
         if name not in known:
-            raise UserError(f"env.tasks holds {name!r}, which is not a ScienceWorld task; choose from {', '.join(known)}.")
+            near = nearest(name, known)
+            raise UserError(f"env.tasks holds {name!r}, which is not a ScienceWorld task{near}; choose from {', '.join(known)}.")
     used = [part for part in options["simplification"].split(",") if part]
     for part in used:
         if part not in SIMPLIFICATIONS and (part != "easy" or len(used) > 1):
@@ -203,8 +204,7 @@ def _names_of(split: str, options: dict[str, Any]) -> list[str]:
 
 
 def _folder(options: dict[str, Any]) -> Path:
-    root = options.get("data_dir") or os.environ.get("EPO_JAX_DATA") or "~/.cache/epo_jax"
-    return Path(root).expanduser().absolute() / f"scienceworld-{importlib.metadata.version('scienceworld')}"
+    return cache_folder(options.get("data_dir", "")) / f"scienceworld-{importlib.metadata.version('scienceworld')}"
 
 
 def _gold_path(name: str, options: dict[str, Any]) -> Path:
@@ -226,7 +226,7 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make it writable or set env.data_dir.") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; {OTHER_CACHE}.") from None
 
 
 def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from epo_jax.errors import UserError, explain
-from epo_jax.files import expand_user
+from epo_jax.files import cache_folder
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.hf_config import write_config
 from epo_jax.models.rope import frequencies
@@ -61,7 +60,7 @@ def converted(path: Path) -> Path:
     stats = [(part.resolve(), part.stat()) for part in parts]
     told = " ".join(f"{part} {stat.st_size} {stat.st_mtime_ns}" for part, stat in stats)
     digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-    cache = expand_user(os.environ.get("EPO_JAX_DATA") or "~/.cache/epo_jax", "EPO_JAX_DATA") / "models"
+    cache = cache_folder() / "models"
     folder = cache / f"{parts[0].stem}-{digest}"
     if not folder.is_dir():
         try:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from epo_jax.errors import UserError
+from epo_jax.files import expand_user
 from epo_jax.models import gguf
 
 # What a run needs of a hub repository: no pickles, no weights of other frameworks.
@@ -16,7 +17,7 @@ def resolve(path: str) -> Path:
     Raises:
         UserError: there is no such folder or file, and the hub does not know the name or cannot be reached.
     """
-    local = Path(path).expanduser()
+    local = expand_user(path, "config.model.path")
     if local.is_dir():
         return local
     if local.suffix == ".gguf":

@@ -5,7 +5,7 @@ An arm is written `base` or `base+overlay[+overlay...]`: `grpo`, `ppo+epo`, `dap
 
 import dataclasses
 
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, nearest
 from epo_jax.objectives import advantages, controls
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 
@@ -91,7 +91,8 @@ def arm(
     base, *overlays = name.split("+")
     for kind, table, chosen in (("base algorithm", BASES, [base]), ("overlay", OVERLAYS, overlays)):
         for unknown in (c for c in chosen if c not in table):
-            raise UserError(f"{unknown!r} in arm {name!r} is no {kind}; choose from {', '.join(sorted(table))}.")
+            near = nearest(unknown, table)
+            raise UserError(f"{unknown!r} in arm {name!r} is no {kind}{near}; choose from {', '.join(sorted(table))}.")
     settings = BASES[base] | ({} if overlays else {"lam": 0.0})
     for overlay in overlays:
         settings |= OVERLAYS[overlay]
