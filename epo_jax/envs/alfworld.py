@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +33,9 @@ from epo_jax.errors import UserError, explain
 from epo_jax.files import OTHER_CACHE, cache_folder, expand_user
 
 HINTS = ("none", "admissible")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 DEMONSTRATION_VERSION = 5
+_GAME_FILES = {"game.tw-pddl", "traj_data.json"}
 _INDEX = "index.json"  # written last: a folder that has it is complete
 
 Index = dict[str, list[Task]]
@@ -52,21 +53,26 @@ def prepare(options: dict[str, Any]) -> None:
             raise UserError(f"the Python package of {package} is missing; install alfworld (pip install alfworld).")
     if options.get("hints", "none") not in HINTS:
         raise UserError(f"env.hints={options['hints']!r} is not known; choose one of {', '.join(HINTS)}.")
-    if _index_path(options).exists():
-        return
-    if _real_data() is not None:
-        index = _index_real_data(_real_data())
-        alfworld_engine.write_atomically(_index_path(options), json.dumps(index).encode())
+    _index(options)
+
+
+def _index(options: dict[str, Any]) -> Path:
+    """The index of the games, which are made or looked for where it is not there."""
+    path = _index_path(options)
+    if path.exists():
+        return path
+    if (data := _real_data()) is not None:
+        alfworld_engine.write_atomically(path, json.dumps(_index_real_data(data)).encode())
     else:
         _generate(options)
+    return path
 
 
 def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
     """The games of a split: {"id", "type", "file"}, in an order that never changes."""
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split; choose one of {', '.join(SPLITS)}.")
-    prepare(options)
-    path = _index_path(options)
+    path = _index(options)
     root = _real_data() or path.parent / "json_2.1.1"
     try:
         index = json.loads(path.read_text())
@@ -93,6 +99,8 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
     max_turns = options["max_turns"] * (1 + (hesitation > 0) + (mistakes > 0))
     told = _tells_admissible(options)
     key = [DEMONSTRATION_VERSION, max_turns, hesitation, mistakes, told, [task["file"] for task in tasks]]
+    if (data := _real_data()) is not None:
+        key.append(_contents(data))
     path = _cache(options) / "demonstrations" / f"{_digest(key)}.jsonl"
     if path.exists():
         episodes = [json.loads(line) for line in path.read_text().splitlines()]
@@ -132,8 +140,7 @@ def _digest(key: Any) -> str:
 def _index_path(options: dict[str, Any]) -> Path:
     data = _real_data()
     if data is not None:
-        changed = [(data / split).stat().st_mtime_ns for split in SPLITS if (data / split).is_dir()]
-        return _cache(options) / f"real-{_digest([INDEX_VERSION, str(data), changed])}" / _INDEX
+        return _cache(options) / f"real-{_digest([INDEX_VERSION, str(data), _contents(data)])}" / _INDEX
     package = importlib.metadata.version("alfworld")
     wanted = [options[f"{split}_games"] for split in SPLITS]
     key = [alfworld_games.GENERATOR_VERSION, package, wanted, options["max_receptacles"], options["seed"]]
@@ -171,9 +178,21 @@ def _real_data() -> Path | None:
     return folder
 
 
+def _contents(data: Path) -> list[tuple[str, int, int]]:
+    """Path, size and time of every file below `data` that a game is read from: a trial that is added, repaired or deleted, or a
+    download that goes on, changes it. Files are not opened, as there are thousands."""
+    found = []
+    for split in SPLITS:
+        for folder, _, names in os.walk(data / split):
+            for name in _GAME_FILES.intersection(names):
+                about = os.stat(os.path.join(folder, name))
+                found.append((os.path.relpath(os.path.join(folder, name), data), about.st_size, about.st_mtime_ns))
+    return sorted(found)
+
+
 def _index_real_data(data: Path) -> Index:
     """Finds the games that the package's own loader plays: solvable, no sliced objects, no movable receptacles."""
-    print(f"alfworld: indexing the games in {data} (once)", flush=True)
+    print(f"alfworld: indexing the games in {data} (once, and again when they change)", flush=True)
     index: Index = {split: [] for split in SPLITS}
     for split in SPLITS:
         for path in sorted((data / split).rglob("game.tw-pddl")):
@@ -198,18 +217,19 @@ def _solvable(path: Path) -> bool:
 
 
 def _generate(options: dict[str, Any]) -> None:
+    """Makes the games in a folder beside the target, which keeps those that are finished when somebody interrupts this."""
     target = _index_path(options).parent
     games = [{"split": split, "index": i} for split in SPLITS for i in range(options[f"{split}_games"])]
     workers = max(1, options["workers"])
     print(f"alfworld: generating {len(games)} games (once)", flush=True)
-    partial = None
+    partial = target.with_name(f".partial-{target.name}")
+    unfinished = target.with_name(f".partial-{os.getpid()}")  # one game of each worker
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-        partial.chmod(target.parent.stat().st_mode & 0o777)  # whoever may read the cache may read the games
+        partial.mkdir(parents=True, exist_ok=True)
         common = {
             "job": "games",
             "root": str(partial / "json_2.1.1"),
+            "unfinished": str(unfinished),
             "compiled": str(_cache(options) / "compiled"),
             "seed": options["seed"],
             "max_receptacles": options["max_receptacles"],
@@ -220,11 +240,14 @@ def _generate(options: dict[str, Any]) -> None:
         for game in sorted(made, key=lambda g: g["index"]):
             file = f"{game['folder']}/game.tw-pddl"
             index[game["split"]].append({"id": game["folder"], "type": game["type"], "file": file})
-        (partial / _INDEX).write_text(json.dumps(index))
         if not target.exists():  # another process may have been faster
+            (partial / _INDEX).write_text(json.dumps(index))
             os.rename(partial, target)
     except OSError as error:
-        raise UserError(f"cannot write games to {target}: {error.strerror}; {OTHER_CACHE}.") from None
+        if not target.exists():
+            raise UserError(f"cannot write games to {target}: {error.strerror}; {OTHER_CACHE}.") from None
     finally:
-        if partial is not None:
+        for left in unfinished.parent.glob(f"{unfinished.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if not isinstance(sys.exception(), KeyboardInterrupt):
             shutil.rmtree(partial, ignore_errors=True)

@@ -9,12 +9,14 @@ import concurrent.futures
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from epo_jax import stopping
 from epo_jax.envs import alfworld_engine, alfworld_games, experts
 from epo_jax.envs.alfworld_env import AlfworldEnv
 from epo_jax.envs.base import Observation, to_fields
@@ -57,6 +59,7 @@ def run_jobs(jobs: list[dict[str, Any]], progress: Callable[[int], None]) -> lis
         finally:
             for process in processes:
                 process.kill()
+                stopping.process_groups.discard(process.pid)
                 process.wait()
     return [answer for future in listening for answer in future.result()]
 
@@ -71,6 +74,7 @@ def _start(job: dict[str, Any]) -> subprocess.Popen:
         env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,  # an interrupt from the keyboard is the parent's affair, which then ends this process
     )
+    stopping.process_groups.add(process.pid)
     with process.stdin as requests:
         requests.write(json.dumps(job).encode() + b"\n")
     return process
@@ -80,10 +84,16 @@ def _start(job: dict[str, Any]) -> subprocess.Popen:
 
 
 def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Write the games {"split", "index"} of job["games"] below job["root"], each played to its end first."""
+    """Write the games {"split", "index"} of job["games"] below job["root"], each played to its end first; those that are there
+    already, from a process that was interrupted, are left."""
     for wanted in job["games"]:
         split, index = wanted["split"], wanted["index"]
         made = alfworld_games.generate(split, index, job["seed"], job["max_receptacles"])
+        folder = Path(job["root"]) / split / made.folder
+        answer = {"split": split, "index": index, "type": made.task_type, "folder": f"{split}/{made.folder}"}
+        if folder.exists():
+            yield answer
+            continue
         compiled = alfworld_engine.compiled(made.files["game.tw-pddl"].encode(), job["compiled"])
         game = alfworld_engine.Game(compiled)
         state = game.start
@@ -93,11 +103,18 @@ def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             state, _ = game.step(state, command)
         if any(wins) or not state.won:
             raise RuntimeError(f"the walkthrough of generated game {split}/{made.folder} does not win at its end")
-        folder = Path(job["root"]) / split / made.folder
-        folder.mkdir(parents=True)
+        unfinished = Path(f"{job['unfinished']}-{os.getpid()}")
+        unfinished.mkdir(parents=True)
         for name, content in made.files.items():
-            (folder / name).write_text(content)
-        yield {"split": split, "index": index, "type": made.task_type, "folder": f"{split}/{made.folder}"}
+            (unfinished / name).write_text(content)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not folder.exists():  # another process has not made it meanwhile
+                raise
+            shutil.rmtree(unfinished)
+        yield answer
 
 
 def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -20,16 +20,19 @@ picks from it, or cancels it and is lost. Options read here:
     max_turns                longest demonstration
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from epo_jax import stopping
 from epo_jax.envs import base, scienceworld_jvm
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
 from epo_jax.errors import UserError, nearest
@@ -241,7 +244,8 @@ def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
             said, wrote = tempfile.TemporaryFile(), tempfile.TemporaryFile()
             command = [sys.executable, "-m", "epo_jax.envs.scienceworld_gold"]
             env = {**os.environ, "PYTHONPATH": path}
-            process = subprocess.Popen(command, stdin=given, stdout=wrote, stderr=said, env=env)
+            process = subprocess.Popen(command, stdin=given, stdout=wrote, stderr=said, env=env, start_new_session=True)
+            stopping.process_groups.add(process.pid)
         running.append((process, wrote, said))
     answers = []
     try:
@@ -256,7 +260,9 @@ def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
             answers += lines
     finally:
         for process, wrote, said in running:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its Java process, too
+            stopping.process_groups.discard(process.pid)
             process.wait()
             wrote.close()
             said.close()

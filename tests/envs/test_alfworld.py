@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from epo_jax import stopping
 from epo_jax.envs import alfworld, alfworld_jobs, alfworld_rooms, experts
 from epo_jax.envs.base import SPLITS
 from epo_jax.envs.pool import EnvPool
@@ -251,6 +252,49 @@ def test_the_index_of_real_data_is_made_once(real, monkeypatch):
     first = alfworld.list_tasks("train", options)
     monkeypatch.setattr(alfworld, "_index_real_data", lambda _: pytest.fail("indexed twice"))
     assert alfworld.list_tasks("train", options) == first
+
+
+@pytest.mark.parametrize("change", ["deleted", "repaired", "added"])
+def test_a_change_in_real_data_is_noticed(real, change):
+    options, ids = real
+    first = alfworld.list_tasks("train", options)
+    data = Path(first[0]["file"]).parents[3]
+    broken = next(path for path in data.rglob("game.tw-pddl") if '"solvable": false' in path.read_text())
+    if change == "deleted":
+        Path(first[0]["file"]).unlink()
+    elif change == "repaired":
+        broken.write_text(broken.read_text().replace('"solvable": false', '"solvable": true'))
+    else:
+        shutil.copytree(Path(first[0]["file"]).parent, Path(first[0]["file"]).parents[1] / "trial_T20190909_000000_000000")
+    now = [task["id"] for task in alfworld.list_tasks("train", options)]
+    assert len(now) == len(ids) + (-1 if change == "deleted" else 1)
+    assert all(d.won for d in alfworld.demonstrations(alfworld.list_tasks("train", options), options))
+
+
+def test_games_that_are_finished_are_kept_when_their_making_is_interrupted(tmp_path, options, monkeypatch):
+    """And the whole is what it would have been."""
+    options = options | {f"{split}_games": 2 for split in SPLITS} | {"data_dir": str(tmp_path), "workers": 1}
+    run_jobs, made = alfworld_jobs.run_jobs, []
+
+    def interrupted(jobs, progress):
+        def report(done):
+            if done == 3:
+                raise KeyboardInterrupt
+            progress(done)
+
+        return run_jobs(jobs, report)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(alfworld_jobs, "run_jobs", interrupted)
+        alfworld.prepare(options)
+    assert not stopping.process_groups
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("game.tw-pddl")}
+    assert 3 <= len(before) <= 6
+    alfworld.prepare(options)
+    folder = next((tmp_path / "alfworld").glob("generated-*"))
+    made = sorted(folder.rglob("game.tw-pddl"))
+    assert len(made) == 6 and set(before.values()) <= {path.stat().st_mtime_ns for path in made}
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("content", [None, [], ["json_2.1.1"], ["json_2.1.1/train", "json_2.1.1/valid_seen"]])
