@@ -27,7 +27,7 @@ from epo_jax.metrics import Outcome, Row, evaluation_row, evaluation_table, plai
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.prompting import RolloutConfig, rollout_config
-from epo_jax.rollout import Episode, check_devices, collect
+from epo_jax.rollout import Episode, check_devices, collect, warn_full
 from epo_jax.trajectory import Trajectory
 
 
@@ -105,6 +105,7 @@ def evaluate(
     trajectories, stats = collect(
         episodes_of(tasks, samples), pool, tokenizer, model, params, key, config, temperature, top_k, top_p
     )
+    warn_full(trajectories, config)
     return row_of(split, step, trajectories, stats.seconds), trajectories
 
 
@@ -118,7 +119,8 @@ def row_of(split: str, step: int | None, trajectories: list[Trajectory], seconds
     outcomes = (
         Outcome(t.task["type"], t.task["id"], t.won, t.score, len(t.actions), len(t.valid) - sum(t.valid)) for t in trajectories
     )
-    return evaluation_row(step, split, outcomes) | {"seconds": seconds}
+    full = sum(t.full for t in trajectories) / max(len(trajectories), 1)
+    return evaluation_row(step, split, outcomes) | {"full_context": full, "seconds": seconds}
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -249,6 +249,8 @@ def train(command: Command, stop: StopRequest) -> None:
             profile.finish(done)
             durations.append(updated - started)
             if hosts.is_first():
+                if step == first_step:
+                    rollout.warn_full(sampled, settings)
                 row = writer.train(step_row(config, step, rounds, uniform, stats, metrics) | seconds | speeds | counts)
                 if kept.trajectories_every and step % kept.trajectories_every == 0:
                     log.write(step, "train", sampled)
@@ -401,6 +403,7 @@ def step_row(
         "invalid_actions": 1.0 - np.mean([v for t in sampled for v in t.valid]),
         "tokens": np.mean([len(t.tokens) for t in sampled]),
         "truncated": np.mean([t.truncated for t in sampled]),
+        "full_context": np.mean([t.full for t in sampled]),
         "rollout_rounds": len(rounds),
         "uniform_groups": uniform,
         "corridor_low": config.epo.kappa_l * center if step else None,

@@ -148,6 +148,7 @@ class _Rollout:
         self.inbox: dict[int, Observation] = {}
         self.under_way = 0  # requests that the pool has not answered
         self.stats = RolloutStats()
+        self.wanted: list[int] = []  # tokens of first prompts with their answers that had no room
         self.lanes: collections.deque[_LaneEpisodes] = collections.deque()  # that have not begun
         self.devices: set[jax.Device] = set()
         self.open = self.threads = 0  # lanes that may have begun and not ended, and those at work at the same time
@@ -205,6 +206,12 @@ class _Rollout:
                     self.look(timeout=None)
                     self.stats.env_wait_seconds += time.perf_counter() - waited
         self.stats.seconds = time.perf_counter() - started
+        if self.wanted and len(self.wanted) == len(self.done):
+            raise UserError(
+                f"config.agent.max_tokens={self.config.max_tokens} has no room for the first prompt of any episode; they take "
+                f"{min(self.wanted)} to {max(self.wanted)} tokens with an answer of {self.config.response_tokens} "
+                f"(config.agent.response_tokens): set it to {max(self.wanted)}, better to several times as much."
+            )
 
     def trajectories(self, player: _Player) -> list[Trajectory]:
         """What a player played, in the order of its episodes."""
@@ -303,6 +310,9 @@ class _Rollout:
         silent = live.policy_tokens + answer > config.max_policy_tokens
         if full or silent or len(history) == config.max_turns:
             trajectory.truncated = True
+            trajectory.full = full or silent
+            if full and not history:
+                self.wanted.append(len(ids) + answer)
             return True
         # The token that ended the last turn is sampled and not read yet.
         live.prompt = ids if live.fresh else [trajectory.tokens[-1], *ids]
@@ -476,6 +486,17 @@ def collect_members(
                 rollout.enter(players[some], mine, sampler)
     rollout.run()
     return [rollout.trajectories(player) for player in players], rollout.stats
+
+
+def warn_full(trajectories: Sequence[Trajectory], config: RolloutConfig) -> None:
+    """Prints how many episodes ended for want of room, if any did."""
+    if full := sum(t.full for t in trajectories):
+        keys = "config.agent.max_tokens" + ("" if config.window else " or config.train.rows_policy_tokens")
+        print(
+            f"warning: {full} of {len(trajectories)} episodes ended as the next prompt or its answer had no room; raise {keys}, "
+            "or shorten prompts (config.env.hints, config.agent.history_turns)",
+            flush=True,
+        )
 
 
 def choose_groups(rounds: list[list[Trajectory]], groups: int) -> tuple[list[Trajectory], int]:

@@ -388,7 +388,7 @@ def train(
                 save_all()
             for manager in managers:
                 manager.close()
-            raise Stopped(stop.sentence(f"{step} RL steps of this program done and saved"))
+            raise Stopped(stop.sentence(f"{step} RL steps done and saved"))
 
         # ------------------------------------------------------------ the loop
         stop.defer()
@@ -407,6 +407,8 @@ def train(
             with stoppable(step):
                 rounds, stats = played(step)
             rolled_out = time.perf_counter()
+            if step == first_step:
+                rollout.warn_full([t for sampled in rounds if sampled for t in sampled[0]], settings)
             living, batches, uniform = np.flatnonzero(alive), [None] * len(members), [0] * len(members)
             trained: list[list[Trajectory]] = [[] for _ in members]
             for i in living:

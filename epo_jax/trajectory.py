@@ -35,6 +35,7 @@ class Trajectory:
         won: the task was completed.
         score: task progress in [0, 100].
         truncated: ended by the turn limit or the token budget rather than by the environment.
+        full: ended by the token budget, as what came next had no room.
     """
 
     task: Task
@@ -52,6 +53,7 @@ class Trajectory:
     won: bool = False
     score: float = 0.0
     truncated: bool = False
+    full: bool = False
     goal: str = ""
 
     def append_prompt(self, ids: list[int], new_context: bool = False) -> None:

@@ -1,6 +1,7 @@
 """The turn scheduler: the same trajectories whatever the timing, and every limit kept."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from epo_jax import lane, mesh, prompting, rollout
 from epo_jax.envs import agent, base, toy
 from epo_jax.envs.pool import EnvPool
+from epo_jax.errors import UserError
 from epo_jax.learner import Inputs, policy_statistics
 from epo_jax.models import generate
 from epo_jax.models.decoder import DecoderConfig, init_params
@@ -313,13 +315,25 @@ def test_a_trajectory_is_what_was_said(params):
     assert stats.policy_tokens == sum(t.num_policy_tokens for t in trajectories) and stats.env_steps == 28
 
 
-def test_turn_and_token_limits_end_an_episode(params):
+def test_a_context_without_room_for_any_first_prompt_is_refused_with_the_number_that_does(params):
+    with pytest.raises(UserError, match=r"config.agent.max_tokens=12 has no room .* set it to (\d+),") as refused:
+        play(params, settings=dataclasses.replace(SETTINGS, max_tokens=12))
+    enough = int(re.search(r"set it to (\d+),", str(refused.value))[1])
+    assert all(t.actions for t in play(params, settings=dataclasses.replace(SETTINGS, max_tokens=enough))[0])
+
+
+def test_turn_and_token_limits_end_an_episode(params, capsys):
     one_turn, _ = play(params, settings=dataclasses.replace(SETTINGS, max_turns=1))
     assert all(len(t.actions) == 1 and t.truncated and not t.won for t in one_turn)
     opening = max(len(t.tokens) for t in one_turn)
     tight = dataclasses.replace(SETTINGS, max_tokens=opening + 6)
     cut, _ = play(params, settings=tight)
     assert all(len(t.tokens) <= opening + 6 for t in cut) and any(t.truncated for t in cut)
+    assert all(t.full == t.truncated for t in cut) and not any(t.full for t in one_turn)
+    rollout.warn_full(cut, tight)
+    assert f"warning: {sum(t.full for t in cut)} of {len(cut)} episodes ended" in capsys.readouterr().out
+    rollout.warn_full(one_turn, tight)
+    assert capsys.readouterr().out == ""
     silent, _ = play(params, settings=dataclasses.replace(SETTINGS, max_policy_tokens=8))
     assert all(t.num_policy_tokens <= 8 for t in silent) and any(t.truncated for t in silent)
 
