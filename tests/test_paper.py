@@ -40,9 +40,9 @@ def sizes(tmp_path_factory):
 
 
 def test_the_papers_preset_has_one_curve_on_one_device_and_on_eight(sizes, tmp_path):
-    """Step 0 plays the same episodes, and its update agrees within a rounding of bfloat16, 2^-8 of each number (5e-4 where a mean
-    cancels). In later steps the weights differ by rounding, and where a draw then falls on another token that episode goes
-    another way: 5 % of each number."""
+    """Step 0 plays the same episodes, and its update agrees within a rounding of bfloat16: 2^-8 of each number, or 2e-3 where
+    only rounding is left of a mean (entropies are near 5 nats, and there are 190 tokens). In later steps the weights differ by
+    rounding, and where a draw then falls on another token that episode goes another way: 5 % of each number."""
     curves = {}
     for name, devices in (("one", {}), ("eight", {"mesh.data": 2, "mesh.fsdp": 4})):
         options = [f"--config.{key}={value}" for key, value in (sizes | devices).items()]
@@ -55,4 +55,4 @@ def test_the_papers_preset_has_one_curve_on_one_device_and_on_eight(sizes, tmp_p
             assert all(one[key] == eight[key] for key in ("tokens", "policy_tokens", "prompt_tokens", "turns"))
         for key, value in one.items():
             if isinstance(value, float) and "second" not in key and "mfu" not in key:
-                np.testing.assert_allclose(eight[key], value, rtol=2**-8 if step == 0 else 0.05, atol=5e-4, err_msg=key)
+                np.testing.assert_allclose(eight[key], value, rtol=2**-8 if step == 0 else 0.05, atol=2e-3, err_msg=key)
