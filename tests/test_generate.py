@@ -1,12 +1,13 @@
 """The generation command: a prompt, a chat, and a trained agent in its game, on its own and with somebody cutting in."""
 
+import dataclasses
 import io
 import sys
 
 import jax
 import pytest
 
-from epo_jax import checkpoint, evaluate, generate, prompting
+from epo_jax import checkpoint, evaluate, folders, generate, prompting
 from epo_jax import main as program
 from epo_jax.command import write_config
 from epo_jax.config import base_config
@@ -98,6 +99,25 @@ def test_a_model_folder_answers_and_chats(tmp_path, say):
     assert len(said) == 1 + 3 and said[1] == once and any(said[1:])
     with pytest.raises(UserError, match="no run folder"):
         say(*options, "--play")
+
+
+def test_the_room_is_what_the_model_has(tmp_path, say):
+    """As of TinyLlama and SmolLM, whose 2,048 positions are fewer than the paper's contexts."""
+    model = dataclasses.replace(decoder_config(run_config("chat").model), max_positions=64)
+    weights.save_params(tmp_path, model, init_params(model, jax.random.key(1)))
+    TOKENIZER.save(tmp_path)
+    options = f"--checkpoint={tmp_path}", "--max_tokens=8", "--temperature=0"
+    say(*options, "--prompt=red door")
+    with pytest.raises(UserError, match="The prompt has .* of up to 8 do not fit in the 64 that there is room for.*--max_tokens"):
+        say(*options, "--prompt=" + "red door " * 60)
+    with pytest.raises(UserError, match="The conversation has .* the 64 that there is room for"):
+        say(*options, typed="red door\n" * 9)
+    config = run_config("chat")
+    config.model.path = str(tmp_path)
+    with pytest.raises(UserError, match="=160 exceeds the 64 positions.*set --config.agent.max_tokens=64 or less"):
+        folders.load_pretrained(config)
+    config.agent.max_tokens = 64
+    assert folders.load_pretrained(config)[1].max_positions == 64
 
 
 @pytest.mark.parametrize(
