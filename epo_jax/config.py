@@ -371,6 +371,14 @@ def _validate_pairs(config: ConfigDict) -> None:
             raise UserError(f"config.eval.splits names {split!r}{near}; choose from {', '.join(map(repr, SPLITS))}.")
 
 
+SEED_RULE = "a whole number from 0 to 4294967295, as random keys are made from 32 bits"
+
+
+def is_seed(value: int) -> bool:
+    """Whether no smaller seed has the same random keys."""
+    return 0 <= value < 2**32
+
+
 # (keys, what must hold, the rule in words). None values are skipped: they mean "no limit".
 _RANGES = (
     (
@@ -384,7 +392,7 @@ _RANGES = (
         "a whole number of at least 1",
     ),
     (
-        "seed env.seed agent.history_turns rollout.ahead rollout.resample warm_start.episodes warm_start.steps eval.every "
+        "env.seed agent.history_turns rollout.ahead rollout.resample warm_start.episodes warm_start.steps eval.every "
         "eval.top_k model.lora_rank algo.kl_coef algo.value_clip algo.value_coef algo.importance_cap algo.format_penalty "
         "algo.gigpo_weight control.shaping_scale control.empg_sharpness control.empg_bonus control.cov_coef "
         "control.target_entropy control.target_delta control.target_cap epo.lam epo.alpha epo.kappa_l epo.kappa_r epo.gamma "
@@ -400,6 +408,7 @@ _RANGES = (
         lambda value: value > 0,
         "positive",
     ),
+    ("seed", is_seed, SEED_RULE),
     ("mesh.data mesh.fsdp mesh.tensor", lambda value: value >= -1, "a number of devices, or 0 (or -1) for an automatic one"),
     ("eval.temperature", lambda value: value >= 0, "zero (always the likeliest token) or positive"),
     (

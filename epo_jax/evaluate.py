@@ -19,6 +19,7 @@ import jax
 
 from epo_jax import hosts, keys, mesh
 from epo_jax.command import ArgumentParser, check_output, number_type, parse_config, read_config, run, write_output
+from epo_jax.config import SEED_RULE, is_seed
 from epo_jax.envs.base import SPLITS, Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import UserError
@@ -137,7 +138,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
                         help="0 = always the likeliest token; the config's if left out, as the next three")  # fmt: skip
     parser.add_argument("--top_k", type=count, help="0 = all tokens")
     parser.add_argument("--top_p", type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
-    parser.add_argument("--seed", type=count)
+    parser.add_argument("--seed", type=number_type(int, is_seed, SEED_RULE))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     hosts.add_options(parser)
     return parser.parse_known_args(arguments)

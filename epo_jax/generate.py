@@ -12,7 +12,7 @@ import sys
 
 from epo_jax import keys, mesh, prompting
 from epo_jax.command import ArgumentParser, number_type, run
-from epo_jax.config import base_config
+from epo_jax.config import SEED_RULE, base_config, is_seed
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
 from epo_jax.errors import UserError, nearest
@@ -182,7 +182,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_p", default=1.0, type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
     parser.add_argument("--max_tokens", default=512, type=number_type(int, lambda v: v > 0, "a positive whole number"),
                         help="of an answer, outside a game")  # fmt: skip
-    parser.add_argument("--seed", default=0, type=count)
+    parser.add_argument("--seed", default=0, type=number_type(int, is_seed, SEED_RULE))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of a model folder's arithmetic")
     return parser.parse_args(arguments)
 

@@ -71,6 +71,8 @@ def test_unknown_preset_is_refused_with_the_choices():
         ("control.cov_low", 6.0, "control.cov_low=6.0 must be below config.control.cov_high=5.0"),
         ("algo.importance_cap", -1.0, "importance_cap=-1.0 must be zero or positive"),
         ("rollout.group_size", 1, "at least 2 for config.algo.name='grpo.epo'"),
+        ("seed", 2**32, "seed=4294967296 must be a whole number from 0 to 4294967295"),
+        ("seed", -1, "seed=-1 must be a whole number from 0"),
         ("rollout.groups", 0, "whole number of at least 1"),
         ("rollout.slots", 129, "must not exceed the 128 episodes"),
         ("algo.mini_batches", 129, "must not exceed the 128 episodes"),

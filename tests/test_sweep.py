@@ -260,6 +260,7 @@ def test_adapters_share_a_base(tmp_path):
         (["--config.sweep.kind=random", "--config.sweep.over.epo.lam=(0.1,)"], "takes .lowest, highest."),
         (["--config.sweep.kind=bayes"], "'bayes' is not known"),
         (["--config.sweep.seeds=()"], "seeds is empty"),
+        (["--config.sweep.seeds=(0, 4294967296)"], "config.seed=4294967296 must be a whole number from 0 to 4294967295"),
         (["--config.model.lora_rank=2", "--config.sweep.seeds=(0, 1)"], "members share their base"),
         (["--config.rollout.devices=2"], "must be 1 in a sweep"),
         (["--config.mesh.fsdp=4"], "config.mesh.fsdp=4 must be 0 in a sweep"),
