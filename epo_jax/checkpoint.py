@@ -6,6 +6,7 @@ are pure functions of `config.seed` and the number of RL steps done.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,9 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
     def success(metrics) -> float:
         return metrics["success"]
 
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_raised)
+
     newest = checkpoint_managers.LatestN(keep)
     best = checkpoint_managers.BestN(get_metric_fn=success, n=keep_best, keep_checkpoints_without_metrics=False)
     policy = checkpoint_managers.AnyPreservationPolicy([newest, best])
@@ -80,6 +84,14 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
         create=True, cleanup_tmp_directories=True, best_fn=success, preservation_policy=policy if keep_best else newest
     )
     return _manager(where, options)
+
+
+# Parts of what is logged, with a traceback, of errors in Orbax's threads that the manager raises, too.
+_RAISED = "background save thread", "(save_finalize) failed", "_SignalingThread.run() raised", "Task exception was never retrieved"
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _RAISED)
 
 
 def open_reader(where: epath.Path) -> ocp.CheckpointManager:

@@ -64,7 +64,7 @@ def run(main: Callable[[list[str]], None]) -> int:
     141, without a word, where a command that has nothing to save lost the reader of its output.
     """
     with stopping.listening() as listener:
-        console, code, told = sys.stdout, 0, ""
+        console, code, told, full = sys.stdout, 0, "", False
         sys.stdout = console and stopping.Output(console, listener)
         try:
             try:
@@ -81,13 +81,13 @@ def run(main: Callable[[list[str]], None]) -> int:
         except Exception as error:
             if (sentence := full_disk(error)) is None:
                 raise
-            code, told = 2, f"error: {sentence}"
+            code, told, full = 2, f"error: {sentence}", True  # what threads have begun to write cannot be finished
         finally:
             sys.stdout = console
         if told:
             with contextlib.suppress(OSError):
                 print(told, file=sys.stderr, flush=True)
-        if listener.asked:
+        if listener.asked or full:
             stopping.end_at_once(code)
         return code
 

@@ -54,7 +54,8 @@ def full_disk(error: BaseException) -> str | None:
     """A sentence if a full file system, quota or limit on a file's size is behind `error`, else None."""
     for each in _chain(error):
         if found := re.search(r"No space left on device|[Qq]uota exceeded|File too large", str(each)):
-            where = getattr(each, "filename", None) or "a file"
+            quoted = re.search(r'"(/[^"]+)"', str(each))  # by libraries that are not written in Python
+            where = getattr(each, "filename", None) or (quoted[1] if quoted else "a file")
             return (
                 f"{where} cannot be written ({found[0]}); make room there and give the command again, that of a run with "
                 "--resume."

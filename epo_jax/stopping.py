@@ -68,7 +68,7 @@ class _Listener:
         `__del__` comes again after it: not from here, which is still inside."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             self.raised, self.again = False, True
-        else:
+        elif "Event loop is closed" not in str(unraisable.exc_value):  # Orbax's, after a save that failed
             before(unraisable)
 
     def close_output(self) -> None:
