@@ -87,7 +87,9 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
 
 
 # Parts of what is logged, with a traceback, of errors in Orbax's threads that the manager raises, too.
-_RAISED = "background save thread", "(save_finalize) failed", "_SignalingThread.run() raised", "Task exception was never retrieved"
+_RAISED = (
+    "background save thread", "(save_finalize) failed", "_SignalingThread.run() raised", "Task exception was never retrieved",
+)  # fmt: skip
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
