@@ -1,8 +1,8 @@
 """Checkpoints of a run, by Orbax: written in the background, committed by a rename, the newest and the best kept.
 
-A checkpoint is `state`, the whole `TrainState`, and `progress`, what the host has to remember. Nothing else is needed for a
-resumed run to be the uninterrupted one bit for bit: the random numbers of everything sampled, and which tasks an RL step plays,
-are pure functions of `config.seed` and the number of RL steps done.
+A checkpoint is `state`, the `TrainState` without the frozen base of adapters, and `progress`, what the host has to remember.
+Nothing else is needed for a resumed run to be the uninterrupted one bit for bit: the random numbers of everything sampled, and
+which tasks an RL step plays, are pure functions of `config.seed` and the number of RL steps done.
 """
 
 import json
@@ -52,6 +52,9 @@ def place(workdir: Path, folder: str = "") -> epath.Path:
         where.exists()
     except ImportError as error:
         raise UserError(f"config.checkpoint.folder={folder}: {str(error).rstrip('.')}; pip install 'etils[epath-gcs]'.") from None
+    except Exception as error:  # of the bucket's own library
+        what, log = explain(error, "see that the bucket is there"), keep_traceback(error)
+        raise UserError(f"config.checkpoint.folder={folder} cannot be read {what} (traceback in {log}).") from error
     return where
 
 
@@ -135,6 +138,7 @@ def save(
     Args:
         success: of its policy, by which it is ranked.
     """
+    state = state._replace(base={})  # what never changes is kept once (frozen_base.py)
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress._asdict()))
     manager.save(int(state.step), args=items, metrics={"success": success})
 
@@ -155,21 +159,26 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None =
 
     Args:
         like: arrays, or abstract arrays, of the structure, shapes, types and placement that the state shall have. It may have
-            been saved from a mesh of any other shape.
+            been saved from a mesh of any other shape. Its `base` is left out: `frozen_base.load` has it.
 
     Raises:
         UserError: there is none, or it cannot be read as a state of this config.
     """
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._replace(base={}))
     folder = _folder(manager, step)
     stored = _stored(folder)
-    missing = [name for name in versions.STATE_ADDED if jax.tree.leaves(getattr(like, name)) and not _below(stored, name)]
-    old = like._replace(**dict.fromkeys(missing, {}))
-    _check_shapes(folder, stored, old)
-    found = _read(folder, manager, state=_arguments(old), progress=ocp.args.JsonRestore())
-    added = {name: versions.STATE_ADDED[name](getattr(like, name)) for name in missing}
+    fields = {name: field for name, field in like._asdict().items() if jax.tree.leaves(field)}
+    added = {name: fields.pop(name) for name in versions.STATE_ADDED if name in fields and not _below(stored, name)}
+    _check_shapes(folder, stored, fields)
+    found = _read(folder, manager, state=_arguments(fields), progress=ocp.args.JsonRestore())
+    added = {name: versions.STATE_ADDED[name](field) for name, field in added.items()}
     progress = {name: value for name, value in found["progress"].items() if name in Progress._fields}
-    return found["state"]._replace(**added), Progress(**progress)
+    return like._replace(**found["state"], **added), Progress(**progress)
+
+
+def history_steps(manager: ocp.CheckpointManager, step: int | None = None) -> int:
+    """RL steps that the entropy history of a checkpoint has room for. Raises UserError as `restore`."""
+    return _stored(_folder(manager, step))["history.values"][0]
 
 
 def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step: int | None = None) -> dict[str, Params]:
@@ -248,6 +257,8 @@ def _read(folder: epath.Path, manager: ocp.CheckpointManager, **items):
 
 def _unreadable(where: epath.Path, folder: epath.Path, error: Exception) -> UserError:
     """The sentence for an error that reading `folder` among the checkpoints in `where` ended in; the traceback goes to a log."""
+    if not folder.exists():
+        return UserError(f"The checkpoint {folder} is gone: the run that writes there has newer ones by now; try again.")
     log = keep_traceback(error, Path(where).parent if where.name == "checkpoints" and where.exists() else None)
     advice = f"if it is damaged, put a copy back, or move it out of {where} to go on from the one before"
     what = explain(error, advice)

@@ -2,7 +2,7 @@
 
     --config=FILE.py[:preset]   what to run; `--config.section.key=value` overrides one key
     --workdir=FOLDER            the run folder
-    --resume                    continue the run in it; --config may then be left out
+    --resume                    continue the run in it; without --config, overrides are changes of the run's own config
 
 A program is written as
 
@@ -32,11 +32,11 @@ from ml_collections import ConfigDict, config_flags
 
 from epo_jax import lock, stopping, versions
 from epo_jax.config import ENV_SECTIONS, base_config, flatten, validate
-from epo_jax.errors import Stopped, UserError, full_disk
+from epo_jax.errors import Stopped, UserError, explain, full_disk
 from epo_jax.files import expand_user, write_atomically
 
-# Keys that a resumed run may change: they alter where and how often things happen, never what is learned. (Another mesh adds
-# the same numbers in another order.)
+# Keys that each process of a run may have differently: they alter where and how often things happen, never what is learned.
+# (Another mesh adds the same numbers in another order.)
 RESUME_MAY_CHANGE = (
     "env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
     "metrics.trajectories", "metrics.trajectories_every", "metrics.trajectories_megabytes", "metrics.wandb_project",
@@ -44,17 +44,35 @@ RESUME_MAY_CHANGE = (
 )  # fmt: skip
 
 
+# Keys and sections that a resumed run may change for good, which changes.jsonl records: what it learns with from then on. Not
+# among them is what changes the arrays of its state or what they mean, or which tasks and prompts it has.
+RECORDED_WHEN_CHANGED = (
+    "algo", "epo", "control", "optim", "eval", "train.max_skipped", "train.rows_tokens", "train.rows_policy_tokens",
+    "rollout.slots", "rollout.lanes", "rollout.ahead", "rollout.block", "rollout.dtype", "rollout.cache_dtype",
+    "rollout.devices", "rollout.temperature", "rollout.resample", "model.path", "model.remat",
+)  # fmt: skip
+# ... of these sections. The optimizers count updates, the controller's scale is part of the state, the best success is that on
+# the last split.
+_NEVER_CHANGED = (
+    "algo.name", "algo.epochs", "algo.mini_batches", "algo.released_mini_turns", "algo.released_micro_turns",
+    "algo.kl_controller", "eval.splits",
+)  # fmt: skip
+
+# {key: (the run's value, the new one)}
+Changes = dict[str, tuple[Any, Any]]
+
 # What a new run would overwrite.
 OF_A_RUN = ("checkpoints", "metrics.jsonl", "eval.jsonl", "trajectories.jsonl", "sweep.json", "members")
 
 
 class Command(NamedTuple):
-    """A parsed command line; `flags` holds what the program itself defined."""
+    """A parsed command line; `flags` holds what the program itself defined, `changes` what a resumed run changes for good."""
 
     config: ConfigDict
     workdir: Path
     resume: bool
     flags: flags.FlagValues
+    changes: Changes = {}  # noqa: RUF012  never written to
 
 
 def run(main: Callable[[list[str]], None]) -> int:
@@ -114,6 +132,17 @@ def number_type(kind: Callable[[str], Any], holds: Callable[[Any], bool], rule: 
     return read
 
 
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    """The option that names the base model of a run's adapters, `base`."""
+    about = "the model that a run's adapters were trained on, if it is no longer where it was"
+    parser.add_argument("--config.model.path", dest="base", help=about)
+
+
+def user_path(text: str) -> Path:
+    """A type for `add_argument`: a path in which ~ is the home folder."""
+    return expand_user(text, "the path")
+
+
 def check_output(out: Path, example: str) -> None:
     """Raises UserError unless the file of --out can lie where it says."""
     if out.is_dir() or not out.absolute().parent.is_dir():
@@ -146,7 +175,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
     if define is not None:
         define(values)
-    _read_flags(argv, values)
+    _read_flags(argv, values, _own_config(argv))
     if not values.workdir:
         raise UserError("--workdir is missing; name the run folder, for example --workdir=runs/first.")
     if "://" in values.workdir:
@@ -156,16 +185,41 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
         )
     workdir = expand_user(values.workdir, "--workdir")
     check_workdir(workdir, values.resume)
-    if values.config is None and not values.resume:
+    config, changes = values.config, {}
+    if config is None:
         raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
-    saved = read_config(workdir) if values.resume else None
-    config = saved if values.config is None else values.config
     refuse_other_program(config, sweep)
+    absolute_paths(config)
     validate(config)
-    if saved is not None:
+    if values.resume:
+        saved = read_config(workdir)
         refuse_other_program(saved, sweep, f"--workdir={workdir}")
-        _check_same_run(config, saved)
-    return Command(config, workdir, values.resume, values)
+        absolute_paths(saved)
+        overridden = {match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument))}
+        changes = _changes(config, saved, overridden, workdir)
+    return Command(config, workdir, values.resume, values, changes)
+
+
+def _own_config(argv: Sequence[str]) -> ConfigDict | None:
+    """The config of the run that is resumed, where the command line has none."""
+    resumes = any(re.fullmatch(r"--?resume(=(true|1|yes|y|t))?", argument, re.IGNORECASE) for argument in argv)
+    workdir = _argument(argv, "workdir")
+    if not resumes or not workdir or _argument(argv, "config") is not None or "://" in workdir:
+        return None
+    workdir = expand_user(workdir, "--workdir")
+    check_workdir(workdir, resume=True)
+    return read_config(workdir)
+
+
+def absolute_paths(config: ConfigDict) -> None:
+    """Makes the local paths of a config absolute, so that a run can be read from anywhere."""
+    for key in ("model.path", "env.data_dir", "checkpoint.folder", "init_from.run"):
+        section, _, leaf = key.partition(".")
+        path = config[section].get(leaf, "")
+        if path and "://" not in path:
+            local = expand_user(path, f"config.{key}")
+            if key != "model.path" or local.exists() or path.startswith("~"):  # else it is a name on the hub
+                config[section][leaf] = os.path.abspath(local)
 
 
 def parse_config(arguments: Sequence[str]) -> ConfigDict:
@@ -179,32 +233,36 @@ def parse_config(arguments: Sequence[str]) -> ConfigDict:
     _read_flags(["", *arguments], values)
     if values.config is None:
         raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
+    absolute_paths(values.config)
     validate(values.config)
     return values.config
 
 
-def _read_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
-    """Reads a command line into `values`, --config and its keys among them."""
+def _read_flags(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict | None = None) -> None:
+    """Reads a command line into `values`, --config and its keys among them, which override those of `own` where it is given."""
     argv = list(argv)
     # For the flags' own types "None" is no number, and a text like any other.
     without = [match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([^=]+)=None", argument))]
     argv = [argument for argument in argv if not re.fullmatch(r"--?config\.[^=]+=None", argument)]
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file and preset, as configs/alfworld.py:laptop.", flag_values=values, sys_argv=argv
-    )
-    source = _config_argument(argv)
+    if own is None:
+        config_flags.DEFINE_config_file(
+            "config", None, "Config file and preset, as configs/alfworld.py:laptop.", flag_values=values, sys_argv=argv
+        )
+    source = _argument(argv, "config")
     if source is not None:
         _check_source(source)
     try:
+        if own is not None:
+            config_flags.DEFINE_config_dict("config", own, "The run's config.", flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
     except (KeyError, AttributeError, TypeError) as error:
-        raise _unknown_key(error, argv, source) from None
+        raise _unknown_key(error, argv, source, own) from None
     except flags.Error as error:
-        if source is None and any(re.match(r"--?config\.", argument) for argument in argv):
+        if source is None and own is None and any(re.match(r"--?config\.", argument) for argument in argv):
             raise UserError("--config must be given when its keys are overridden.") from None
         raise UserError(_sentence(str(error))) from None
     if without:
-        _set_none(values.config, without, source)
+        _set_none(values.config, without, source or "the run's config")
     if values.help:
         print(values.module_help("epo_jax.command") or values.get_help())
         raise SystemExit(0)
@@ -283,8 +341,9 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{path} cannot be read as the config of a run; restore it or begin a new run.") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        what = explain(error, "restore it or begin a new run")
+        raise UserError(f"{path} cannot be read as the config of a run {what}.") from None
     for sentence in told:
         print(f"{path}: {sentence}", file=sys.stderr)
     for key, value in saved.items():
@@ -342,20 +401,49 @@ def refuse_other_program(config: ConfigDict, sweep: bool, what: str = "--config"
         raise UserError(f"{what} has a section sweep, so it is for python -m epo_jax.sweep; take a config without one for a run.")
 
 
-def _check_same_run(config: ConfigDict, saved: ConfigDict) -> None:
+def _changes(config: ConfigDict, saved: ConfigDict, overridden: set[str], workdir: Path) -> Changes:
+    """What `config` changes of a run for good.
+
+    Raises:
+      UserError: for a key that a resumed run keeps, or one that the command line does not name, so that it differs by accident.
+    """
     now, then = flatten(config), flatten(saved)
+    changes = {}
     for key in sorted(now.keys() | then.keys()):
-        if key not in RESUME_MAY_CHANGE and now.get(key) != then.get(key):
+        if key in RESUME_MAY_CHANGE or now.get(key) == then.get(key):
+            continue
+        differs = f"--resume: config.{key}={now.get(key)!r} differs from the run's {then.get(key)!r}"
+        if not {key, key.partition(".")[0]} & {*RECORDED_WHEN_CHANGED} or key in _NEVER_CHANGED:
             raise UserError(
-                f"--resume: config.{key}={now.get(key)!r} differs from the run's {then.get(key)!r}; "
-                "a resumed run keeps its config (leave --config out)."
+                f"{differs}, which it keeps, as its shapes or what it has saved depend on it; leave it out (and --config), or "
+                f"begin a new run with --config.init_from.run={workdir}."
             )
+        if key not in overridden:
+            raise UserError(f"{differs}; leave --config out, or to change it for good name it on the command line.")
+        changes[key] = then[key], now[key]
+    return changes
 
 
-def _config_argument(argv: Sequence[str]) -> str | None:
-    """The value of --config, if it is there."""
+def record_changes(command: Command, workdir: Path, step: int) -> None:
+    """Adds what changes from RL step `step` on to `workdir`/changes.jsonl, {step, key, old, new}, and to its config.json."""
+    if not command.changes:
+        return
+    config = read_config(workdir)
+    with open(workdir / "changes.jsonl", "a", encoding="utf-8") as file:
+        for key, (old, new) in command.changes.items():
+            file.write(json.dumps({"step": step, "key": key, "old": old, "new": new}) + "\n")
+            section, _, leaf = key.partition(".")
+            config[section][leaf] = new
+            print(f"config.{key}={new!r} in place of {old!r} from RL step {step} on")
+        file.flush()
+        os.fsync(file.fileno())
+    write_config(config, workdir)
+
+
+def _argument(argv: Sequence[str], name: str) -> str | None:
+    """The value of --NAME, if it is there."""
     for position, argument in enumerate(argv):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+        if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL):
             return match[1] if match[1] is not None else next(iter(argv[position + 1 :]), None)
     return None
 
@@ -368,14 +456,17 @@ def _check_source(source: str) -> None:
         raise UserError(f"--config={source}: there is no file {path}" + (f"; there is {found}." if found else "."))
 
 
-def _unknown_key(error: Exception, argv: Sequence[str], source: str | None) -> UserError:
+def _unknown_key(error: Exception, argv: Sequence[str], source: str | None, own: ConfigDict | None) -> UserError:
     """A sentence for an override of a key that the config does not have."""
-    if source is None:
+    if source is None and own is None:
         return UserError("--config must be given when its keys are overridden.")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[])
-    values(["", f"--config={source}"])
-    known = flatten(values.config)
+    if own is not None:
+        source, known = "the run's config", flatten(own)
+    else:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[])
+        values(["", f"--config={source}"])
+        known = flatten(values.config)
     for argument in argv:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             if match[1] not in known:

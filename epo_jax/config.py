@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "agent.style": ("bare", "tagged"),
     "agent.context": ("window", "chat"),
     "warm_start.optimizer": ("adamw", "muon"),
+    "init_from.state": ("weights", "everything"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "attention", "full"),
     "algo.critic": ("own", "lora", "trunk"),
@@ -86,6 +87,14 @@ def base_config(env: str = "alfworld", **options: Any) -> ConfigDict:
     model.lora_rank = 0  # of adapters that RL trains in place of the weights; 0 = it trains the weights
     model.lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
     model.lora_targets = LORA_TARGETS
+
+    # A run that begins from the checkpoint of another: it takes the place of model.path and of the warm start.
+    config.init_from = init_from = ConfigDict()
+    init_from.run = ""  # the other's run folder; "" = none
+    init_from.step = -1  # RL steps of that checkpoint; -1 = the newest
+    # "weights": the policy alone, as it was then; "everything": also the optimizer, critic, reference, entropy history and the
+    # number of RL steps, from which it goes on.
+    init_from.state = "weights"
 
     # Devices along each axis of the mesh (epo_jax/mesh.py); 0 or -1 = automatic: one CPU, or all GPUs or TPUs.
     config.mesh = mesh = ConfigDict()
@@ -409,6 +418,7 @@ _RANGES = (
         "positive",
     ),
     ("seed", is_seed, SEED_RULE),
+    ("init_from.step", lambda value: value >= -1, "a number of RL steps, or -1 for the newest checkpoint"),
     ("mesh.data mesh.fsdp mesh.tensor", lambda value: value >= -1, "a number of devices, or 0 (or -1) for an automatic one"),
     ("eval.temperature", lambda value: value >= 0, "zero (always the likeliest token) or positive"),
     (

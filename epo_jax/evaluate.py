@@ -13,12 +13,21 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import jax
 
 from epo_jax import hosts, keys, mesh
-from epo_jax.command import ArgumentParser, check_output, number_type, parse_config, read_config, run, write_output
+from epo_jax.command import (
+    ArgumentParser,
+    add_base_option,
+    check_output,
+    number_type,
+    parse_config,
+    read_config,
+    run,
+    user_path,
+    write_output,
+)
 from epo_jax.config import SEED_RULE, is_seed
 from epo_jax.envs.base import SPLITS, Task, environment
 from epo_jax.envs.pool import EnvPool
@@ -65,7 +74,7 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
         check_devices(settings.devices)
     else:
         settings = dataclasses.replace(settings, devices=min(settings.devices, jax.local_device_count()))
-    policy = load(options.checkpoint, options.step, config, devices)
+    policy = load(options.checkpoint, options.step, config, devices, options.base)
     mesh.check(devices, policy.model, config.train.rows_tokens)
     rows = []
     with EnvPool(config.env.name, env_options, config.env.workers) as pool:
@@ -139,7 +148,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--top_k", type=count, help="0 = all tokens")
     parser.add_argument("--top_p", type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
     parser.add_argument("--seed", type=number_type(int, is_seed, SEED_RULE))
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_base_option(parser)
+    parser.add_argument("--out", type=user_path, help="JSON file to write")
     hosts.add_options(parser)
     return parser.parse_known_args(arguments)
 

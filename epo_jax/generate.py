@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from epo_jax import keys, mesh, prompting
-from epo_jax.command import ArgumentParser, number_type, run
+from epo_jax.command import ArgumentParser, add_base_option, number_type, run
 from epo_jax.config import SEED_RULE, base_config, is_seed
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     config.model.dtype = options.dtype
     config.agent.max_tokens = 1  # the room in a context is what the model has
     print(mesh.devices_in_use(), file=sys.stderr)
-    policy = load(options.checkpoint, options.step, config)
+    policy = load(options.checkpoint, options.step, config, base=options.base)
     sampler = Sampler(
         keys.key(options.seed, "evaluation"), policy.tokenizer.stop_ids, options.temperature, options.top_k, options.top_p,
         block=options.max_tokens,
@@ -172,6 +172,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     count = number_type(int, lambda value: value >= 0, "a whole number, zero or positive")
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
     parser.add_argument("--step", type=count, help="RL steps of the run's checkpoint; the newest if left out")
+    add_base_option(parser)
     parser.add_argument("--prompt", help="one message to answer")
     parser.add_argument("--play", action="store_true", help="play an episode of the run's environment")
     parser.add_argument("--interactive", action="store_true", help="play, asking before each turn for an action of yours")

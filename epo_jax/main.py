@@ -6,6 +6,7 @@ Read `train` from top to bottom: it is the whole run. On several hosts each of t
 """
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,25 +15,48 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, flops, hosts, keys, lock, mesh, profiling, prompting, rollout, sft, wandb_log, warm_start
-from epo_jax.command import Command, open_workdir, parse, run
+from epo_jax import (
+    checkpoint,
+    figures,
+    flops,
+    frozen_base,
+    hosts,
+    keys,
+    lock,
+    mesh,
+    profiling,
+    prompting,
+    rollout,
+    sft,
+    wandb_log,
+    warm_start,
+)
+from epo_jax.command import Changes, Command, open_workdir, parse, read_config, record_changes, run
 from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import Stopped, UserError
 from epo_jax.evaluate import evaluate
-from epo_jax.folders import decoder_of_run, fit_vocabulary, load_pretrained
+from epo_jax.folders import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
 from epo_jax.learner import batch_shardings, make_train_step
 from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.models import attention, lora
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
-from epo_jax.objectives import registry
+from epo_jax.objectives import entropy, registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 from epo_jax.optim import OptimConfig, stuck
 from epo_jax.stopping import StopRequest
-from epo_jax.train_state import LearnerConfig, abstract_state_on, init_state_on, state_shardings
+from epo_jax.train_state import (
+    LearnerConfig,
+    TrainState,
+    abstract_state,
+    abstract_state_on,
+    init_state_on,
+    state_shardings,
+)
 from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
 from epo_jax.trajectory_log import TrajectoryLog
 
@@ -77,7 +101,9 @@ def train(command: Command, stop: StopRequest) -> None:
         raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
     if resumed:
         tokenizer = load_tokenizer(workdir / "tokenizer")
-        model = decoder_of_run(config, tokenizer)
+        model = decoder_of_run(workdir, config, tokenizer)
+    elif config.init_from.run:
+        tokenizer, model, params, _, _ = load_source(config, devices)
     elif config.model.path:
         tokenizer, model, params = load_pretrained(config, devices)
     else:
@@ -95,8 +121,8 @@ def train(command: Command, stop: StopRequest) -> None:
     print(f"{len(train_tasks)} training tasks; evaluation on " + ", ".join(f"{len(t)} {s}" for s, t in eval_tasks.items()))
     wandb_run = wandb_log.begin(config.metrics.wandb_project, workdir, config.to_dict()) if hosts.is_first() else None
     if not resumed:
-        demonstrations = expert_demonstrations(config, train_tasks)
-        if not config.model.path:
+        demonstrations = [] if config.init_from.run else expert_demonstrations(config, train_tasks)
+        if not config.model.path and not config.init_from.run:
             tokenizer = own_tokenizer(config, demonstrations)
             model = fit_vocabulary(model, tokenizer, workdir)
         shown = expert_trajectories(config, tokenizer, demonstrations)
@@ -111,7 +137,7 @@ def train(command: Command, stop: StopRequest) -> None:
 
     # ---------------------------------------------------------------- the policy that RL begins with
     if not resumed:
-        if not config.model.path:
+        if not config.model.path and not config.init_from.run:
             params = blank_params(config, model, tokenizer)
             params = mesh.place(params, mesh.shardings(devices, params))
         if hosts.is_first():
@@ -121,6 +147,8 @@ def train(command: Command, stop: StopRequest) -> None:
             stop.defer()
             params = clone_experts(config, model, params, shown, workdir / "warm_start", stop)
         if config.model.lora_rank:
+            keep_base(config, workdir, model, params, published=bool(config.model.path) and not demonstrations)
+        if config.model.lora_rank and not model.lora:
             model = with_adapters(model, config.model)
             adapters = lora.init_adapters(model, keys.key(config.seed, "adapters"))
             params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters)))
@@ -128,21 +156,35 @@ def train(command: Command, stop: StopRequest) -> None:
     # ---------------------------------------------------------------- learner
     learner = learner_config(config, model, objective, mesh.row_shards(devices))
     if resumed:
-        state, before = checkpoint.restore(manager, abstract_state_on(learner, devices))
+        refuse_changes_of_state(config, command.changes, model)
+        base_kept = all(hosts.gather(frozen_base.is_kept(workdir)))  # else a run of version 1, with the base in each checkpoint
+        like = abstract_state_on(learner, devices)
+        state, before = checkpoint.restore(manager, like)
+        if model.lora:
+            state = state._replace(base=frozen_base.load(workdir, config, model, like.base))
+            if not base_kept:
+                frozen_base.store(workdir, model, state.base)
+    elif config.init_from.run and config.init_from.state == "everything":
+        state, before = source_state(config, learner, devices, params)
     else:
         state, before = init_state_on(learner, params, devices), checkpoint.Progress()
     print(f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters are trained")
     train_step = make_train_step(learner, devices)
-    first_step, best, skipped = int(state.step), before.best, before.skipped
+    first_step, best, skipped = int(state.step), before.best, 0 if command.changes else before.skipped
     if profile_first is not None and profile_first < first_step:
         asked = command.flags.profile_steps
         raise UserError(f"--profile_steps={asked}: the run goes on from step {first_step}; name later steps.")
+
+    if hosts.is_first():
+        keep_decoder(workdir, config, model)
+        record_changes(command, workdir, first_step)
 
     # ---------------------------------------------------------------- rollout
     settings = prompting.rollout_config(config)
     kept = config.metrics
 
     with contextlib.ExitStack() as stack:
+        stack.callback(manager.close)  # whatever ends the loop, a save under way is waited for
         pool = stack.enter_context(EnvPool(config.env.name, env_options, config.env.workers))
         profile = stack.enter_context(profiling.Profile(workdir / "profile", profile_first, profile_end))
         if hosts.is_first():
@@ -182,7 +224,7 @@ def train(command: Command, stop: StopRequest) -> None:
             manager.wait_until_finished()
             if step not in manager.all_steps():
                 save()
-            manager.close()
+            manager.wait_until_finished()
             raise Stopped(stop.sentence(f"{step} RL steps done and saved"))
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
@@ -208,7 +250,7 @@ def train(command: Command, stop: StopRequest) -> None:
             evaluated = evaluate_all(first_step, missing)
         best = max(best, evaluated)
         if not resumed:
-            save(best)
+            save(evaluated)
             manager.wait_until_finished()  # from here on a killed run can be resumed
         elif best != before.best or (first_step and evaluated != checkpoint.NOT_EVALUATED):
             checkpoint.rank(manager, first_step, before._replace(best=best), evaluated)
@@ -236,8 +278,9 @@ def train(command: Command, stop: StopRequest) -> None:
             skipped = skipped + 1 if stuck(metrics) else 0
             if skipped >= config.train.max_skipped:
                 raise UserError(
-                    f"No update of the last {skipped} RL steps had a finite gradient; the weights are as before them. "
-                    f"Lower config.optim.lr and go on from {manager.directory / str(manager.latest_step())}."
+                    f"No update of the last {skipped} RL steps had a finite gradient; the weights are as before them: lower the "
+                    f"rate with --workdir={workdir} --resume --config.optim.lr=RATE, or begin from an earlier checkpoint with "
+                    f"--config.init_from.run={workdir} --config.init_from.step=STEP in another --workdir."
                 )
 
             seconds = {"rollout_seconds": rolled_out - started, "update_seconds": updated - rolled_out}
@@ -265,9 +308,55 @@ def train(command: Command, stop: StopRequest) -> None:
                 end_early(done)
 
     # ---------------------------------------------------------------- results
-    manager.close()
     for path in figures.draw(workdir) if hosts.is_first() else ():
         print(f"wrote {path}")
+    if skipped:
+        raise UserError(
+            f"No update of the last {skipped} RL steps had a finite gradient: the run is over, but its weights are as before "
+            "them; begin a new one with a lower config.optim.lr, from a checkpoint of this one with "
+            f"--config.init_from.run={workdir}."
+        )
+
+
+def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, published: bool) -> None:
+    """Keeps the frozen base of adapters for the run: by reference where it is a published model as it was."""
+    base = lora.split(params)[0]
+    if config.init_from.run and model.lora:
+        frozen_base.copy(config.init_from.run, workdir, model, base)
+    elif published and not config.init_from.run:
+        frozen_base.refer(workdir, frozen_base.digest(base), None)
+    else:
+        frozen_base.store(workdir, model, base)
+
+
+def source_state(config, learner: LearnerConfig, devices, params: Params) -> tuple[TrainState, checkpoint.Progress]:
+    """The whole state of the run that `config.init_from` names; its entropy history gets the length that this run needs."""
+    source = config.init_from
+    step = None if source.step < 0 else source.step
+    with checkpoint.open_reader(checkpoint.place(source.run, read_config(source.run).checkpoint.folder)) as reader:
+        steps = checkpoint.history_steps(reader, step)
+        like = abstract_state_on(dataclasses.replace(learner, total_steps=steps), devices)
+        state, before = checkpoint.restore(reader, like, step)
+    base = lora.split(params)[0] if learner.model.lora else {}
+    return state._replace(history=entropy.resize(state.history, config.train.steps), base=base), before._replace(skipped=0)
+
+
+def refuse_changes_of_state(config, changes: Changes, model: DecoderConfig) -> None:
+    """Raises UserError for a change by which the train state would have other arrays than the run's checkpoints."""
+
+    def arrays(config) -> list:
+        state = abstract_state(learner_config(config, model, objective_and_hyper(config)[0]))
+        return [(path, leaf.shape, leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+
+    for key, (old, new) in changes.items():
+        before = ConfigDict(config.to_dict())
+        section, _, leaf = key.partition(".")
+        before[section][leaf] = old
+        if arrays(before) != arrays(config):
+            raise UserError(
+                f"--resume: config.{key}={new!r} in place of {old!r} changes the arrays of the state that the run saved; begin a "
+                "new run from it with config.init_from."
+            )
 
 
 def splits_to_evaluate(config, workdir: Path, step: int) -> list[str]:

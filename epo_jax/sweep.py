@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -27,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, flops, keys, lock, prompting, rollout, wandb_log, warm_start
-from epo_jax.command import Command, open_workdir, parse, run, write_config
+from epo_jax import checkpoint, figures, flops, frozen_base, keys, lock, prompting, rollout, wandb_log, warm_start
+from epo_jax.command import Command, open_workdir, parse, record_changes, run, write_config
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
 from epo_jax.errors import Stopped, UserError, explain
 from epo_jax.evaluate import episodes_of, row_of
 from epo_jax.files import write_atomically
-from epo_jax.folders import fit_vocabulary, load_pretrained
+from epo_jax.folders import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
 from epo_jax.grid import Member, programs, refuse_static
 from epo_jax.main import (
     blank_params,
@@ -43,6 +44,7 @@ from epo_jax.main import (
     expert_trajectories,
     learner_config,
     own_tokenizer,
+    refuse_changes_of_state,
     splits_to_evaluate,
     step_batch,
     step_episodes,
@@ -56,7 +58,7 @@ from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_a
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.stopping import StopRequest
-from epo_jax.train_state import init_state
+from epo_jax.train_state import abstract_state, init_state
 from epo_jax.trajectory import Trajectory
 from epo_jax.trajectory_log import TrajectoryLog
 
@@ -79,15 +81,21 @@ def run_programs(command: Command, stop: StopRequest) -> None:
     attention.check_rows(config.train.rows_tokens)
     if config.metrics.wandb_project:
         wandb_log.package(config.metrics.wandb_project)
-    pretrained = load_pretrained(config) if config.model.path else None
+    pretrained = functools.cache(functools.partial(published, config))
+    if not command.resume:
+        pretrained()
     env_options = config.env.to_dict()
     env = environment(config.env.name)
     env.prepare(env_options)
     tasks = {split: env.list_tasks(split, env_options) for split in ("train", *config.eval.splits)}
     ledger = Ledger(command.workdir, groups)
-    for members in groups if command.resume else ():
-        for some in alike(members, ledger.vocabulary):
-            resume_point(some, ledger)
+    if command.resume:
+        ledger.refuse_other_members()
+        going = [some for members in groups for some in alike(members, ledger.vocabulary)]
+        for members in going:
+            if (model := ledger.model(members[0])) is not None:
+                refuse_changes_of_state(members[0].config, command.changes, model)
+        steps = {member.name: step for some in going for step in [resume_point(some, ledger) or 0] for member in some}
     open_workdir(command)
     kept = command.workdir / "warm_start"
     beginner = functools.cache(functools.partial(begin, config, tasks["train"], pretrained, kept, stop))
@@ -96,12 +104,16 @@ def run_programs(command: Command, stop: StopRequest) -> None:
     folders = [ledger.folder(member) for member in sum(groups, [])]
     with lock.hold(*folders), EnvPool(config.env.name, env_options, config.env.workers) as pool:
         ledger.open()
+        if command.resume:
+            record_changes(command, command.workdir, min(steps.values()))
+            for member in sum(groups, []):
+                record_changes(command, ledger.folder(member), steps[member.name])
         for number, members in enumerate(groups, start=1):
             with stop.now():  # a request that came when the last program had done its last step
                 pass
             print(f"program {number} of {len(groups)}, {len(members)} members: " + ", ".join(m.name for m in members), flush=True)
-            for some in alike(members, lambda member: beginner(member.coefficients["seed"]).model):
-                train(config, some, ledger, beginner, tasks, pool, stop)
+            for some in alike(members, lambda member: ledger.model(member) or beginner(member.coefficients["seed"]).model):
+                train(command, some, ledger, beginner, tasks, pool, stop)
 
     # ---------------------------------------------------------------- results
     for member in sum(groups, []):
@@ -109,6 +121,8 @@ def run_programs(command: Command, stop: StopRequest) -> None:
     for name, step in ledger.stopped.items():
         print(f"{name} stopped at RL step {step + 1}: its parameters were no longer finite")
     print(f"wrote {command.workdir}/sweep.json and the run folders of {sum(map(len, groups))} members")
+    if len(ledger.stopped) == len(folders):
+        raise UserError("Every member of the sweep stopped, as none stayed finite; lower config.optim.lr in a new one.")
 
 
 def refuse_what_members_cannot_share(config) -> None:
@@ -127,7 +141,13 @@ def refuse_what_members_cannot_share(config) -> None:
     for key in ("at_once", "devices"):
         if config.sweep[key] < 0:
             raise UserError(f"config.sweep.{key}={config.sweep[key]} must be zero or positive.")
-    if config.model.lora_rank and len(set(config.sweep.seeds)) > 1 and (config.warm_start.episodes or not config.model.path):
+    if config.init_from.state == "everything" and config.init_from.run:
+        raise UserError(
+            "config.init_from.state='everything' must be 'weights' in a sweep, whose members begin at RL step 0; a single run "
+            "(python -m epo_jax.main) can go on from another's whole state."
+        )
+    own_bases = (config.warm_start.episodes or not config.model.path) and not config.init_from.run
+    if config.model.lora_rank and len(set(config.sweep.seeds)) > 1 and own_bases:
         raise UserError(
             f"config.sweep.seeds={config.sweep.seeds}: with config.model.lora_rank members share their base, which would be "
             "another for each seed here; take one seed, or a config.model.path with config.warm_start.episodes=0."
@@ -135,22 +155,35 @@ def refuse_what_members_cannot_share(config) -> None:
 
 
 class Beginner(NamedTuple):
-    """The policy that the members of a seed begin with, adapters included."""
+    """The policy that the members of a seed begin with, adapters included; `kept` is the model folder of its weights without
+    them, None where there is none."""
 
     tokenizer: ChatTokenizer
     model: DecoderConfig
     params: Params
+    kept: Path | None
 
 
-def begin(config, train_tasks: list[Task], pretrained, kept: Path, stop: StopRequest, seed: int) -> Beginner:
-    """The beginner of a seed: cloned from experts, which is done once and kept as a model folder in `kept`."""
+def published(config) -> tuple[ChatTokenizer, DecoderConfig, Params] | None:
+    """The policy that all seeds begin with, if one is named: another run's, or a published model."""
+    if config.init_from.run:
+        return load_source(config)[:3]
+    return load_pretrained(config) if config.model.path else None
+
+
+def begin(config, train_tasks: list[Task], pretrained: Callable, kept: Path, stop: StopRequest, seed: int) -> Beginner:
+    """The beginner of a seed: cloned from experts, which is done once and kept as a model folder in `kept`.
+
+    The base of adapters is kept there too, unless it is a published model.
+    """
     config = ConfigDict(config.to_dict())
     config.seed = seed
-    folder = kept / f"seed{seed}"
-    cloned = (folder / "config.json").exists()  # written last
-    demonstrations = [] if cloned else expert_demonstrations(config, train_tasks)
-    if pretrained is not None:
-        tokenizer, model, params = pretrained
+    folder, source = kept / f"seed{seed}", pretrained()
+    saved = (folder / "config.json").exists()  # written last
+    cloned = saved and not config.init_from.run
+    demonstrations = [] if saved or config.init_from.run else expert_demonstrations(config, train_tasks)
+    if source is not None:
+        tokenizer, model, params = source
     else:
         tokenizer = load_tokenizer(folder) if cloned else own_tokenizer(config, demonstrations)
         model = fit_vocabulary(decoder_config(config.model), tokenizer, folder)
@@ -167,13 +200,14 @@ def begin(config, train_tasks: list[Task], pretrained, kept: Path, stop: StopReq
         shown = expert_trajectories(config, tokenizer, demonstrations)
         stop.defer()
         params = clone_experts(config, model, jax.tree.map(jnp.copy, params), shown, folder / "updates", stop)
+    if not saved and (demonstrations or (config.model.lora_rank and (config.init_from.run or not config.model.path))):
         tokenizer.save(folder)
-        weights.save_params(folder, model, params)
+        weights.save_params(folder, dataclasses.replace(model, lora=None), lora.split(params)[0])
         warm_start.clear(folder / "updates")
-    if config.model.lora_rank:
+    if config.model.lora_rank and not model.lora:
         model = with_adapters(model, config.model)
         params = lora.join(params, lora.init_adapters(model, keys.key(seed, "adapters")))
-    return Beginner(tokenizer, model, params)
+    return Beginner(tokenizer, model, params, folder if (folder / "config.json").exists() else None)
 
 
 def alike(members: list[Member], key: Callable[[Member], Any]) -> list[list[Member]]:
@@ -191,8 +225,12 @@ class Ledger:
     def __init__(self, workdir: Path, groups: list[list[Member]]):
         self._workdir, self._members, self.name = workdir, sum(groups, []), workdir.name
         path = workdir / "sweep.json"
-        before = json.loads(path.read_text(encoding="utf-8"))["members"] if path.exists() else []
-        self.stopped: dict[str, int] = {m["name"]: m["stopped"] for m in before if m["stopped"] is not None}
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))["members"] if path.exists() else []
+            self._before = [m["name"] for m in before]
+            self.stopped: dict[str, int] = {m["name"]: m["stopped"] for m in before if m["stopped"] is not None}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read {explain(error, 'put a copy back')}.") from None
 
     def open(self) -> None:
         """Makes the members' run folders and writes sweep.json."""
@@ -208,6 +246,21 @@ class Ledger:
         """Size of a member's tokenizer; None before it has one."""
         folder = self.folder(member) / "tokenizer"
         return load_tokenizer(folder).vocab_size if folder.exists() else None
+
+    def model(self, member: Member) -> DecoderConfig | None:
+        """The decoder that a member trains, from its run folder; None before it has a checkpoint."""
+        folder = self.folder(member)
+        if checkpoint.newest(checkpoint.place(folder)) is None:
+            return None
+        return decoder_of_run(folder, member.config, load_tokenizer(folder / "tokenizer"))
+
+    def refuse_other_members(self) -> None:
+        """Raises UserError if the sweep had other members before."""
+        before, now = ({*names} for names in (self._before, [m.name for m in self._members]))
+        if before and before != now:
+            raise UserError(
+                f"--resume: the sweep had other members ({', '.join(sorted(before ^ now))}); leave those changes out."
+            )
 
     def stop(self, member: Member, step: int) -> None:
         self.stopped[member.name] = step
@@ -258,7 +311,7 @@ def resume_point(members: list[Member], ledger: Ledger) -> int | None:
 
 
 def train(
-    config,
+    command: Command,
     members: list[Member],
     ledger: Ledger,
     beginner: Callable[[int], Beginner],
@@ -267,7 +320,7 @@ def train(
     stop: StopRequest,
 ) -> None:
     """Trains the members of one program to their end, from their last checkpoints where they have any."""
-    sweep, config = config.sweep, members[0].config
+    sweep, config = command.config.sweep, members[0].config
     steps, groups = config.train.steps, config.rollout.groups
     folders, seeds = [ledger.folder(m) for m in members], [m.coefficients["seed"] for m in members]
     if all(member.name in ledger.stopped for member in members):
@@ -279,19 +332,33 @@ def train(
     found = resume_point(members, ledger)
     first_step = found or 0
     ledger.go_back(members, first_step)
-    beginners = [beginner(seed) for seed in seeds]
-    tokenizers, model = [b.tokenizer for b in beginners], beginners[0].model
-    for folder, tokenizer in zip(folders, tokenizers, strict=True):
-        tokenizer.save(folder / "tokenizer")
-    learner = learner_config(config, model, members[0].objective)
-    states = [init_state(learner, b.params) for b in beginners]
-    if found is not None:
-        for i, manager in enumerate(managers):  # one that stopped earlier has none of `found`, and will not move
-            states[i], _ = checkpoint.restore(manager, states[i], found if found in manager.all_steps() else None)
+    if found is None:
+        beginners = [beginner(seed) for seed in seeds]
+        tokenizers, model = [b.tokenizer for b in beginners], beginners[0].model
+        learner = learner_config(config, model, members[0].objective)
+        states = [init_state(learner, b.params) for b in beginners]
+        base = states[0].base
+        for folder, tokenizer in zip(folders, tokenizers, strict=True):
+            tokenizer.save(folder / "tokenizer")
+        refer_to_base(folders, base, beginners[0].kept)
+    else:
+        tokenizers = [load_tokenizer(folder / "tokenizer") for folder in folders]
+        model = decoder_of_run(folders[0], config, tokenizers[0])
+        learner = learner_config(config, model, members[0].objective)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_state(learner))
+        base = frozen_base.load(folders[0], config, model, like.base, found) if model.lora else {}
+        # One that stopped earlier has no checkpoint of `found`, and will not move.
+        at = [found if found in manager.all_steps() else None for manager in managers]
+        states = [checkpoint.restore(manager, like, step)[0] for manager, step in zip(managers, at, strict=True)]
+        if model.lora and not frozen_base.is_kept(folders[0]):  # version 1 had it in each checkpoint
+            frozen_base.store(folders[0], model, base)
+            refer_to_base(folders[1:], base, folders[0] / "model")
+    for folder in folders:
+        keep_decoder(folder, config, model)
     for manager in managers:  # what a kill left some members ahead of others; now that all are restored
         for later in [step for step in manager.all_steps() if found is None or step > found]:
             manager.delete(later)
-    base = states[0].base
     states = stack([state._replace(base={}) for state in states])
     alive = np.array([member.name not in ledger.stopped for member in members])
 
@@ -336,6 +403,8 @@ def train(
         return rounds, stats
 
     with contextlib.ExitStack() as stack_of_writers:
+        for manager in managers:  # whatever ends the loop, saves under way are waited for
+            stack_of_writers.callback(manager.close)
         project, group = config.metrics.wandb_project, ledger.name
         writers = [
             stack_of_writers.enter_context(
@@ -377,9 +446,7 @@ def train(
             for manager in managers:  # so that no member is ever more than one checkpoint behind another
                 manager.wait_until_finished()
             for i in np.flatnonzero(alive):
-                checkpoint.save(managers[i], jax.tree.map(lambda x, i=i: x[i], states)._replace(base=base))
-                if jax.tree.leaves(base):
-                    managers[i].wait_until_finished()  # or there would be a copy of the base for each
+                checkpoint.save(managers[i], jax.tree.map(lambda x, i=i: x[i], states))
 
         def end_early(step: int) -> None:
             for manager in managers:
@@ -387,7 +454,7 @@ def train(
             if any(step not in managers[i].all_steps() for i in np.flatnonzero(alive)):
                 save_all()
             for manager in managers:
-                manager.close()
+                manager.wait_until_finished()
             raise Stopped(stop.sentence(f"{step} RL steps done and saved"))
 
         # ------------------------------------------------------------ the loop
@@ -448,8 +515,14 @@ def train(
                 save_all()
             if stop.asked and done < steps:
                 end_early(done)
-    for manager in managers:
-        manager.close()
+
+
+def refer_to_base(folders: list[Path], base: Params, kept: Path | None) -> None:
+    """Writes into run folders where the frozen base of their adapters is: in `kept`, None for the published model."""
+    if jax.tree.leaves(base):
+        digest = frozen_base.digest(base)
+        for folder in folders:
+            frozen_base.refer(folder, digest, kept and os.path.relpath(kept, folder / "model"))
 
 
 def progress_of_all(rows: list[Row], steps: int, seconds: float) -> str:

@@ -11,9 +11,13 @@ from epo_jax.config import ENV_SECTIONS
 
 VERSION = 2
 
-# Keys added after a version, with the value that reproduces what that version did.
+# Keys added after a version, with the value that reproduces what that version did, or a function to it from the other keys.
 KEYS_ADDED: dict[int, dict[str, Any]] = {
-    1: {"warm_start.lost": True, "algo.old_log_prob": "sampler"},
+    1: {
+        "init_from.run": "", "init_from.step": -1, "init_from.state": "weights",
+        "warm_start.lost": True,
+        "algo.old_log_prob": "sampler",
+    },
 }
 
 # Keys removed after a version: the key that took its place, or None if nothing did.
@@ -37,6 +41,7 @@ def upgrade(keys: dict[str, Any], version: int) -> tuple[dict[str, Any], list[st
                     told.append(f"config.{old}={value!r} of an earlier version has no meaning any more")
                 else:
                     keys[new] = value
-        added = KEYS_ADDED.get(before, {}).items()
-        keys = {key: value for key, value in added if not key.startswith("env.") or key[4:] in env} | keys
+        for key, value in KEYS_ADDED.get(before, {}).items():
+            if key not in keys and (not key.startswith("env.") or key[4:] in env):
+                keys[key] = value(keys) if callable(value) else value
     return keys, told

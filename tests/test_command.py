@@ -103,6 +103,21 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert parse(["main", SMOKE, "--workdir=~/runs/first"]).workdir == tmp_path / "runs" / "first"
 
 
+def test_local_paths_are_stored_as_absolute_ones(tmp_path, monkeypatch):
+    """A name on the hub and a bucket stay as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = "--config.env.data_dir=~/data", "--config.checkpoint.folder=states", "--config.init_from.run=runs/x/../first"
+    config = parse(arguments(tmp_path, SMOKE, *paths, "--config.model.path=configs")).config
+    here = os.getcwd()
+    assert config.env.data_dir == f"{tmp_path}/data" and config.checkpoint.folder == f"{here}/states"
+    assert config.init_from.run == f"{here}/runs/first" and config.model.path == f"{here}/configs"
+    bucket = "--config.model.path=Qwen/Qwen3-0.6B", "--config.checkpoint.folder=gs://bucket/run"
+    config = parse(arguments(tmp_path, SMOKE, *bucket)).config
+    assert (config.model.path, config.checkpoint.folder) == ("Qwen/Qwen3-0.6B", "gs://bucket/run")
+    with pytest.raises(UserError, match="config.env.data_dir=~nosuchuser/data: there is no home folder ~nosuchuser"):
+        parse(arguments(tmp_path, SMOKE, "--config.env.data_dir=~nosuchuser/data"))
+
+
 def test_missing_workdir_is_refused():
     with pytest.raises(UserError, match="--workdir is missing"):
         parse(["main", SMOKE])
@@ -155,8 +170,9 @@ def test_resume_takes_the_runs_own_config(tmp_path):
     assert same.config.checkpoint.every == 7
     same = parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25", "--config.mesh.fsdp=2", "--resume"))
     assert same.config.mesh.fsdp == 2
-    with pytest.raises(UserError, match="config.epo.lam=0.005 differs from the run's 0.25"):
+    with pytest.raises(UserError, match="config.epo.lam=0.005 differs from the run's 0.25; leave --config out"):
         parse(arguments(tmp_path, SMOKE, "--resume"))
+    assert parse(arguments(tmp_path, "--resume", "--config.epo.lam=0.5")).changes == {"epo.lam": (0.25, 0.5)}
 
 
 @pytest.mark.parametrize(

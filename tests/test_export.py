@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from epo_jax import checkpoint, export
+from epo_jax import checkpoint, export, frozen_base
 from epo_jax.command import write_config
 from epo_jax.config import base_config
 from epo_jax.errors import UserError
@@ -35,6 +35,7 @@ def run_folder(tmp_path_factory):
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     state = init_state(learner_config(config, model, objective_and_hyper(config)[0]), params)
+    frozen_base.store(folder, model, state.base)
     manager = checkpoint.open_manager(checkpoint.place(folder), 2)
     checkpoint.save(manager, state)
     manager.close()

@@ -1,19 +1,24 @@
 """A run that was killed or asked to stop, and resumed, is the run that was left alone, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import kill
-from epo_jax import figures, rollout, sft, stopping
+from epo_jax import figures, lock, rollout, sft, stopping
 from epo_jax import main as program
+from epo_jax.command import read_config
 from epo_jax.errors import Stopped, UserError
-from epo_jax.metrics import MetricWriter
+from epo_jax.folders import load_run
+from epo_jax.metrics import MetricWriter, read_rows
 
 # Ends the process when the checkpoint after `STEP` is written but not committed.
 KILLED = """
@@ -124,3 +129,101 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
     (tmp_path / "elsewhere").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="holds none of the run's checkpoints"):
         run(folder)
+
+
+@pytest.mark.parametrize("kind", [UserError, KeyboardInterrupt])
+def test_a_save_under_way_is_waited_for_whatever_ends_the_loop(tmp_path, monkeypatch, capfd, kind):
+    """The checkpoint after the first step is committed only after the second step has failed."""
+    folder, failed = tmp_path / "run", threading.Event()
+
+    def rename(source, target, original=os.rename):
+        if os.fspath(target).endswith("checkpoints/1"):
+            failed.wait(60)
+        original(source, target)
+
+    def train(writer, row, original=MetricWriter.train):
+        if row["step"] == 1:
+            threading.Timer(0.5, failed.set).start()
+            raise kind("the game is damaged.")
+        return original(writer, row)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(MetricWriter, "train", train)
+    with pytest.raises(kind):
+        run(folder, *ARGUMENTS)
+    assert (folder / "checkpoints" / "1" / "state").is_dir()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_it_learns_with_may_change_and_is_recorded(alone, tmp_path, monkeypatch, capfd):
+    """After updates that were skipped, as the message advises; what changes the state's arrays or meaning is refused."""
+    folder, stuck = tmp_path / "run", program.stuck
+    monkeypatch.setattr(program, "stuck", lambda metrics: True)
+    with pytest.raises(UserError, match=f"last 1 RL steps.*--workdir={folder} --resume --config.optim.lr=RATE"):
+        run(folder, *ARGUMENTS, "--config.train.max_skipped=1")
+    monkeypatch.setattr(program, "stuck", stuck)
+    for key, told in (
+        ("train.steps=4", "config.train.steps=4 differs from the run's 3, which it keeps, .* --config.init_from.run="),
+        ("model.d_model=32", "config.model.d_model=32 differs"),
+        ("algo.mini_batches=1", "config.algo.mini_batches=1 differs"),
+        ("epo.history_index=turn", "config.epo.history_index='turn' in place of 'global' changes the arrays"),
+        ("optim.rate=1", "config.optim.rate is not a key of the run's config"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run(folder, "--resume", f"--config.{key}")
+    before = (folder / "config.json").read_text()
+    with pytest.raises(UserError, match="config.train.max_skipped=3 differs from the run's 1; leave --config out"):
+        run(folder, "--resume", ARGUMENTS[0], ARGUMENTS[1], ARGUMENTS[2])
+    assert (folder / "config.json").read_text() == before
+    run(folder, "--resume", "--config.train.max_skipped=3", "--config.optim.lr=1e-3")
+    rows = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 0, "key": "optim.lr", "old": 3e-3, "new": 1e-3},
+        {"step": 0, "key": "train.max_skipped", "old": 1, "new": 3},
+    ]
+    config = read_config(folder)
+    assert (config.optim.lr, config.train.max_skipped) == (1e-3, 3)
+    assert "state['params']['embedding']" in kill.differences(kill.ending(folder), alone)
+
+
+def test_a_run_goes_on_from_anothers_checkpoint(alone, tmp_path):
+    """With everything it is that run, bit for bit; it may have more steps. With the weights alone it begins at step 0."""
+    first = tmp_path / "first"
+    run(first, *ARGUMENTS, "--config.checkpoint.keep=9")
+    source = f"--config.init_from.run={first}", "--config.init_from.step=1"
+    run(tmp_path / "rest", *ARGUMENTS, *source, "--config.init_from.state=everything")
+    ending = kill.ending(tmp_path / "rest")
+    assert [row["step"] for row in ending["metrics.jsonl"]] == [1, 2]
+    written = {"metrics.jsonl", "eval.jsonl", "trajectories.jsonl"}
+    assert set(kill.differences(ending, kill.ending(first))) <= written
+    assert ending["metrics.jsonl"] == kill.ending(first)["metrics.jsonl"][1:]
+    with pytest.raises(UserError, match="config.train.steps=3: .* 3 RL steps behind it; raise config.train.steps"):
+        run(tmp_path / "over", *ARGUMENTS, f"--config.init_from.run={first}", "--config.init_from.state=everything")
+    with pytest.raises(UserError, match="config.model.d_model=32 differs from 16, that of the run"):
+        run(tmp_path / "over", *ARGUMENTS, *source, "--config.model.d_model=32")
+    with pytest.raises(UserError, match="checkpoints/7 is not there; choose from"):
+        run(tmp_path / "over", *ARGUMENTS, *source[:1], "--config.init_from.step=7")
+    assert not (tmp_path / "over").exists()
+    more = tmp_path / "more"
+    run(more, *ARGUMENTS, f"--config.init_from.run={first}", "--config.init_from.state=everything", "--config.train.steps=4")
+    assert [row["step"] for row in read_rows(more / "metrics.jsonl")] == [3]
+    weights = tmp_path / "weights"
+    run(weights, *ARGUMENTS, *source, "--config.train.steps=1", "--config.model.lora_rank=2")
+    assert [row["step"] for row in read_rows(weights / "metrics.jsonl")] == [0]
+    begun = load_run(weights, read_config(weights), 0).params
+    theirs = load_run(first, read_config(first), 1).params
+    np.testing.assert_array_equal(begun["embedding"], theirs["embedding"])
+    np.testing.assert_array_equal(begun["layers"]["q_proj"], theirs["layers"]["q_proj"])
+
+
+def test_a_run_whose_last_updates_were_skipped_says_so_at_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "stuck", lambda metrics: True)
+    with pytest.raises(UserError, match="No update of the last 2 RL steps had a finite gradient: the run is over"):
+        run(tmp_path / "run", *ARGUMENTS[:2], "--config.train.steps=2")
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+def test_a_second_process_in_a_run_folder_is_refused(tmp_path):
+    with lock.hold(tmp_path / "run"), pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
+        run(tmp_path / "run", *ARGUMENTS)
+    assert not (tmp_path / "run").exists()

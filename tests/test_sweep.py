@@ -1,5 +1,6 @@
 """Sweeps: every member is the run that it would be alone, whatever becomes of the others."""
 
+import gc
 import json
 import os
 import re
@@ -14,16 +15,16 @@ import orbax.checkpoint as ocp
 import pytest
 
 from benchmarks.kill import without_times
-from epo_jax import figures, lock, sweep
+from epo_jax import figures, frozen_base, lock, sweep
 from epo_jax import main as program
 from epo_jax.command import read_config
 from epo_jax.config import flatten
 from epo_jax.envs.base import environment
 from epo_jax.errors import Stopped, UserError
-from epo_jax.folders import fit_vocabulary
+from epo_jax.folders import fit_vocabulary, load_run
 from epo_jax.grid import programs
 from epo_jax.metrics import read_rows
-from epo_jax.models import generate
+from epo_jax.models import generate, lora
 from epo_jax.models.decoder import decoder_config
 from epo_jax.models.tokenizer import load_tokenizer
 from tests.toy_sweep import get_config
@@ -148,12 +149,15 @@ def test_a_sweep_killed_after_its_warm_starts_keeps_them(swept, going, tmp_path,
         shutil.rmtree(folder / "checkpoints")
         (folder / "metrics.jsonl").unlink()
     monkeypatch.setattr(sweep, "expert_demonstrations", lambda *_: pytest.fail("played its experts again"))
+    cloned = again / "warm_start" / "seed1" / "model.safetensors"
+    whole = cloned.read_bytes()
+    cloned.write_bytes(b"")
+    with pytest.raises(UserError, match=r"weights in .*seed1 cannot be read .*; move that folder away"):
+        sweep.main(["sweep", f"--workdir={again}", "--resume"])
+    cloned.write_bytes(whole)
     sweep.main(["sweep", f"--workdir={again}", "--resume"])
     for member in going:
         np.testing.assert_array_equal(params(again / "members" / member.name), params(member))
-    (again / "warm_start" / "seed1" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"weights in .*seed1 cannot be read .*; move that folder away"):
-        sweep.main(["sweep", f"--workdir={again}", "--resume"])
 
 
 def files(folder):
@@ -238,12 +242,37 @@ def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_
     run(tmp_path / "sweep", *two, *ONE_BY_ONE)
 
 
-def test_adapters_share_a_base(tmp_path):
+def kept_base(run):
+    """Digest of the base that a run's adapters are read with."""
+    config = read_config(run)
+    return frozen_base.digest(lora.split(load_run(run, config, 1).params)[0])
+
+
+def embeddings() -> int:
+    """Arrays of the size of the base's embedding that are in memory."""
+    return sum(x.shape == (300, 16) for x in jax.live_arrays())
+
+
+def test_adapters_share_a_base(tmp_path, monkeypatch):
     folder = run(tmp_path / "sweep", POINTS[5], *ONE_BY_ONE, preset="lora")
     member = folder / "members" / names(folder)[1]
     single = alone(tmp_path / "single", read_config(member), "lora-single")
     np.testing.assert_array_equal(params(member, 2), params(single, 2))
     assert np.abs(params(member, 2) - params(folder / "members" / names(folder)[0], 2)).max() > 1e-4
+    assert [path for path in folder.rglob("*") if path.is_file() and b"base.embedding" in path.read_bytes()] == []
+    assert kept_base(member) == kept_base(single)
+    # A resumed sweep holds one, and so does each member's folder by reference.
+    again = shutil.copytree(folder, tmp_path / "again")
+    for each in (again / "members").iterdir():
+        shutil.rmtree(each / "checkpoints" / "2")
+    bases = []
+    monkeypatch.setattr(sweep, "progress_of_all", lambda *_: bases.append(embeddings()))
+    gc.collect()
+    before = embeddings()
+    sweep.main(["sweep", f"--workdir={again}", "--resume"])
+    assert bases == [before + 1]
+    for name in names(folder):
+        np.testing.assert_array_equal(params(again / "members" / name, 2), params(folder / "members" / name, 2))
 
 
 @pytest.mark.parametrize(

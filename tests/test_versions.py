@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from epo_jax import evaluate, export, figures, generate, report, sweep, versions
+from epo_jax import evaluate, export, figures, generate, lock, report, sweep, versions
 from epo_jax import main as program
 from epo_jax.command import read_config
 from epo_jax.config import ENV_SECTIONS, base_config, flatten
@@ -42,13 +42,14 @@ def test_every_key_has_a_value_for_the_runs_of_an_earlier_version(old):
 
 @pytest.mark.parametrize(("folder", "exported"), [("run", "run"), (f"sweep/members/{MEMBER}", "member")])
 def test_an_old_policy_is_evaluated_played_and_exported(old, folder, exported, capsys):
-    export.main(["export", f"--workdir={old / folder}", f"--to={old / 'out'}"])
+    with lock.hold(old / folder):  # as beside a living run
+        export.main(["export", f"--workdir={old / folder}", f"--to={old / 'out'}"])
+        evaluate.main(["evaluate", f"--checkpoint={old / folder}", "--temperature=0"])
+        generate.main(["generate", f"--checkpoint={old / folder}", "--play", "--split=train"])
     ours, theirs = load_file(old / "out" / "model.safetensors"), load_file(old / "exported" / f"{exported}.safetensors")
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name])
-    evaluate.main(["evaluate", f"--checkpoint={old / folder}", "--temperature=0"])
-    generate.main(["generate", f"--checkpoint={old / folder}", "--play", "--split=train"])
     assert "valid_seen after 1 RL steps" in capsys.readouterr().out
 
 
@@ -67,7 +68,8 @@ def test_an_old_sweep_goes_on_to_its_end(old):
 
 def test_what_is_no_longer_read_is_told(old, monkeypatch, capsys):
     monkeypatch.setitem(versions.KEYS_REMOVED, 1, {"epo.lam": None, "optim.lr": "epo.lam"})
-    monkeypatch.setitem(versions.KEYS_ADDED, 1, versions.KEYS_ADDED[1] | {"optim.lr": 0.25, "env.hints": "none"})
+    added = {"optim.lr": lambda keys: keys["epo.alpha"] / 8, "env.hints": "none"}
+    monkeypatch.setitem(versions.KEYS_ADDED, 1, versions.KEYS_ADDED[1] | added)
     config = read_config(old / "run")
     assert (config.epo.lam, config.optim.lr) == (3e-3, 0.25) and "hints" not in config.env
     assert "config.epo.lam=0.01 of an earlier version has no meaning any more" in capsys.readouterr().err

@@ -27,6 +27,15 @@ def init_history(num_steps: int, num_turns: int | None = None) -> EntropyHistory
     return EntropyHistory(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.int32))
 
 
+def resize(history: EntropyHistory, num_steps: int) -> EntropyHistory:
+    """The history with room for `num_steps` RL steps, at least as many as it counts."""
+
+    def fit(x: Float[Array, "K I"]) -> Float[Array, "N I"]:
+        return jnp.pad(x, ((0, max(0, num_steps - len(x))), (0, 0)))[:num_steps]
+
+    return history._replace(values=fit(history.values), observed=fit(history.observed))
+
+
 def step_entropy(
     entropy: Float[Array, "B T"], weight: Float[Array, "B T"], turn: Int[Array, "B T"], num_turns: int | None = None
 ) -> tuple[Float[Array, " I"], Float[Array, " I"]]:

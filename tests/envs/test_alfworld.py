@@ -396,3 +396,22 @@ def test_a_missing_description_of_the_task_is_named(real):
     description.unlink()
     with pytest.raises(UserError, match=str(description)):
         alfworld.demonstrations(tasks, options)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(24, "Too many open files"), r"Too many open files\); raise the limit on open files"),
+        (ValueError("Expecting value"), r"Expecting value\); move .* away and it is made again"),
+    ],
+)
+def test_an_index_that_cannot_be_read_names_why(tmp_path, monkeypatch, error, told):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(alfworld, "prepare", lambda options: None)
+    monkeypatch.setattr(alfworld, "_index_path", lambda options: tmp_path / "index.json")
+    monkeypatch.setattr(Path, "read_text", failing)
+    with pytest.raises(UserError, match=f"index.json cannot be read .*{told}") as refusal:
+        alfworld.list_tasks("train", {})
+    assert "delete" not in str(refusal.value)

@@ -447,3 +447,14 @@ def test_a_run_takes_tokenizer_model_and_weights_from_the_folder(tmp_path):
     weights.save_params(tmp_path, decoder, fresh(decoder, jax.random.key(0)))
     with pytest.raises(UserError, match="vocab_size"):
         load_pretrained(config)
+
+
+def test_an_error_of_the_machine_is_not_told_as_a_damaged_download(tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(weights, "safe_open", failing)
+    with pytest.raises(UserError, match=r"Too many open files\); raise the limit on open files") as refusal:
+        weights._weight_map(tmp_path)
+    assert "download" not in str(refusal.value)
