@@ -111,7 +111,16 @@ def run(main: Callable[[list[str]], None]) -> int:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """For programs without a config: what it refuses is told as everything else is."""
+    """For programs without a config: what it refuses is told as everything else is, and `~` is a home folder in its paths."""
+
+    PATHS = "checkpoint", "out", "to", "workdir"
+
+    def parse_known_args(self, args=None, namespace=None):
+        options, rest = super().parse_known_args(args, namespace)
+        for name in self.PATHS:
+            if str(given := getattr(options, name, None)).startswith("~"):
+                setattr(options, name, type(given)(expand_user(given, f"--{name}")))
+        return options, rest
 
     def error(self, message: str):
         raise UserError(f"{message}.")

@@ -2,12 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from absl import flags
 
 from epo_jax import lock, mesh
-from epo_jax.command import check_workdir, open_workdir, parse, read_config, run
+from epo_jax.command import ArgumentParser, check_workdir, open_workdir, parse, read_config, run
 from epo_jax.config import flatten
 from epo_jax.errors import Stopped, UserError
 
@@ -37,6 +38,18 @@ def test_overrides_reach_the_config(tmp_path):
 
 def test_whole_numbers_are_accepted_for_real_keys(tmp_path):
     assert parse(arguments(tmp_path, SMOKE, "--config.epo.lam=1")).config.epo.lam == 1.0
+
+
+def test_a_tilde_is_a_home_folder_in_every_programs_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = ArgumentParser()
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--prompt")
+    options = parser.parse_args(["--checkpoint=~/run", "--out=~/scores.json", "--prompt=~"])
+    assert options.checkpoint == f"{tmp_path}/run" and options.out == tmp_path / "scores.json" and options.prompt == "~"
+    with pytest.raises(UserError, match="--out=~nosuchuser/x: there is no home folder"):
+        parser.parse_args(["--out=~nosuchuser/x"])
 
 
 def test_none_is_a_value_of_keys_that_have_it(tmp_path):
