@@ -155,7 +155,7 @@ def batch(config, learner):
     shapes = dict.fromkeys(TokenBatch._fields, (minis, rows, config.train.rows_policy_tokens))
     shapes |= dict.fromkeys(("tokens", "positions", "segment_ids"), (minis, rows, config.train.rows_tokens))
     shapes |= {"rows": (minis,), "returns": (n,), "group": (n,), "anchor": (n, config.env.max_turns), "episode": (n,), "seed": ()}
-    types = {name: np.float32 if name in floating else np.int32 for name in shapes}
+    types = {name: np.float32 if name in floating else np.int32 for name in shapes} | {"seed": np.uint32}
     return TokenBatch(**{name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()})
 
 

@@ -8,10 +8,10 @@ import zlib
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Integer, Key
 
 
-def key(seed: int | Int[Array, ""], purpose: str) -> Key[Array, ""]:
+def key(seed: int | Integer[Array, ""], purpose: str) -> Key[Array, ""]:
     """The JAX key of a purpose. The seed may be traced."""
     return jax.random.fold_in(jax.random.key(seed), _number(purpose))
 

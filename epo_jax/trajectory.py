@@ -9,7 +9,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from epo_jax.envs.base import Task
 
@@ -135,7 +135,7 @@ class TokenBatch(NamedTuple):
     group: Int[Array, " N"]
     anchor: Int[Array, "N U"]
     episode: Int[Array, " N"]
-    seed: Int[Array, ""]
+    seed: UInt[Array, ""]
 
     def by_row(self) -> "TokenBatch":
         """The arrays that have rows; None in place of the others."""
@@ -243,5 +243,5 @@ def pack(
         group=np.array([t.group for t in trajectories], np.int32),
         anchor=anchor,
         episode=np.array([t.episode for t in trajectories], np.int32),
-        seed=np.array(seed, np.int32),
+        seed=np.array(seed, np.uint32),
     )

@@ -20,8 +20,9 @@ def test_no_two_purposes_and_seeds_share_a_key():
 
 
 def test_a_traced_seed_has_the_key_of_its_value():
-    traced = jax.jit(lambda seed: jax.random.key_data(keys.key(seed, "learner")))(7)
-    np.testing.assert_array_equal(traced, jax.random.key_data(keys.key(7, "learner")))
+    traced = jax.jit(lambda seed: jax.random.key_data(keys.key(seed, "learner")))
+    for seed in (7, 2**32 - 1):  # the largest that a config may have
+        np.testing.assert_array_equal(traced(np.uint32(seed)), jax.random.key_data(keys.key(seed, "learner")))
 
 
 def test_streams_of_the_host_differ_by_purpose_and_index_and_repeat():
