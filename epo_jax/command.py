@@ -269,7 +269,7 @@ def _read_flags(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict |
     except flags.Error as error:
         if source is None and own is None and any(re.match(r"--?config\.", argument) for argument in argv):
             raise UserError("--config must be given when its keys are overridden.") from None
-        raise UserError(_sentence(str(error))) from None
+        raise UserError(_wrong_type(str(error), values) or _sentence(str(error))) from None
     if without:
         _set_none(values.config, without, source or "the run's config")
     if values.help:
@@ -277,6 +277,19 @@ def _read_flags(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict |
         raise SystemExit(0)
     if rest:
         raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
+
+
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
+
+
+def _wrong_type(message: str, values: flags.FlagValues) -> str | None:
+    """The sentence for a key's value of another type, from absl's message; None if it is about something else."""
+    match = re.fullmatch(r"flag --config\.([\w.]+)=(.*?): .*", message, re.DOTALL)
+    if match is None or values["config"].value is None:
+        return None
+    usual = flatten(values["config"].value).get(match[1])
+    kind = _KINDS.get(type(usual))
+    return kind and f"--config.{match[1]}={match[2]} must be {kind}, such as {usual!r}."
 
 
 def _set_none(config: ConfigDict | None, keys: list[str], source: str | None) -> None:
