@@ -409,7 +409,7 @@ def test_an_index_that_cannot_be_read_names_why(tmp_path, monkeypatch, error, to
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr(alfworld, "prepare", lambda options: None)
+    (tmp_path / "index.json").write_text("{}")
     monkeypatch.setattr(alfworld, "_index_path", lambda options: tmp_path / "index.json")
     monkeypatch.setattr(Path, "read_text", failing)
     with pytest.raises(UserError, match=f"index.json cannot be read .*{told}") as refusal:
