@@ -1,9 +1,11 @@
 """Paths as people write them, and files that a reader, or a crash, never meets half written."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from epo_jax.errors import UserError
+from epo_jax.errors import UserError, explain
 
 # What helps where the cache cannot be written.
 OTHER_CACHE = "make room or give the permission there, or set EPO_JAX_DATA or config.env.data_dir to another folder"
@@ -22,6 +24,19 @@ def expand_user(path: str | Path, option: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{option}={path}: there is no home folder {Path(path).parts[0]}; write the path in full.") from None
+
+
+@contextlib.contextmanager
+def from_cache(path: Path, again: str) -> Iterator[None]:
+    """Context that reads a file of the cache. Raises UserError, naming the file and the true error, if that fails.
+
+    Args:
+        again: what happens if the file is not there, as "they are played again".
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read {explain(error, f'move it away and {again}')}.") from None
 
 
 def cache_folder(data_dir: str = "") -> Path:

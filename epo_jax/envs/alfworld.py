@@ -30,7 +30,7 @@ from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworl
 from epo_jax.envs.alfworld_env import AlfworldEnv
 from epo_jax.envs.base import SPLITS, Demonstration, Task, from_fields
 from epo_jax.errors import UserError, explain
-from epo_jax.files import OTHER_CACHE, cache_folder, expand_user
+from epo_jax.files import OTHER_CACHE, cache_folder, expand_user, from_cache
 
 HINTS = ("none", "admissible")
 INDEX_VERSION = 2
@@ -74,12 +74,9 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
         raise UserError(f"{split!r} is not a split; choose one of {', '.join(SPLITS)}.")
     path = _index(options)
     root = _real_data() or path.parent / "json_2.1.1"
-    try:
+    with from_cache(path, "it is made again"):
         index = json.loads(path.read_text())
         return [{**task, "file": str(root / task["file"])} for task in index[split]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = explain(error, f"move {path.parent} away and it is made again")
-        raise UserError(f"the index {path} cannot be read {what}.") from None
 
 
 def make_env(options: dict[str, Any]) -> AlfworldEnv:
@@ -103,7 +100,8 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
         key.append(_contents(data))
     path = _cache(options) / "demonstrations" / f"{_digest(key)}.jsonl"
     if path.exists():
-        episodes = [json.loads(line) for line in path.read_text().splitlines()]
+        with from_cache(path, "the expert plays again"):
+            episodes = [json.loads(line) for line in path.read_text().splitlines()]
     else:
         times: collections.Counter[str] = collections.Counter()
         playing = []

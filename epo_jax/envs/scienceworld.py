@@ -36,7 +36,7 @@ from epo_jax import stopping
 from epo_jax.envs import base, scienceworld_jvm
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
 from epo_jax.errors import UserError, nearest
-from epo_jax.files import OTHER_CACHE, cache_folder, write_atomically
+from epo_jax.files import OTHER_CACHE, cache_folder, from_cache, write_atomically
 
 SLOTS_PER_WORKER = 32  # live episodes of one JVM, whose heap has room for about three times as many
 WIN_REWARD = 10.0
@@ -147,7 +147,8 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
     known: dict[str, dict[str, Any]] = {}
     for name in sorted({task["type"] for task in tasks}):
         path = _gold_path(name, options)
-        known[name] = json.loads(path.read_text()) if path.exists() else {}
+        with from_cache(path, "its gold paths are made again"):
+            known[name] = json.loads(path.read_text()) if path.exists() else {}
     missing = [(task["type"], task["variation"]) for task in tasks if str(task["variation"]) not in known[task["type"]]]
     if missing:
         processes = max(1, min(options["workers"], os.cpu_count() or 1, len(missing) // 8))
@@ -221,7 +222,8 @@ def _splits(options: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
 
 @functools.cache
 def _read_splits(path: Path) -> dict[str, dict[str, list[int]]]:
-    return json.loads(path.read_text())
+    with from_cache(path, "it is made again"):
+        return json.loads(path.read_text())
 
 
 def _write(path: Path, text: str) -> None:

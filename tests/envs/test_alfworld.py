@@ -415,3 +415,13 @@ def test_an_index_that_cannot_be_read_names_why(tmp_path, monkeypatch, error, to
     with pytest.raises(UserError, match=f"index.json cannot be read .*{told}") as refusal:
         alfworld.list_tasks("train", {})
     assert "delete" not in str(refusal.value)
+
+
+def test_damaged_expert_episodes_name_their_file(tmp_path, monkeypatch):
+    options = {"hints": "none", "max_turns": 3}
+    monkeypatch.setattr(alfworld, "_cache", lambda options: tmp_path)
+    monkeypatch.setattr(alfworld, "_digest", lambda key: "kept")
+    (tmp_path / "demonstrations").mkdir()
+    (tmp_path / "demonstrations" / "kept.jsonl").write_text('{"obs')
+    with pytest.raises(UserError, match=r"kept.jsonl cannot be read \(.*\); move it away and the expert plays again"):
+        alfworld.demonstrations([{"id": "a", "type": "t", "file": "f"}], options)

