@@ -28,7 +28,7 @@ CLOSED_OUTPUT = 128 + signal.SIGPIPE  # of one with nothing to save, as the shel
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ASKED = "asked to stop: what is done will be saved; ask again to end at once"
 _ECHO = 1.0  # seconds: a shell, a wrapper and the kernel may each send the signal of one request
-_PATIENCE = 5.0  # seconds after which the main thread is taken to be inside a call that does not end soon
+_PATIENCE = 2.0  # seconds after which the main thread is taken to be inside a call that does not end soon
 
 # Ids of the process groups that child processes lead, to be ended with this process.
 process_groups: set[int] = set()

@@ -158,8 +158,7 @@ def test_every_epoch_has_every_token_in_other_mini_batches():
 
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_a_second_epoch_trains_on_what_was_known_before_the_first(style):
-    """Two epochs of one mini-batch each, rows of the second in another order: as with the same order, and as the update
-    written out twice with the old log-probabilities and values kept."""
+    """Two epochs of one mini-batch each: with the rows of the second in another order as with the same rows."""
     trajectories = tiny.episodes(0)
     if style == "window":
         trajectories = [split(t) for t in trajectories]
@@ -176,7 +175,8 @@ def test_a_second_epoch_trains_on_what_was_known_before_the_first(style):
     assert metrics["updates"] == 2
     for name, value in metrics.items():
         assert others_metrics[name] == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, other.params)
+    # At a rate of 1e-2. Adam divides a gradient by its own size, so where that is near 0, its rounding is a share of the rate.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), state.params, other.params)
     # The second update's ratios are those to the policy before the first.
     assert metrics["ratio_max"] > 1.0 + 1e-3
 

@@ -24,8 +24,9 @@ def main(argv):
     with EnvPool("toy", {{}}, workers=1) as pool:
         pool.reset(0, {{"id": "red-1", "type": "red", "colour": "red", "digit": "1"}})
         pool.get()
-        print("ready", *stopping.process_groups, flush=True)
         try:
+            {before}
+            print("ready", *stopping.process_groups, flush=True)
             {call}
         finally:
             print("unwound", flush=True)
@@ -37,6 +38,11 @@ COMPILE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 
 # Where Python has nobody to raise an exception to.
 FINALIZER = "type('Late', (), {{'__del__': lambda self: time.sleep(60)}})(); time.sleep(60)"
+
+
+def command(call: str, before: str = "pass") -> str:
+    """A program that is ready, after `before`, when what `call` does can be interrupted."""
+    return COMMAND.format(call=call, before=before)
 
 
 @contextlib.contextmanager
@@ -84,8 +90,9 @@ def group_ends(group: int) -> bool:
 )
 def test_a_signal_ends_a_command(numbers, call, code, said):
     """It goes to the whole foreground group, as a terminal sends it."""
-    with start("-c", COMMAND.format(call=call)) as process:
+    with start("-c", command(call)) as process:
         _, *groups = process.stdout.readline().split()
+        time.sleep(call == COMPILE)  # until it is inside
         for number in numbers:
             os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
@@ -95,7 +102,7 @@ def test_a_signal_ends_a_command(numbers, call, code, said):
 
 def test_a_second_signal_ends_at_once_what_would_be_saved():
     """While it compiles, where Python's own handlers are not called."""
-    with start("-c", COMMAND.format(call=f"stop = stopping.StopRequest('.').__enter__(); stop.defer(); {COMPILE}")) as process:
+    with start("-c", command(COMPILE, "stop = stopping.StopRequest('.').__enter__(); stop.defer()")) as process:
         _, group = process.stdout.readline().split()
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "asked to stop: what is done will be saved; ask again to end at once\n"
@@ -108,7 +115,7 @@ def test_a_second_signal_ends_at_once_what_would_be_saved():
 
 def test_what_is_ignored_stays_so():
     """nohup, and jobs in the background of a script."""
-    program = COMMAND.format(call="time.sleep(1)")
+    program = command("time.sleep(1)")
     with start("-c", f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{program}") as process:
         process.stdout.readline()
         process.send_signal(signal.SIGHUP)
@@ -118,7 +125,7 @@ def test_what_is_ignored_stays_so():
 
 @pytest.mark.parametrize("lines", ["print('x' * 100000)", "[print('x', flush=True) for _ in range(2)]"])
 def test_a_closed_pipe_ends_a_command_without_a_word(lines):
-    with start("-c", COMMAND.format(call=f"time.sleep(0.5); {lines}")) as process:
+    with start("-c", command(f"time.sleep(0.5); {lines}")) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""
