@@ -80,22 +80,27 @@ class _Listener:
 
     def watch(self, pipe: int) -> None:
         """The thread that reads the signals' numbers until the pipe is closed."""
-        first = asked_by = None
+        first = since = asked_by = None
+        nudged = False
         while True:
             ready, _, _ = select.select([pipe], [], [], _PATIENCE / 10 if first is not None else None)
             number = os.read(pipe, 1) if ready else None
             if number == b"":
                 return
             if number is None:
-                if self.again:
-                    first, self.again = time.monotonic(), False
+                waits = not self.deferring and not self.raised
+                # A signal that another thread got, or that came just before a system call, does not end that call: the main
+                # thread gets one of its own.
+                if self.again or (waits and not nudged):
+                    first, self.again, nudged = time.monotonic(), False, True
                     # Its number comes through the pipe, too, and is taken for an echo.
                     signal.pthread_kill(threading.main_thread().ident, asked_by)
-                elif not self.deferring and not self.raised and time.monotonic() > first + _PATIENCE:
+                elif waits and time.monotonic() > since + _PATIENCE:
                     _tell(self.last_line())
                     end_at_once(CODE)
             elif number[0] in _SIGNALS and first is None:
-                first, asked_by, self.asked = time.monotonic(), number[0], True
+                first = since = time.monotonic()
+                asked_by, self.asked = number[0], True
                 if self.saving:
                     _tell(_ASKED)
             elif number[0] in _SIGNALS and time.monotonic() > first + _ECHO:
