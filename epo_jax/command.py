@@ -33,7 +33,7 @@ from ml_collections import ConfigDict, config_flags
 from epo_jax import lock, stopping, versions
 from epo_jax.config import ENV_SECTIONS, base_config, flatten, validate
 from epo_jax.errors import Stopped, UserError, explain, full_disk
-from epo_jax.files import expand_user, write_atomically
+from epo_jax.files import append, expand_user, write_atomically
 
 # Keys that each process of a run may have differently: they alter where and how often things happen, never what is learned.
 # (Another mesh adds the same numbers in another order.)
@@ -145,11 +145,6 @@ def add_base_option(parser: argparse.ArgumentParser) -> None:
     """The option that names the base model of a run's adapters, `base`."""
     about = "the model that a run's adapters were trained on, if it is no longer where it was"
     parser.add_argument("--config.model.path", dest="base", help=about)
-
-
-def user_path(text: str) -> Path:
-    """A type for `add_argument`: a path in which ~ is the home folder."""
-    return expand_user(text, "the path")
 
 
 def check_output(out: Path, example: str) -> None:
@@ -450,15 +445,13 @@ def record_changes(command: Command, workdir: Path, step: int) -> None:
     """Adds what changes from RL step `step` on to `workdir`/changes.jsonl, {step, key, old, new}, and to its config.json."""
     if not command.changes:
         return
-    config = read_config(workdir)
-    with open(workdir / "changes.jsonl", "a", encoding="utf-8") as file:
-        for key, (old, new) in command.changes.items():
-            file.write(json.dumps({"step": step, "key": key, "old": old, "new": new}) + "\n")
-            section, _, leaf = key.partition(".")
-            config[section][leaf] = new
-            print(f"config.{key}={new!r} in place of {old!r} from RL step {step} on")
-        file.flush()
-        os.fsync(file.fileno())
+    config, rows = read_config(workdir), ""
+    for key, (old, new) in command.changes.items():
+        rows += json.dumps({"step": step, "key": key, "old": old, "new": new}) + "\n"
+        section, _, leaf = key.partition(".")
+        config[section][leaf] = new
+        print(f"config.{key}={new!r} in place of {old!r} from RL step {step} on")
+    append(workdir / "changes.jsonl", rows)
     write_config(config, workdir)
 
 

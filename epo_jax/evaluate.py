@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax
 
@@ -25,7 +26,6 @@ from epo_jax.command import (
     parse_config,
     read_config,
     run,
-    user_path,
     write_output,
 )
 from epo_jax.config import SEED_RULE, is_seed
@@ -149,7 +149,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--top_p", type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
     parser.add_argument("--seed", type=number_type(int, is_seed, SEED_RULE))
     add_base_option(parser)
-    parser.add_argument("--out", type=user_path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     hosts.add_options(parser)
     return parser.parse_known_args(arguments)
 

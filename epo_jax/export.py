@@ -11,8 +11,9 @@ takes every Qwen2 model's for Qwen's own.)
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
-from epo_jax.command import ArgumentParser, add_base_option, read_config, run, user_path
+from epo_jax.command import ArgumentParser, add_base_option, read_config, run
 from epo_jax.errors import UserError
 from epo_jax.files import write_atomically
 from epo_jax.folders import load_run
@@ -22,8 +23,8 @@ from epo_jax.models.tokenizer import ChatTokenizer
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m epo_jax.export", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", type=user_path, required=True, help="the run folder")
-    parser.add_argument("--to", type=user_path, required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--workdir", type=Path, required=True, help="the run folder")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument("--step", type=int, help="of the checkpoint, in RL steps; the newest if left out")
     parser.add_argument("--adapters", action="store_true", help="write the adapters alone")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights that are written")

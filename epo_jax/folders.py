@@ -31,7 +31,6 @@ class Policy(NamedTuple):
 
 def is_run(path: str) -> bool:
     """Whether a path is a run folder; what is not is taken for a model."""
-    path = expand_user(path, "--checkpoint")
     return (Path(path) / "config.json").is_file() and any((Path(path) / name).is_dir() for name in ("checkpoints", "tokenizer"))
 
 

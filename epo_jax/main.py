@@ -7,9 +7,10 @@ Read `train` from top to bottom: it is the whole run. On several hosts each of t
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -191,19 +192,10 @@ def train(command: Command, stop: StopRequest) -> None:
             writer = stack.enter_context(MetricWriter(workdir, first_step, wandb_run))
             log = TrajectoryLog(workdir, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
 
-        @contextlib.contextmanager
-        def stoppable(step: int) -> Iterator[None]:
-            """What is inside changes nothing, so a request to stop ends it at once, and the run after RL step `step`."""
-            try:
-                with stop.now():
-                    yield
-            except KeyboardInterrupt:
-                end_early(step)
-
         def evaluate_all(step: int, splits: Sequence[str] = config.eval.splits) -> float:
             success = checkpoint.NOT_EVALUATED
             for split in splits:
-                with stoppable(step):
+                with stop.now_or(functools.partial(end_early, step)):
                     row, played = evaluate(
                         split, eval_tasks[split], step, pool, tokenizer, model, state.policy(), settings,
                         config.eval.temperature, config.seed, config.eval.top_k, config.eval.top_p,
@@ -228,7 +220,7 @@ def train(command: Command, stop: StopRequest) -> None:
             raise Stopped(stop.sentence(f"{step} RL steps done and saved"))
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
-            with stoppable(step):
+            with stop.now_or(functools.partial(end_early, step)):
                 return rollout.collect(
                     step_episodes(train_tasks, config, step, attempt),
                     pool,
@@ -384,11 +376,12 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
     if times > 1:
         copies = [d for i, d in enumerate(demonstrations) if i % times]
         demonstrations = demonstrations[::times] + rename(copies, config.seed)
-    drawn, missing = len(chosen) * times, len(chosen) * times - len(demonstrations)
+    asked = len(chosen) * times
+    missing = asked - len(demonstrations)
     lost = sum(not d.won for d in demonstrations)
     kept = demonstrations if settings.lost else [d for d in demonstrations if d.won]
     told = (
-        f"of {drawn} expert episodes, {missing} do not exist within config.env.max_turns={config.env.max_turns} turns and {lost} "
+        f"of {asked} expert episodes, {missing} do not exist within config.env.max_turns={config.env.max_turns} turns and {lost} "
         "are lost"
     )
     if not kept:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from epo_jax import versions
-from epo_jax.command import RESUME_MAY_CHANGE, ArgumentParser, check_output, run, user_path, write_output
+from epo_jax.command import RESUME_MAY_CHANGE, ArgumentParser, check_output, run, write_output
 from epo_jax.config import flatten
 from epo_jax.errors import UserError
 from epo_jax.metrics import Row, plain, read_rows, wilson
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m epo_jax.report", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, sweep folder, or NAME=FOLDER")
-    parser.add_argument("--out", type=user_path, required=True, help="the HTML file to write")
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
     parser.add_argument("--title", default="Training runs", help="heading of the page")
     parser.add_argument("--megabytes", type=float, default=4.0, help="most of episodes to read in the page; 4 if left out")
     options = parser.parse_args(argv[1:])

@@ -198,6 +198,15 @@ class StopRequest:
         finally:
             self._listener.deferring = before
 
+    @contextlib.contextmanager
+    def now_or(self, end: Callable[[], None]) -> Iterator[None]:
+        """`now` for what changes nothing and can be given up: after it `end` is called, which saves and raises `Stopped`."""
+        try:
+            with self.now():
+                yield
+        except KeyboardInterrupt:
+            end()
+
 
 def _among_others() -> bool:
     """Whether this is one of several processes. A program without JAX is not, and stays without."""

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -418,15 +418,6 @@ def train(
             for folder, tokenizer in zip(folders, tokenizers, strict=True)
         ]
 
-        @contextlib.contextmanager
-        def stoppable(step: int) -> Iterator[None]:
-            """What is inside changes nothing, so a request to stop ends it at once, and the sweep after RL step `step`."""
-            try:
-                with stop.now():
-                    yield
-            except KeyboardInterrupt:
-                end_early(step)
-
         def evaluate_all(step: int, splits: Sequence[str] = config.eval.splits) -> None:
             # Before the first step, members of one seed are one policy.
             players = [alive[i] and (step > 0 or i == seeds.index(seeds[i])) for i in range(len(members))]
@@ -434,7 +425,7 @@ def train(
             for split in splits:
                 episodes = [episodes_of(tasks[split]) if plays else [] for plays in players]
                 sampling = config.eval.temperature, config.eval.top_k, config.eval.top_p
-                with stoppable(step):
+                with stop.now_or(functools.partial(end_early, step)):
                     sampled, stats = collect(episodes, evaluation_keys, *sampling)
                 for i in np.flatnonzero(alive):
                     mine = sampled[i] if players[i] else sampled[seeds.index(seeds[i])]
@@ -471,7 +462,7 @@ def train(
         durations = []
         for step in range(first_step, steps):
             started = time.perf_counter()
-            with stoppable(step):
+            with stop.now_or(functools.partial(end_early, step)):
                 rounds, stats = played(step)
             rolled_out = time.perf_counter()
             if step == first_step:
