@@ -1,4 +1,4 @@
-"""What fewer bits cost while sampling: `rollout.dtype` and `rollout.cache_dtype` against the learner's own arithmetic.
+"""What fewer bits cost while sampling: `scheduler.dtype` and `scheduler.cache_dtype` against the learner's own arithmetic.
 
     python -m benchmarks.bits --model=runs/first             the agent of a run, on an RL step's episodes
     python -m benchmarks.bits --model=FOLDER_OR_GGUF         any model, on 16 short episodes of ALFWorld
@@ -15,12 +15,14 @@ import jax
 import numpy as np
 
 from configs.alfworld import get_config
-from epo_jax import main as program
-from epo_jax import prompting, rollout
 from epo_jax.envs.base import environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.folders import load
-from epo_jax.learner import Inputs, policy_statistics
+from epo_jax.rollout import prompts, scheduler
+from epo_jax.runs.policies import load
+from epo_jax.training.batch import step_batch
+from epo_jax.training.from_config import objective_and_hyper
+from epo_jax.training.step import Inputs, policy_statistics
+from epo_jax.training.tasks import step_episodes
 
 CHOICES = (None, None), (None, "int8"), ("bfloat16", None), ("bfloat16", "int8")
 
@@ -60,16 +62,16 @@ def main() -> None:
     env, options = environment(config.env.name), config.env.to_dict()
     env.prepare(options)
     tasks = env.list_tasks("train", options)
-    objective, _ = program.objective_and_hyper(config)
+    objective, _ = objective_and_hyper(config)
     temperature = config.rollout.temperature
     with EnvPool(config.env.name, options, config.env.workers) as pool:
         for dtype, cache_dtype in CHOICES:
-            settings = dataclasses.replace(prompting.rollout_config(config), dtype=dtype, cache_dtype=cache_dtype)
-            episodes = program.step_episodes(tasks, config, 0, 0)
-            trajectories, _ = rollout.collect(
+            settings = dataclasses.replace(prompts.rollout_config(config), dtype=dtype, cache_dtype=cache_dtype)
+            episodes = step_episodes(tasks, config, 0, 0)
+            trajectories, _ = scheduler.collect(
                 episodes, pool, policy.tokenizer, policy.model, policy.params, jax.random.key(1), settings, temperature
             )
-            batch = program.step_batch(config, objective, 0, trajectories, 1)
+            batch = step_batch(config, objective, 0, trajectories, 1)
             log_ratio, entropy = differences(policy.model, policy.params, batch, temperature)
             print(
                 f"{dtype or 'float32'} arithmetic, {cache_dtype or dtype or 'float32'} cache, {log_ratio.size} tokens: "

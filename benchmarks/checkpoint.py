@@ -19,12 +19,13 @@ import jax
 import numpy as np
 
 from configs.alfworld import get_config
-from epo_jax import checkpoint
-from epo_jax.learner import make_train_step
-from epo_jax.main import learner_config, objective_and_hyper, step_batch
 from epo_jax.models.decoder import decoder_config, init_params
-from epo_jax.train_state import init_state
-from epo_jax.trajectory import Trajectory
+from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.runs import checkpoint
+from epo_jax.training.batch import step_batch
+from epo_jax.training.from_config import learner_config, objective_and_hyper
+from epo_jax.training.state import init_state
+from epo_jax.training.step import make_train_step
 
 
 def trajectories(config, rows: int, vocabulary: int) -> list[Trajectory]:

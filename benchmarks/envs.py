@@ -21,9 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from epo_jax.config import base_config
 from epo_jax.envs.base import environment
 from epo_jax.envs.pool import EnvPool
+from epo_jax.settings.config import base_config
 
 GROUP = 8
 WANDERINGS = ("wait1", "look around", "go to greenhouse", "go to outside", "go to kitchen", "go to hallway", "inventory",

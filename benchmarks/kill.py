@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from epo_jax.config import base_config
-from epo_jax.metrics import read_rows
+from epo_jax.runs.metrics import read_rows
+from epo_jax.settings.config import base_config
 
 FILES = "metrics.jsonl", "eval.jsonl", "trajectories.jsonl"
 STOPPED = 75

@@ -9,7 +9,7 @@ A model of SmolLM2-135M's shape with random weights, float32, plays the real eng
 (benchmarks/alfworld_random.py), and how much it says at each turn is drawn by seed, 8 to 40 tokens, so every contender reads and
 writes the same number of tokens in the same episodes. transformers needs torch, which this project does not install.
 
-ours        `rollout.collect`: the cache lives across turns; lanes of slots work while others wait for their environments
+ours        `scheduler.collect`: the cache lives across turns; lanes of slots work while others wait for their environments
 whole       one batch in lock-step, the whole conversation again at each turn, as long as the longest answer (the authors' way)
 continued   the same with the cache kept: only new tokens are read, still in lock-step and padded to one length
 """
@@ -24,12 +24,13 @@ import jax
 import numpy as np
 
 from benchmarks.decode import MODELS
-from epo_jax import prompting, rollout
 from epo_jax.envs import agent, alfworld, base
 from epo_jax.envs.pool import EnvPool
-from epo_jax.lane import Sampler
 from epo_jax.models.decoder import init_params
 from epo_jax.models.tokenizer import train_tokenizer
+from epo_jax.rollout import prompts, scheduler
+from epo_jax.rollout.lane import Sampler
+from epo_jax.training.tasks import step_episodes
 
 SHAPE = MODELS["smollm2-135m"]
 OPTIONS = {
@@ -52,7 +53,7 @@ def words():
     return train_tokenizer([*texts, *[instructions] * 20], 2048), tasks
 
 
-class Scripted(rollout._Rollout):
+class Scripted(scheduler._Rollout):
     """Our rollout with the benchmark's answer lengths."""
 
     def budget_of(self, live):
@@ -61,15 +62,15 @@ class Scripted(rollout._Rollout):
 
 def ours(args, tokenizer, tasks):
     params = jax.jit(init_params, static_argnums=0)(args.model, jax.random.key(0))
-    config = prompting.RolloutConfig(
+    config = prompts.RolloutConfig(
         slots=args.slots, max_turns=args.turns, max_tokens=4096, max_policy_tokens=4096, response_tokens=LONGEST,
         style="tagged", lanes=args.lanes, block=args.block,
     )  # fmt: skip
     sampler = Sampler(jax.random.key(1), (-1,), 1.0, 0, 1.0, min(args.block, LONGEST))
-    episodes = [rollout.Episode(i, tasks[i]) for i in range(args.episodes)]
+    episodes = [scheduler.Episode(i, tasks[i]) for i in range(args.episodes)]
     for name in ("compiling", "ours"):
         with EnvPool("alfworld_random", OPTIONS, 2) as pool:
-            played, player = Scripted(pool, args.model, config), rollout._Player(0, tokenizer, episodes)
+            played, player = Scripted(pool, args.model, config), scheduler._Player(0, tokenizer, episodes)
             played.enter([player], params, sampler)
             played.run()
         stats, trajectories = played.stats, played.trajectories(player)
@@ -106,7 +107,7 @@ def hugging_face(args, tokenizer, tasks, keep_cache: bool):
         return torch.zeros(len(ids), dtype=torch.bool)
 
     clock = transformers.StoppingCriteriaList([note_time])
-    trajectories = [rollout.Trajectory(task=tasks[i]) for i in range(args.episodes)]
+    trajectories = [scheduler.Trajectory(task=tasks[i]) for i in range(args.episodes)]
     read = [0] * args.episodes
     spent = dict.fromkeys(("prefill", "decode", "environment"), 0.0)
     started = time.perf_counter()
@@ -183,9 +184,8 @@ def padded(rows, torch):
 
 def of_run(args):
     """An RL step's rollout by the agent of a run folder, four times; the first compiles."""
-    from epo_jax import main as program
-    from epo_jax.config import base_config
-    from epo_jax.folders import load
+    from epo_jax.runs.policies import load
+    from epo_jax.settings.config import base_config
 
     policy = load(args.run, None, base_config())
     config = policy.config
@@ -194,11 +194,11 @@ def of_run(args):
     environment = base.environment(config.env.name)
     environment.prepare(options)
     tasks = environment.list_tasks("train", options)
-    settings = prompting.rollout_config(config)
+    settings = prompts.rollout_config(config)
     with EnvPool(config.env.name, options, config.env.workers) as pool:
         for step in range(4):
-            episodes = program.step_episodes(tasks, config, step, 0)
-            trajectories, stats = rollout.collect(
+            episodes = step_episodes(tasks, config, step, 0)
+            trajectories, stats = scheduler.collect(
                 episodes, pool, policy.tokenizer, policy.model, policy.params, jax.random.key(1), settings, 1.0
             )
             report(f"step {step}", stats.seconds, trajectories, {

@@ -36,7 +36,7 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of the public data sheet: memory and bandwidth in bytes. `kind` names it in `epo_jax.flops.PEAK`."""
+    """Of the public data sheet: memory and bandwidth in bytes. `kind` names it in `epo_jax.training.flops.PEAK`."""
 
     memory: float
     bandwidth: float
@@ -75,11 +75,12 @@ def programs(row: int, options) -> dict:
     from jax.experimental import topologies
 
     from configs import alfworld
-    from epo_jax import main, mesh
-    from epo_jax.learner import batch_shardings, make_train_step
+    from epo_jax import main
     from epo_jax.models import generate
     from epo_jax.models.decoder import DecoderConfig, init_params, unstack
-    from epo_jax.train_state import abstract_state_on
+    from epo_jax.parallel import mesh
+    from epo_jax.training.state import abstract_state_on
+    from epo_jax.training.step import batch_shardings, make_train_step
 
     name, _, topology, shape = ROWS[row]
     if options.on == "tpu":
@@ -145,8 +146,8 @@ def batch(config, learner):
     import jax
     import numpy as np
 
-    from epo_jax.main import contexts
-    from epo_jax.trajectory import TokenBatch
+    from epo_jax.rollout.trajectory import TokenBatch
+    from epo_jax.training.batch import contexts
 
     n, minis = config.rollout.groups * config.rollout.group_size, config.algo.mini_batches
     most, per_row = contexts(config)
@@ -162,7 +163,7 @@ def batch(config, learner):
 def seconds(row: int) -> dict[str, float]:
     """Estimated seconds of an RL step's parts, by arithmetic alone."""
     from configs import alfworld
-    from epo_jax.flops import PEAK
+    from epo_jax.training.flops import PEAK
 
     name, slice_name, _, (data, fsdp, tensor) = ROWS[row]
     m, chip, devices, config = MODELS[name], CHIPS[slice_name.split("-")[0]], data * fsdp * tensor, alfworld.get_config()

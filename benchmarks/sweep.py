@@ -50,7 +50,7 @@ def measured(module: str, *settings: str) -> tuple[float, float, str]:
 
 def parts(folders: list[Path], seconds: float) -> dict[str, float]:
     """Where the wall time went. `folders` are the run folders of one process."""
-    from epo_jax.metrics import read_rows
+    from epo_jax.runs.metrics import read_rows
 
     rows = read_rows(folders[0] / "metrics.jsonl")
     each = {name: [row[f"{name}_seconds"] for row in rows] for name in ("rollout", "update")}
@@ -67,7 +67,7 @@ def make_games(preset: str) -> None:
     """Games and expert episodes are made once and for all."""
     sys.path.insert(0, str(ROOT))
     from epo_jax.envs.base import environment
-    from epo_jax.main import expert_demonstrations
+    from epo_jax.training.initial_policy import expert_demonstrations
 
     config = runpy.run_path(str(ROOT / "configs" / "alfworld.py"))["get_config"](preset)
     env, env_options = environment(config.env.name), config.env.to_dict()

@@ -76,7 +76,7 @@ def flops(options) -> tuple[float, float]:
     The backward pass computes the head's logits again, what is inside attention, and with rematerialisation every projection
     but the last.
     """
-    from epo_jax.flops import context_flops, head_flops
+    from epo_jax.training.flops import context_flops, head_flops
 
     shape = model(options)
     projections, _, attention = context_flops(shape, [options.tokens] * options.rows)
@@ -107,11 +107,11 @@ def ours(options, naive: bool):
     import jax.numpy as jnp
     import optax
 
-    from epo_jax.learner import Inputs, head_inputs
     from epo_jax.models.decoder import bind
     from epo_jax.models.weights import load_params
     from epo_jax.objectives.head import fused_log_prob_entropy, log_prob_entropy_from_logits
-    from epo_jax.optim import OptimConfig, make_optimizer
+    from epo_jax.training.optim import OptimConfig, make_optimizer
+    from epo_jax.training.step import Inputs, head_inputs
 
     config = model(options, "none" if naive else options.remat)
     params = load_params(options.folder, config)
@@ -247,7 +247,7 @@ def main() -> None:
         return print(make(options))
     if options.side:
         return print(json.dumps(measure(options)))
-    from epo_jax.flops import peak as peak_rate
+    from epo_jax.training.flops import peak as peak_rate
 
     sides, results = options.sides.split(","), {}
     with tempfile.TemporaryDirectory() as folder:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from epo_jax.errors import UserError
-from epo_jax.grid import sweep_section
+from epo_jax.common.errors import UserError
+from epo_jax.settings.sweep import sweep_section
 
 ARMS = (
     "ppo",

@@ -10,8 +10,8 @@ Presets
 
 from ml_collections import ConfigDict
 
-from epo_jax.config import base_config
-from epo_jax.errors import UserError, nearest
+from epo_jax.common.errors import UserError, nearest
+from epo_jax.settings.config import base_config
 
 PRESETS = "paper", "laptop", "smoke"
 

@@ -6,7 +6,7 @@
 
 `--config` says what is played and how the policy is prompted. A run has its own, which is taken where --config is left out;
 a model needs one. Keys of a config that is given can be overridden as elsewhere, `--config.rollout.slots=32`. On several hosts
-each of them runs the same command and plays its share (epo_jax/hosts.py).
+each of them runs the same command and plays its share (epo_jax/parallel/hosts.py).
 """
 
 import argparse
@@ -17,28 +17,18 @@ from pathlib import Path
 
 import jax
 
-from epo_jax import hosts, keys, mesh
-from epo_jax.command import (
-    ArgumentParser,
-    add_base_option,
-    check_output,
-    number_type,
-    parse_config,
-    read_config,
-    run,
-    write_output,
-)
-from epo_jax.config import SEED_RULE, is_seed
-from epo_jax.envs.base import SPLITS, Task, environment
+from epo_jax.command import ArgumentParser, add_base_option, check_output, number_type, parse_config, run, write_output
+from epo_jax.common.errors import UserError
+from epo_jax.envs.base import SPLITS, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
-from epo_jax.folders import is_run, load
-from epo_jax.metrics import Outcome, Row, evaluation_row, evaluation_table, plain
-from epo_jax.models.decoder import DecoderConfig, Params
-from epo_jax.models.tokenizer import ChatTokenizer
-from epo_jax.prompting import RolloutConfig, rollout_config
-from epo_jax.rollout import Episode, check_devices, collect, warn_full
-from epo_jax.trajectory import Trajectory
+from epo_jax.parallel import hosts, mesh
+from epo_jax.rollout.prompts import rollout_config
+from epo_jax.rollout.scheduler import check_devices
+from epo_jax.runs.folder import read_config
+from epo_jax.runs.metrics import evaluation_table, plain
+from epo_jax.runs.policies import is_run, load
+from epo_jax.settings.config import SEED_RULE, is_seed
+from epo_jax.training.evaluation import evaluate
 
 
 def main(argv: list[str]) -> None:
@@ -89,48 +79,6 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
         about = {"checkpoint": options.checkpoint, "step": policy.step, **sampling, "seed": seed, "samples": options.samples}
         write_output(options.out, json.dumps(plain(about | {"splits": rows}), indent=1) + "\n")
         print(f"wrote {options.out}")
-
-
-def evaluate(
-    split: str,
-    tasks: list[Task],
-    step: int | None,
-    pool: EnvPool,
-    tokenizer: ChatTokenizer,
-    model: DecoderConfig,
-    params: Params,
-    config: RolloutConfig,
-    temperature: float,
-    seed: int,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    samples: int = 1,
-) -> tuple[Row, list[Trajectory]]:
-    """Plays each of `tasks` `samples` times; the row of eval.jsonl and the trajectories, those of a task side by side.
-
-    The sampling key depends on `seed` alone, so two evaluations of the same parameters agree, and the first play of a task
-    does not depend on how many follow.
-    """
-    key = keys.key(seed, "evaluation")
-    trajectories, stats = collect(
-        episodes_of(tasks, samples), pool, tokenizer, model, params, key, config, temperature, top_k, top_p
-    )
-    warn_full(trajectories, config)
-    return row_of(split, step, trajectories, stats.seconds), trajectories
-
-
-def episodes_of(tasks: list[Task], samples: int = 1) -> list[Episode]:
-    """`samples` episodes of each task."""
-    return [Episode(play * len(tasks) + i, task, group=i) for i, task in enumerate(tasks) for play in range(samples)]
-
-
-def row_of(split: str, step: int | None, trajectories: list[Trajectory], seconds: float) -> Row:
-    """The row of eval.jsonl that the episodes of a split come to."""
-    outcomes = (
-        Outcome(t.task["type"], t.task["id"], t.won, t.score, len(t.actions), len(t.valid) - sum(t.valid)) for t in trajectories
-    )
-    full = sum(t.full for t in trajectories) / max(len(trajectories), 1)
-    return evaluation_row(step, split, outcomes) | {"full_context": full, "seconds": seconds}
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -13,12 +13,13 @@ import json
 import sys
 from pathlib import Path
 
-from epo_jax.command import ArgumentParser, add_base_option, read_config, run
-from epo_jax.errors import UserError
-from epo_jax.files import write_atomically
-from epo_jax.folders import load_run
+from epo_jax.command import ArgumentParser, add_base_option, run
+from epo_jax.common.errors import UserError
+from epo_jax.common.files import write_atomically
 from epo_jax.models import lora, weights
 from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.runs.folder import read_config
+from epo_jax.runs.policies import load_run
 
 
 def main(argv: list[str]) -> None:

@@ -10,15 +10,17 @@
 import argparse
 import sys
 
-from epo_jax import keys, mesh, prompting
 from epo_jax.command import ArgumentParser, add_base_option, number_type, run
-from epo_jax.config import SEED_RULE, base_config, is_seed
+from epo_jax.common import keys
+from epo_jax.common.errors import UserError, nearest
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
-from epo_jax.errors import UserError, nearest
-from epo_jax.folders import Policy, load
-from epo_jax.lane import Lane, Programs, Sampler, Turn
 from epo_jax.models.decoder import unstack
+from epo_jax.parallel import mesh
+from epo_jax.rollout import prompts
+from epo_jax.rollout.lane import Lane, Programs, Sampler, Turn
+from epo_jax.runs.policies import Policy, load
+from epo_jax.settings.config import SEED_RULE, base_config, is_seed
 
 _MOST_TOKENS = 1 << 15
 
@@ -112,7 +114,7 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
     env, env_options = environment(config.env.name), config.env.to_dict()
     env.prepare(env_options)
     number, task = _task(env.list_tasks(split, env_options), split, wanted)
-    settings = prompting.rollout_config(config)
+    settings = prompts.rollout_config(config)
     speaker = Speaker(policy, sampler, settings.response_tokens, settings.max_tokens, episode=number)
     game = env.make_env(env_options)
     first = observation = game.reset(task)
@@ -135,7 +137,7 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
 
 def _act(tokenizer, settings, speaker: Speaker, first: Observation, history, observation: Observation, given: str):
     """(answer, parsed action) of a turn: the policy's, or `given` in its place."""
-    ids = prompting.next_prompt(tokenizer, settings, first, history, observation, speaker.last)
+    ids = prompts.next_prompt(tokenizer, settings, first, history, observation, speaker.last)
     fresh, opened = settings.window is not None or not history, tokenizer.frame.opened
     if given:
         answer = agent.expert_answer(given, settings.style, opened)

@@ -2,11 +2,10 @@
 
     python -m epo_jax.main --config=configs/alfworld.py:laptop --workdir=runs/alfworld
 
-Read `train` from top to bottom: it is the whole run. On several hosts each of them runs it (epo_jax/hosts.py).
+Read `train` from top to bottom: it is the whole run. On several hosts each of them runs it (epo_jax/parallel/hosts.py).
 """
 
 import contextlib
-import dataclasses
 import functools
 import sys
 import time
@@ -14,52 +13,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from epo_jax import (
-    checkpoint,
-    figures,
-    flops,
-    frozen_base,
-    hosts,
-    keys,
-    lock,
-    mesh,
-    profiling,
-    prompting,
-    rollout,
-    sft,
-    wandb_log,
-    warm_start,
-)
-from epo_jax.command import Changes, Command, open_workdir, parse, read_config, record_changes, run
-from epo_jax.envs.alfworld_rename import rename
-from epo_jax.envs.base import Demonstration, Task, environment
+from epo_jax.command import Command, open_workdir, parse, run
+from epo_jax.common import keys
+from epo_jax.common.errors import Stopped, UserError
+from epo_jax.common.stopping import StopRequest
+from epo_jax.envs.base import environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import Stopped, UserError
-from epo_jax.evaluate import evaluate
-from epo_jax.folders import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
-from epo_jax.learner import batch_shardings, make_train_step
-from epo_jax.metrics import MetricWriter, Row, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.models import attention, lora
-from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
-from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, load_tokenizer, train_tokenizer
-from epo_jax.objectives import entropy, registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.optim import OptimConfig, stuck
-from epo_jax.stopping import StopRequest
-from epo_jax.train_state import (
-    LearnerConfig,
-    TrainState,
-    abstract_state,
-    abstract_state_on,
-    init_state_on,
-    state_shardings,
+from epo_jax.models.decoder import decoder_config, with_adapters
+from epo_jax.models.tokenizer import load_tokenizer
+from epo_jax.parallel import hosts, mesh
+from epo_jax.rollout import prompts, scheduler
+from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.runs import checkpoint, figures, frozen_base, lock, profiling, wandb_log
+from epo_jax.runs.folder import record_changes
+from epo_jax.runs.metrics import MetricWriter, evaluation_table, progress_line, read_rows, seconds_left
+from epo_jax.runs.policies import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
+from epo_jax.runs.trajectory_log import TrajectoryLog
+from epo_jax.training import flops, warm_start
+from epo_jax.training.batch import step_batch
+from epo_jax.training.evaluation import evaluate
+from epo_jax.training.from_config import learner_config, objective_and_hyper
+from epo_jax.training.initial_policy import (
+    blank_params,
+    clone_experts,
+    expert_demonstrations,
+    expert_trajectories,
+    keep_base,
+    own_tokenizer,
 )
-from epo_jax.trajectory import TokenBatch, Trajectory, entropy_by_turn, pack
-from epo_jax.trajectory_log import TrajectoryLog
+from epo_jax.training.optim import stuck
+from epo_jax.training.record import step_row
+from epo_jax.training.resume import refuse_changes_of_state, source_state, splits_to_evaluate
+from epo_jax.training.state import abstract_state_on, init_state_on, state_shardings
+from epo_jax.training.step import batch_shardings, make_train_step
+from epo_jax.training.tasks import step_episodes
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +81,7 @@ def train(command: Command, stop: StopRequest) -> None:
     objective, hyper = objective_and_hyper(config)
     print(mesh.devices_in_use(), flush=True)
     devices = mesh.make_mesh(**config.mesh.to_dict())
-    rollout.check_devices(config.rollout.devices)
+    scheduler.check_devices(config.rollout.devices)
     attention.check_rows(config.train.rows_tokens)
     checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
     if config.checkpoint.folder and not command.resume:
@@ -178,10 +168,10 @@ def train(command: Command, stop: StopRequest) -> None:
 
     if hosts.is_first():
         keep_decoder(workdir, config, model)
-        record_changes(command, workdir, first_step)
+        record_changes(command.changes, workdir, first_step)
 
     # ---------------------------------------------------------------- rollout
-    settings = prompting.rollout_config(config)
+    settings = prompts.rollout_config(config)
     kept = config.metrics
 
     with contextlib.ExitStack() as stack:
@@ -219,9 +209,9 @@ def train(command: Command, stop: StopRequest) -> None:
             manager.wait_until_finished()
             raise Stopped(stop.sentence(f"{step} RL steps done and saved"))
 
-        def play(step: int, attempt: int) -> tuple[list[Trajectory], rollout.RolloutStats]:
+        def play(step: int, attempt: int) -> tuple[list[Trajectory], scheduler.RolloutStats]:
             with stop.now_or(functools.partial(end_early, step)):
-                return rollout.collect(
+                return scheduler.collect(
                     step_episodes(train_tasks, config, step, attempt),
                     pool,
                     tokenizer,
@@ -254,11 +244,11 @@ def train(command: Command, stop: StopRequest) -> None:
             started = time.perf_counter()
             sampled, stats = play(step, 0)
             rounds = [sampled]
-            trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
+            trajectories, uniform = scheduler.choose_groups(rounds, config.rollout.groups)
             while objective.drop_uniform_groups and uniform and len(rounds) <= config.rollout.resample:
                 more, spent = play(step, len(rounds))
                 rounds, stats = [*rounds, more], stats + spent
-                trajectories, uniform = rollout.choose_groups(rounds, config.rollout.groups)
+                trajectories, uniform = scheduler.choose_groups(rounds, config.rollout.groups)
             if stop.asked:
                 end_early(step)
             rolled_out = time.perf_counter()
@@ -285,7 +275,7 @@ def train(command: Command, stop: StopRequest) -> None:
             durations.append(updated - started)
             if hosts.is_first():
                 if step == first_step:
-                    rollout.warn_full(sampled, settings)
+                    scheduler.warn_full(sampled, settings)
                 row = writer.train(step_row(config, step, rounds, uniform, stats, metrics) | seconds | speeds | counts)
                 if kept.trajectories_every and step % kept.trajectories_every == 0:
                     log.write(step, "train", sampled)
@@ -308,352 +298,6 @@ def train(command: Command, stop: StopRequest) -> None:
             "them; begin a new one with a lower config.optim.lr, from a checkpoint of this one with "
             f"--config.init_from.run={workdir}."
         )
-
-
-def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, published: bool) -> None:
-    """Keeps the frozen base of adapters for the run: by reference where it is a published model as it was."""
-    base = lora.split(params)[0]
-    if config.init_from.run and model.lora:
-        frozen_base.copy(config.init_from.run, workdir, model, base)
-    elif published and not config.init_from.run:
-        frozen_base.refer(workdir, frozen_base.digest(base), None)
-    else:
-        frozen_base.store(workdir, model, base)
-
-
-def source_state(config, learner: LearnerConfig, devices, params: Params) -> tuple[TrainState, checkpoint.Progress]:
-    """The whole state of the run that `config.init_from` names; its entropy history gets the length that this run needs."""
-    source = config.init_from
-    step = None if source.step < 0 else source.step
-    with checkpoint.open_reader(checkpoint.place(source.run, read_config(source.run).checkpoint.folder)) as reader:
-        steps = checkpoint.history_steps(reader, step)
-        like = abstract_state_on(dataclasses.replace(learner, total_steps=steps), devices)
-        state, before = checkpoint.restore(reader, like, step)
-    base = lora.split(params)[0] if learner.model.lora else {}
-    return state._replace(history=entropy.resize(state.history, config.train.steps), base=base), before._replace(skipped=0)
-
-
-def refuse_changes_of_state(config, changes: Changes, model: DecoderConfig) -> None:
-    """Raises UserError for a change by which the train state would have other arrays than the run's checkpoints."""
-
-    def arrays(config) -> list:
-        state = abstract_state(learner_config(config, model, objective_and_hyper(config)[0]))
-        return [(path, leaf.shape, leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
-
-    for key, (old, new) in changes.items():
-        before = ConfigDict(config.to_dict())
-        section, _, leaf = key.partition(".")
-        before[section][leaf] = old
-        if arrays(before) != arrays(config):
-            raise UserError(
-                f"--resume: config.{key}={new!r} in place of {old!r} changes the arrays of the state that the run saved; begin a "
-                "new run from it with config.init_from."
-            )
-
-
-def splits_to_evaluate(config, workdir: Path, step: int) -> list[str]:
-    """The splits whose evaluation after RL step `step` is due and missing, as the run was stopped in it."""
-    if step != config.train.steps and (not config.eval.every or step % config.eval.every):
-        return []
-    evaluated = {row["split"] for row in read_rows(workdir / "eval.jsonl") if row["step"] == step}
-    return hosts.gather([split for split in config.eval.splits if split not in evaluated])[0]
-
-
-def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
-    """Expert episodes of tasks drawn by the run's seed, each followed by its renamed copies where they are asked for; lost
-    ones only with `warm_start.lost`.
-
-    Raises:
-        UserError: experts are asked for and there is nothing to clone.
-    """
-    settings, env = config.warm_start, environment(config.env.name)
-    if not settings.episodes:
-        return []
-    drawn = keys.generator(config.seed, "demonstrations").permutation(len(tasks))[: settings.episodes]
-    chosen = [tasks[i] for i in drawn]
-    times = 1 + settings.copies
-    demonstrations = env.demonstrations([task for task in chosen for _ in range(times)], config.env.to_dict())
-    if times > 1:
-        copies = [d for i, d in enumerate(demonstrations) if i % times]
-        demonstrations = demonstrations[::times] + rename(copies, config.seed)
-    asked = len(chosen) * times
-    missing = asked - len(demonstrations)
-    lost = sum(not d.won for d in demonstrations)
-    kept = demonstrations if settings.lost else [d for d in demonstrations if d.won]
-    told = (
-        f"of {asked} expert episodes, {missing} do not exist within config.env.max_turns={config.env.max_turns} turns and {lost} "
-        "are lost"
-    )
-    if not kept:
-        clone_lost = ", set config.warm_start.lost=True to clone lost ones," if lost else ""
-        raise UserError(
-            f"config.warm_start.episodes={settings.episodes}: there is nothing to clone: {told}; raise "
-            f"config.env.max_turns{clone_lost} or set config.warm_start.episodes=0 to train without a warm start."
-        )
-    if missing or lost:
-        print(f"warm start: {told}" + ", which are cloned as well (config.warm_start.lost)" * (settings.lost and lost > 0))
-    return kept
-
-
-def expert_trajectories(config, tokenizer: ChatTokenizer, demonstrations: list[Demonstration]) -> list[Trajectory]:
-    """The expert episodes in tokens, those whose contexts all fit in `agent.max_tokens`.
-
-    Raises:
-        UserError: none fits.
-    """
-    play = prompting.rollout_config(config)
-    trajectories = [sft.to_trajectory(d, tokenizer, play) for d in demonstrations]
-    fitting = [t for t in trajectories if t.longest_context <= config.agent.max_tokens]
-    if not demonstrations:
-        return []
-    if not fitting:
-        raise UserError(
-            f"config.agent.max_tokens={config.agent.max_tokens}: none of the {len(trajectories)} expert episodes of the warm "
-            f"start fits, the shortest needs {min(t.longest_context for t in trajectories)} tokens; raise it and "
-            "config.train.rows_tokens, or set config.warm_start.episodes=0."
-        )
-    mean = np.mean([len(t.tokens) for t in fitting])
-    print(
-        f"warm start on {len(fitting)} expert episodes, {mean:.0f} tokens each"
-        + f"; {len(trajectories) - len(fitting)} do not fit in config.agent.max_tokens={config.agent.max_tokens}"
-        * (len(fitting) < len(trajectories)),
-        flush=True,
-    )
-    return fitting
-
-
-def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
-    """A tokenizer made from what the experts saw and did, of config.model.vocab_size tokens.
-
-    Texts that do not yield as many give a multiple of 32, which costs some rare merges: the tokenizers of other seeds then
-    define the same ids, and a sweep trains those seeds in one program.
-    """
-    window = prompting.window_of(config)
-    texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
-    phrases, size = environment(config.env.name).phrases, config.model.vocab_size
-    tokenizer = train_tokenizer(texts, size, phrases)
-    rounded = tokenizer.vocab_size // 32 * 32
-    if rounded < tokenizer.vocab_size < size:
-        tokenizer = train_tokenizer(texts, rounded, phrases)
-    return tokenizer
-
-
-def blank_params(config, model: DecoderConfig, tokenizer: ChatTokenizer) -> Params:
-    """Weights to train from scratch."""
-    params = jax.jit(init_params, static_argnums=0)(model, keys.key(config.seed, "weights"))
-    params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
-    return params
-
-
-def step_batch(
-    config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int
-) -> TokenBatch:
-    """What the learner sees of RL step `step`, in micro-batches of `micro_rows`: the mini-batches of every epoch, each of which
-    deals the episodes to them in another order."""
-    # The release's mini-batches are cut from turns, inside the train step, and are the same in every epoch.
-    mini_batches, epochs = (1, 1) if objective.released else (config.algo.mini_batches, config.algo.epochs)
-    orders = np.stack([
-        keys.generator(config.seed, "mini-batches", step, epoch).permutation(len(trajectories)) for epoch in range(epochs)
-    ])  # fmt: skip
-    return pack(
-        trajectories,
-        config.train.rows_tokens,
-        config.train.rows_policy_tokens,
-        config.env.max_turns,
-        mini_batches,
-        micro_rows,
-        orders,
-        *contexts(config),
-        seed=config.seed,
-    )
-
-
-def step_row(
-    config, step: int, rounds: list[list[Trajectory]], uniform: int, stats: rollout.RolloutStats, metrics: dict[str, float]
-) -> Row:
-    """The row of metrics.jsonl that the episodes and the learner's metrics of an RL step come to."""
-    # Of the first round: what the policy does on tasks as they come, not on those chosen by their returns.
-    sampled, center = rounds[0], metrics["corridor_center"]
-    played = [t for trajectories in rounds for t in trajectories]
-    policy_tokens = sum(t.num_policy_tokens for t in played)
-    return {
-        "step": step,
-        "success": np.mean([t.won for t in sampled]),
-        "reward": np.mean([sum(t.rewards) for t in sampled]),
-        "score": np.mean([t.score for t in sampled]),
-        "turns": np.mean([len(t.actions) for t in sampled]),
-        "invalid_actions": 1.0 - np.mean([v for t in sampled for v in t.valid]),
-        "tokens": np.mean([len(t.tokens) for t in sampled]),
-        "truncated": np.mean([t.truncated for t in sampled]),
-        "full_context": np.mean([t.full for t in sampled]),
-        "rollout_rounds": len(rounds),
-        "uniform_groups": uniform,
-        "corridor_low": config.epo.kappa_l * center if step else None,
-        "corridor_high": config.epo.kappa_r * center if step else None,
-        **{f"entropy_turn_{turn}": entropy for turn, entropy in entropy_by_turn(sampled).items()},
-        "prompt_tokens": sum(len(t.tokens) for t in played) - policy_tokens,
-        "policy_tokens": policy_tokens,
-        "tokens_per_second": stats.policy_tokens / stats.seconds,
-        "prefill_seconds": stats.prefill_seconds,
-        "decode_seconds": stats.decode_seconds,
-        "env_wait_seconds": stats.env_wait_seconds,
-        "env_steps": stats.env_steps,
-        **metrics,
-        "learner_entropy": metrics["entropy"],
-        "entropy": metrics["behaviour_entropy"],
-    }
-
-
-def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[rollout.Episode]:
-    """The episodes of a round of RL step `step`: round 0 goes through the training split pass by pass, the rounds that
-    replace uniform groups draw from all of it."""
-    groups = config.rollout.groups
-    if attempt:
-        drawn = keys.generator(config.seed, "resampling", step, attempt).permutation(len(tasks))
-        chosen = [tasks[drawn[i % len(tasks)]] for i in range(groups)]
-    else:
-        chosen = step_tasks(tasks, config.seed, step, groups)
-    return grouped_episodes(chosen, step + attempt * config.train.steps, config.rollout.group_size)
-
-
-def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Task]:
-    """The tasks of RL step `step`: the training split in an order shuffled anew for each pass over it."""
-    chosen = []
-    for position in range(step * groups, (step + 1) * groups):
-        epoch, place = divmod(position, len(tasks))
-        chosen.append(tasks[keys.generator(seed, "tasks", epoch).permutation(len(tasks))[place]])
-    return chosen
-
-
-def contexts(config) -> tuple[int, int]:
-    """(most contexts of a trajectory, contexts that fit in a row of the learner's however long they are)."""
-    if config.agent.context == "chat":
-        return 1, 1
-    by_tokens = config.train.rows_tokens // config.agent.max_tokens
-    by_policy_tokens = config.train.rows_policy_tokens // config.agent.response_tokens
-    return config.env.max_turns, min(by_tokens, by_policy_tokens)
-
-
-def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[rollout.Episode]:
-    """`size` episodes of each task, one group a task. With a `number` of its own for each round of a run, no id is used
-    twice."""
-    first = number * len(tasks) * size
-    return [rollout.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]
-
-
-def clone_experts(
-    config, model: DecoderConfig, params: Params, trajectories: list[Trajectory], folder: Path, stop: StopRequest
-) -> Params:
-    """The warm start, with a line now and then; returns the cloned parameters. `params` are donated.
-
-    Asked to stop, it leaves its updates in `folder`, from where it goes on.
-
-    Raises:
-        Stopped: then.
-    """
-    settings, optim = config.warm_start, cloning_optim(config)
-    rows = max(1, settings.batch_tokens // config.train.rows_tokens)
-    found = warm_start.restore(folder, params, optim)
-    if found is not None:
-        print(f"the first {found.updates} updates of the warm start are done", flush=True)
-    cloning = sft.warm_start(
-        params, trajectories, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed, found
-    )
-    started = time.perf_counter()
-    for cloned in cloning:
-        params, updates = cloned.params, cloned.updates
-        if updates % max(1, settings.steps // 10) == 0:
-            seconds = time.perf_counter() - started
-            told = f"warm start {updates}/{settings.steps}  cross-entropy {cloned.cross_entropy:.3f} nats/token  {seconds:.0f} s"
-            print(told, flush=True)
-        if stop.asked and updates < settings.steps:
-            warm_start.save(folder, cloned)
-            raise Stopped(stop.sentence(f"{updates} updates of the warm start done and saved"))
-    return params
-
-
-def cloning_optim(config) -> OptimConfig:
-    """The optimizer of the warm start."""
-    settings = config.warm_start
-    return OptimConfig(
-        settings.lr,
-        settings.steps,
-        weight_decay=config.optim.weight_decay,
-        floor_ratio=0.1,
-        b2=0.98,
-        muon=settings.optimizer == "muon",
-    )
-
-
-def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
-    """The objective of the arm that `algo.name` names, with the config's choices and coefficients."""
-    algo, epo = config.algo, config.epo
-    objective = ObjectiveConfig(
-        gae_scope=algo.gae_scope,
-        whiten=algo.whiten,
-        format_penalty_place=algo.format_penalty_place,
-        aggregation=algo.aggregation,
-        kl=algo.kl_kind if algo.kl_coef else "none",
-        kl_place=algo.kl_place,
-        kl_controller=algo.kl_controller,
-        recompute_old_log_prob=_recomputes_old_log_prob(config),
-        truncated_importance=algo.importance_cap > 0,
-        penalty=epo.penalty,
-        penalty_scope=epo.scope,
-        history=epo.history,
-        history_index=epo.history_index,
-        phase=epo.phase,
-        turn_gate=epo.turn_gate,
-        nucleus=config.control.nucleus,
-        entropy_aggregation=epo.aggregation,
-        num_trajectories=config.rollout.groups * config.rollout.group_size,
-        max_turns=config.env.max_turns,
-        max_tokens=config.agent.max_tokens,
-        turn_tokens=config.agent.response_tokens,
-        mini_turns=algo.released_mini_turns,
-        micro_turns=algo.released_micro_turns,
-    )
-    coefficients = {**config.control.to_dict(), **epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
-    coefficients["lr"] = config.optim.lr
-    hyper = Hyper(**{name: value for name, value in coefficients.items() if name in Hyper._fields})
-    objective, hyper = registry.arm(algo.name, objective, hyper)
-    return objective, jax.tree.map(np.float32, hyper)
-
-
-def _recomputes_old_log_prob(config) -> bool:
-    """Whether the log-probabilities before the update are the learner's own: on request, and off float32, where sampler and
-    learner, two programs, round so differently that ratios of the two are no longer 1 before the first update."""
-    rollout = config.rollout
-    exact = config.model.dtype == "float32" and rollout.dtype in ("", "float32") and not rollout.cache_dtype
-    return config.algo.old_log_prob == "learner" or (config.algo.old_log_prob == "auto" and not exact)
-
-
-def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 1) -> LearnerConfig:
-    """What is static about the run's train step, on a mesh that deals rows to `row_shards`."""
-    algo = config.algo
-    updates = config.train.steps * (1 if objective.released else algo.epochs * algo.mini_batches)
-
-    def optim(**changes) -> OptimConfig:
-        settings = config.optim.to_dict() | {"lr": 1.0} | changes  # the rates themselves are in Hyper
-        return OptimConfig(updates=updates, released=objective.released, **settings)
-
-    critic = {"warmup_ratio": 0.0, "floor_ratio": 1.0} if objective.released else {}  # the release's critic has one rate
-
-    return LearnerConfig(
-        model=model,
-        objective=objective,
-        optim=optim(),
-        critic_optim=optim(**critic) if objective.estimator == "gae" else None,
-        reference=objective.kl != "none",
-        epochs=algo.epochs,
-        micro_rows=algo.micro_batch_rows * row_shards,
-        total_steps=config.train.steps,
-        temperature=config.rollout.temperature,
-        critic=algo.critic,
-        episode_policy_tokens=(
-            config.env.max_turns * config.agent.response_tokens if config.agent.context == "window" else None
-        ),
-    )
 
 
 if __name__ == "__main__":

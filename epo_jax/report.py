@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from epo_jax import versions
-from epo_jax.command import RESUME_MAY_CHANGE, ArgumentParser, check_output, run, write_output
-from epo_jax.config import flatten
-from epo_jax.errors import UserError
-from epo_jax.metrics import Row, plain, read_rows, wilson
+from epo_jax.command import ArgumentParser, check_output, run, write_output
+from epo_jax.common.errors import UserError
+from epo_jax.runs import versions
+from epo_jax.runs.folder import RESUME_MAY_CHANGE
+from epo_jax.runs.metrics import Row, plain, read_rows, wilson
+from epo_jax.settings.config import flatten
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "runs" / "page"
 IID, OOD = "valid_seen", "valid_unseen"
 
 # What the page draws over RL steps: (key of metrics.jsonl, title, unit).

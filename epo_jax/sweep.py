@@ -2,7 +2,7 @@
 
     python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/first
 
-`--config.sweep.arms`, `.seeds` and `.over` say who the members are (`epo_jax.grid`). Each has a run folder of its own,
+`--config.sweep.arms`, `.seeds` and `.over` say who the members are (`epo_jax.training.grid`). Each has a run folder of its own,
 WORKDIR/members/NAME, as `epo_jax.main` would have left it; WORKDIR/sweep.json lists them with what tells them apart, and
 WORKDIR/warm_start/seedN keeps what the members of a seed begin with.
 
@@ -28,39 +28,36 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax import checkpoint, figures, flops, frozen_base, keys, lock, prompting, rollout, wandb_log, warm_start
-from epo_jax.command import Command, open_workdir, parse, record_changes, run, write_config
+from epo_jax.command import Command, open_workdir, parse, run
+from epo_jax.common import keys
+from epo_jax.common.errors import Stopped, UserError, explain
+from epo_jax.common.files import write_atomically
+from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import Stopped, UserError, explain
-from epo_jax.evaluate import episodes_of, row_of
-from epo_jax.files import write_atomically
-from epo_jax.folders import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
-from epo_jax.grid import Member, programs, refuse_static
-from epo_jax.main import (
-    blank_params,
-    clone_experts,
-    expert_demonstrations,
-    expert_trajectories,
-    learner_config,
-    own_tokenizer,
-    refuse_changes_of_state,
-    splits_to_evaluate,
-    step_batch,
-    step_episodes,
-    step_row,
-)
-from epo_jax.members import make_members_step, member_mesh, stack
-from epo_jax.mesh import devices_in_use
-from epo_jax.metrics import MetricWriter, Row, clock, read_rows, seconds_left
 from epo_jax.models import attention, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_adapters
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
-from epo_jax.stopping import StopRequest
-from epo_jax.train_state import abstract_state, init_state
-from epo_jax.trajectory import Trajectory
-from epo_jax.trajectory_log import TrajectoryLog
+from epo_jax.parallel.mesh import devices_in_use
+from epo_jax.rollout import prompts, scheduler
+from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.runs import checkpoint, figures, frozen_base, lock, wandb_log
+from epo_jax.runs.folder import record_changes, write_config
+from epo_jax.runs.metrics import MetricWriter, Row, clock, read_rows, seconds_left
+from epo_jax.runs.policies import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
+from epo_jax.runs.trajectory_log import TrajectoryLog
+from epo_jax.training import flops, warm_start
+from epo_jax.training.batch import step_batch
+from epo_jax.training.evaluation import episodes_of, row_of
+from epo_jax.training.from_config import learner_config
+from epo_jax.training.grid import Member, programs, refuse_static
+from epo_jax.training.initial_policy import blank_params, clone_experts, expert_demonstrations, expert_trajectories, own_tokenizer
+from epo_jax.training.members import make_members_step, member_mesh, stack
+from epo_jax.training.record import step_row
+from epo_jax.training.resume import refuse_changes_of_state, splits_to_evaluate
+from epo_jax.training.state import abstract_state, init_state
+from epo_jax.training.tasks import step_episodes
 
 
 def main(argv: list[str]) -> None:
@@ -105,9 +102,9 @@ def run_programs(command: Command, stop: StopRequest) -> None:
     with lock.hold(*folders), EnvPool(config.env.name, env_options, config.env.workers) as pool:
         ledger.open()
         if command.resume:
-            record_changes(command, command.workdir, min(steps.values()))
+            record_changes(command.changes, command.workdir, min(steps.values()))
             for member in sum(groups, []):
-                record_changes(command, ledger.folder(member), steps[member.name])
+                record_changes(command.changes, ledger.folder(member), steps[member.name])
         for number, members in enumerate(groups, start=1):
             with stop.now():  # a request that came when the last program had done its last step
                 pass
@@ -370,22 +367,22 @@ def train(
     base = jax.device_put(base, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     members_step = make_members_step(learner, at_once, mesh)
     hypers = stack([member.hyper for member in members])
-    settings = prompting.rollout_config(config)
+    settings = prompts.rollout_config(config)
     rollout_keys, evaluation_keys = (
         jnp.stack([keys.key(seed, purpose) for seed in seeds]) for purpose in ("rollout", "evaluation")
     )
     devices = list(mesh.devices) if mesh.size > 1 else []
 
-    def collect(episodes: list[list[rollout.Episode]], own_keys, *sampling):
+    def collect(episodes: list[list[scheduler.Episode]], own_keys, *sampling):
         policies = Members(base, states.params)
-        return rollout.collect_members(
+        return scheduler.collect_members(
             episodes, pool, tokenizers, model, policies, own_keys, settings, *sampling, at_once, devices
         )
 
-    def played(step: int) -> tuple[list[list[list[Trajectory]]], rollout.RolloutStats]:
+    def played(step: int) -> tuple[list[list[list[Trajectory]]], scheduler.RolloutStats]:
         """The rounds of every member, as many as dynamic sampling asks for, and what all of them took."""
         rounds: list[list[list[Trajectory]]] = [[] for _ in members]
-        wanting, stats, attempt = alive, rollout.RolloutStats(), 0
+        wanting, stats, attempt = alive, scheduler.RolloutStats(), 0
         while wanting.any():
             episodes = [
                 step_episodes(tasks["train"], member.config, step, attempt) if wants else []
@@ -397,7 +394,7 @@ def train(
             stats, attempt = stats + spent, attempt + 1
             again = members[0].objective.drop_uniform_groups and attempt <= config.rollout.resample
             wanting = np.array([
-                bool(again and wants and rollout.choose_groups(mine, groups)[1])
+                bool(again and wants and scheduler.choose_groups(mine, groups)[1])
                 for mine, wants in zip(rounds, wanting, strict=True)
             ])  # fmt: skip
         return rounds, stats
@@ -466,11 +463,11 @@ def train(
                 rounds, stats = played(step)
             rolled_out = time.perf_counter()
             if step == first_step:
-                rollout.warn_full([t for sampled in rounds if sampled for t in sampled[0]], settings)
+                scheduler.warn_full([t for sampled in rounds if sampled for t in sampled[0]], settings)
             living, batches, uniform = np.flatnonzero(alive), [None] * len(members), [0] * len(members)
             trained: list[list[Trajectory]] = [[] for _ in members]
             for i in living:
-                trained[i], uniform[i] = rollout.choose_groups(rounds[i], groups)
+                trained[i], uniform[i] = scheduler.choose_groups(rounds[i], groups)
                 batches[i] = step_batch(members[i].config, members[i].objective, step, trained[i], learner.micro_rows)
             empty = jax.tree.map(np.zeros_like, batches[living[0]])
             batches = stack([empty if batch is None else batch for batch in batches])

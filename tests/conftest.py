@@ -20,7 +20,7 @@ import jaxtyping
 import pytest
 
 # Every annotated shape of these packages is checked at each call.
-jaxtyping.install_import_hook(["epo_jax.objectives", "epo_jax.models"], "beartype.beartype")
+jaxtyping.install_import_hook(["epo_jax.objectives", "epo_jax.parity", "epo_jax.models"], "beartype.beartype")
 
 _traces: Counter[str] = Counter()
 

@@ -1,6 +1,6 @@
 """Made-up outcomes of evaluations."""
 
-from epo_jax.metrics import Outcome
+from epo_jax.runs.metrics import Outcome
 
 
 def outcomes(pairs) -> list[Outcome]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import checkpoint, decode, hosts
-from epo_jax import profiling
 from epo_jax.command import parse
+from epo_jax.runs import profiling
 
 BENCHMARKS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 

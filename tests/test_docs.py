@@ -4,8 +4,8 @@ import importlib
 import re
 from pathlib import Path
 
-from epo_jax.config import base_config, flatten
 from epo_jax.objectives import registry
+from epo_jax.settings.config import base_config, flatten
 
 TEXT = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
 NAMES = re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", TEXT)

@@ -7,21 +7,22 @@ import jax
 import numpy as np
 import pytest
 
-from epo_jax import checkpoint, mesh
 from epo_jax import evaluate as command
-from epo_jax import main as program
-from epo_jax.command import read_config, write_config
+from epo_jax.common.errors import UserError
 from epo_jax.envs import toy
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
-from epo_jax.evaluate import evaluate
-from epo_jax.folders import load
-from epo_jax.metrics import wilson
 from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
-from epo_jax.prompting import RolloutConfig, rollout_config
-from epo_jax.train_state import init_state
+from epo_jax.parallel import mesh
+from epo_jax.rollout.prompts import RolloutConfig, rollout_config
+from epo_jax.runs import checkpoint
+from epo_jax.runs.folder import read_config, write_config
+from epo_jax.runs.metrics import wilson
+from epo_jax.runs.policies import load
+from epo_jax.training.evaluation import evaluate
+from epo_jax.training.from_config import learner_config, objective_and_hyper
+from epo_jax.training.state import init_state
 from tests import toy_sweep
 from tests.processes import Processes
 
@@ -78,8 +79,8 @@ def folders(tmp_path_factory):
     config.model.update(vocab_size=TOKENIZER.vocab_size)
     write_config(config, runs)
     model = decoder_config(config.model)
-    objective, _ = program.objective_and_hyper(config)
-    state = init_state(program.learner_config(config, model, objective), init_params(model, jax.random.key(0)))
+    objective, _ = objective_and_hyper(config)
+    state = init_state(learner_config(config, model, objective), init_params(model, jax.random.key(0)))
     stirred = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), state.params)
     with checkpoint.open_manager(checkpoint.place(runs), 2) as manager:
         checkpoint.save(manager, state)

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from epo_jax import checkpoint, export, frozen_base
-from epo_jax.command import write_config
-from epo_jax.config import base_config
-from epo_jax.errors import UserError
-from epo_jax.main import learner_config, objective_and_hyper
+from epo_jax import export
+from epo_jax.common.errors import UserError
 from epo_jax.models import hf_config, lora, weights
 from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params, with_adapters
 from epo_jax.models.tokenizer import load_tokenizer, train_tokenizer
-from epo_jax.train_state import init_state
+from epo_jax.runs import checkpoint, frozen_base
+from epo_jax.runs.folder import write_config
+from epo_jax.settings.config import base_config
+from epo_jax.training.from_config import learner_config, objective_and_hyper
+from epo_jax.training.state import init_state
 from tests.models import templates
 
 

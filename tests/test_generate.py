@@ -7,17 +7,20 @@ import sys
 import jax
 import pytest
 
-from epo_jax import checkpoint, evaluate, folders, generate, prompting
-from epo_jax import main as program
-from epo_jax.command import write_config
-from epo_jax.config import base_config
+from epo_jax import evaluate, generate
+from epo_jax.common.errors import UserError
 from epo_jax.envs import base
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
 from epo_jax.models import weights
 from epo_jax.models.decoder import decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
-from epo_jax.train_state import init_state
+from epo_jax.rollout import prompts
+from epo_jax.runs import checkpoint
+from epo_jax.runs import policies as folders
+from epo_jax.runs.folder import write_config
+from epo_jax.settings.config import base_config
+from epo_jax.training.from_config import learner_config, objective_and_hyper
+from epo_jax.training.state import init_state
 from tests.envs import wander_env
 
 TOKENIZER = train_tokenizer([wander_env.GOAL, " ".join(wander_env.WORDS)] * 4, 330)
@@ -41,8 +44,8 @@ def folder(request, tmp_path_factory):
     write_config(config, folder)
     TOKENIZER.save(folder / "tokenizer")
     model = decoder_config(config.model)
-    objective, _ = program.objective_and_hyper(config)
-    state = init_state(program.learner_config(config, model, objective), init_params(model, jax.random.key(0)))
+    objective, _ = objective_and_hyper(config)
+    state = init_state(learner_config(config, model, objective), init_params(model, jax.random.key(0)))
     with checkpoint.open_manager(checkpoint.place(folder), 2) as manager:
         checkpoint.save(manager, state)
     return folder, config, model, state.params
@@ -68,7 +71,7 @@ def test_it_plays_the_episodes_that_an_evaluation_counts(folder, say):
     path, config, model, params = folder
     tasks = wander_env.list_tasks("valid_seen", {})
     with EnvPool("alfworld", {}, 1) as pool:
-        settings = prompting.rollout_config(config)
+        settings = prompts.rollout_config(config)
         _, played = evaluate.evaluate("valid_seen", tasks, 0, pool, TOKENIZER, model, params, settings, 0.9, 0)
     for number, task in ((2, "valid_seen-2"), (4, "4")):
         output = say(f"--checkpoint={path}", "--play", "--split=valid_seen", f"--task={task}", "--temperature=0.9")

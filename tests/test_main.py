@@ -13,9 +13,11 @@ import pytest
 
 from benchmarks.kill import without_times
 from epo_jax import main as program
-from epo_jax import mesh, sweep
-from epo_jax.config import base_config
-from epo_jax.errors import UserError
+from epo_jax import sweep
+from epo_jax.common.errors import UserError
+from epo_jax.parallel import mesh
+from epo_jax.settings.config import base_config
+from epo_jax.training.tasks import grouped_episodes, step_episodes, step_tasks
 from tests.processes import xla_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,8 +118,8 @@ def test_fault_3_members_of_a_group_play_the_same_task_and_a_pass_plays_each_tas
     tasks = [{"id": str(i), "type": "t"} for i in range(12)]
     played = []
     for step in range(4):
-        chosen = program.step_tasks(tasks, 7, step, 3)
-        episodes = program.grouped_episodes(chosen, step, 5)
+        chosen = step_tasks(tasks, 7, step, 3)
+        episodes = grouped_episodes(chosen, step, 5)
         for group in range(3):
             members = [e for e in episodes if e.group == group]
             assert len(members) == 5 and {e.task["id"] for e in members} == {chosen[group]["id"]}
@@ -133,11 +135,11 @@ def test_rounds_that_replace_uniform_groups_play_other_episodes():
     config = base_config()
     config.rollout.update(groups=3, group_size=5)
     config.train.steps = 4
-    played = [program.step_episodes(tasks, config, step, attempt) for attempt in range(3) for step in range(4)]
+    played = [step_episodes(tasks, config, step, attempt) for attempt in range(3) for step in range(4)]
     ids = [episode.id for round_ in played for episode in round_]
     assert len(set(ids)) == len(ids) == 12 * 15
     assert all(len({e.task["id"] for e in round_}) == 3 for round_ in played)
-    assert played[4:8] == [program.step_episodes(tasks, config, step, 1) for step in range(4)] != played[:4]
+    assert played[4:8] == [step_episodes(tasks, config, step, 1) for step in range(4)] != played[:4]
     assert len({tuple(e.task["id"] for e in round_) for round_ in played}) > 8
 
 

@@ -6,10 +6,11 @@ import pytest
 
 from epo_jax import main as program
 from epo_jax.envs.base import environment
-from epo_jax.metrics import read_rows
 from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, init_params
-from tests.test_config import preset
+from epo_jax.runs.metrics import read_rows
+from epo_jax.training.initial_policy import expert_demonstrations, own_tokenizer
+from tests.settings.test_config import preset
 
 # Sizes alone.
 SIZES = {
@@ -30,8 +31,8 @@ def sizes(tmp_path_factory):
     config.warm_start.update(episodes=4, lost=True)
     env = environment("alfworld")
     env.prepare(config.env.to_dict())
-    tokenizer = program.own_tokenizer(
-        config, program.expert_demonstrations(config, env.list_tasks("train", config.env.to_dict()))
+    tokenizer = own_tokenizer(
+        config, expert_demonstrations(config, env.list_tasks("train", config.env.to_dict()))
     )
     tokenizer.save(model)
     qwen2 = DecoderConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 64)

@@ -6,14 +6,17 @@ import functools
 import jax
 import pytest
 
-from epo_jax import mesh, sft
-from epo_jax.learner import batch_shardings, make_train_step
-from epo_jax.main import cloning_optim, learner_config, objective_and_hyper, step_batch
 from epo_jax.models.decoder import decoder_config, init_params, with_adapters
-from epo_jax.optim import make_optimizer
-from epo_jax.train_state import abstract_state_on
-from epo_jax.trajectory import Trajectory
-from tests.test_config import preset
+from epo_jax.parallel import mesh
+from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.training import sft
+from epo_jax.training.batch import step_batch
+from epo_jax.training.from_config import learner_config, objective_and_hyper
+from epo_jax.training.initial_policy import cloning_optim
+from epo_jax.training.optim import make_optimizer
+from epo_jax.training.state import abstract_state_on
+from epo_jax.training.step import batch_shardings, make_train_step
+from tests.settings.test_config import preset
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks import kill
-from epo_jax import evaluate, export, figures, generate
+from epo_jax import evaluate, export, generate
 from epo_jax import main as program
-from epo_jax.command import read_config
+from epo_jax.common.errors import UserError
 from epo_jax.envs.base import environment
-from epo_jax.errors import UserError
-from epo_jax.metrics import read_rows
 from epo_jax.models import hf_config, weights
 from epo_jax.models.decoder import decoder_config
+from epo_jax.runs import figures
+from epo_jax.runs.folder import read_config
+from epo_jax.runs.metrics import read_rows
+from epo_jax.training.initial_policy import blank_params, expert_demonstrations, own_tokenizer
 from tests.toy_sweep import get_config
 
 CHANGES = ("warm_start.episodes=0", "model.lora_rank=2", "algo.kl_coef=0.01", "train.steps=2", "eval.every=0")
@@ -26,10 +28,10 @@ def published(tmp_path_factory):
     """A folder with a model's tokenizer, config and weights, and a run that began with them."""
     folder = tmp_path_factory.mktemp("published")
     config = get_config()
-    demonstrations = program.expert_demonstrations(config, environment("toy").list_tasks("train", {}))
-    tokenizer = program.own_tokenizer(config, demonstrations)
+    demonstrations = expert_demonstrations(config, environment("toy").list_tasks("train", {}))
+    tokenizer = own_tokenizer(config, demonstrations)
     model = decoder_config(config.model)
-    params = program.blank_params(config, model, tokenizer)
+    params = blank_params(config, model, tokenizer)
     weights.save_params(folder / "model", model, params)
     tokenizer.save(folder / "model")
     program.main([

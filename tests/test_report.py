@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks import report_figures
 from epo_jax import report
-from epo_jax.errors import UserError
-from epo_jax.metrics import evaluation_row, wilson
+from epo_jax.common.errors import UserError
+from epo_jax.runs.metrics import evaluation_row, wilson
 from tests.browser import Browser, find
 from tests.plays import outcomes
 
@@ -272,7 +272,7 @@ def test_the_command_line_is_refused_in_one_sentence():
 
 def test_the_page_is_part_of_the_package():
     settings = tomllib.loads((Path(report.__file__).parents[1] / "pyproject.toml").read_text())
-    assert settings["tool"]["setuptools"]["package-data"] == {"epo_jax": ["page/*"]} and report.PAGE.name == "page"
+    assert settings["tool"]["setuptools"]["package-data"] == {"epo_jax.runs": ["page/*"]} and report.PAGE.name == "page"
 
 
 # -------------------------------------------------------------------- in a browser

@@ -13,12 +13,15 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import kill
-from epo_jax import figures, lock, rollout, sft, stopping
 from epo_jax import main as program
-from epo_jax.command import read_config
-from epo_jax.errors import Stopped, UserError
-from epo_jax.folders import load_run
-from epo_jax.metrics import MetricWriter, read_rows
+from epo_jax.common import stopping
+from epo_jax.common.errors import Stopped, UserError
+from epo_jax.rollout import scheduler
+from epo_jax.runs import figures, lock
+from epo_jax.runs.folder import read_config
+from epo_jax.runs.metrics import MetricWriter, read_rows
+from epo_jax.runs.policies import load_run
+from epo_jax.training import sft
 
 # Ends the process when the checkpoint after `STEP` is written but not committed.
 KILLED = """
@@ -96,8 +99,8 @@ def test_asked_to_stop_wherever_a_run_can_be(alone, tmp_path, monkeypatch, capfd
         (sft, "Cloning", 4, "4 updates of the warm start"),
         (sft, "Cloning", 3, "7 updates of the warm start"),
         (program, "evaluate", 1, "0 RL steps"),
-        (rollout, "collect", 1, "0 RL steps"),
-        (rollout, "choose_groups", 2, "1 RL steps"),
+        (scheduler, "collect", 1, "0 RL steps"),
+        (scheduler, "choose_groups", 2, "1 RL steps"),
         (MetricWriter, "train", 1, "2 RL steps"),
         (program, "evaluate", 1, "2 RL steps"),
         (program, "evaluate", 2, "3 RL steps"),

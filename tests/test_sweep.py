@@ -15,18 +15,20 @@ import orbax.checkpoint as ocp
 import pytest
 
 from benchmarks.kill import without_times
-from epo_jax import figures, frozen_base, lock, sweep
 from epo_jax import main as program
-from epo_jax.command import read_config
-from epo_jax.config import flatten
+from epo_jax import sweep
+from epo_jax.common.errors import Stopped, UserError
 from epo_jax.envs.base import environment
-from epo_jax.errors import Stopped, UserError
-from epo_jax.folders import fit_vocabulary, load_run
-from epo_jax.grid import programs
-from epo_jax.metrics import read_rows
 from epo_jax.models import generate, lora
 from epo_jax.models.decoder import decoder_config
 from epo_jax.models.tokenizer import load_tokenizer
+from epo_jax.runs import figures, frozen_base, lock
+from epo_jax.runs.folder import read_config
+from epo_jax.runs.metrics import read_rows
+from epo_jax.runs.policies import fit_vocabulary, load_run
+from epo_jax.settings.config import flatten
+from epo_jax.training.grid import programs
+from epo_jax.training.initial_policy import expert_demonstrations, own_tokenizer
 from tests.toy_sweep import get_config
 
 # Two seeds of points that differ in everything that is data.
@@ -226,8 +228,8 @@ def test_seeds_whose_texts_yield_about_as_many_tokens_share_a_program():
     config, models = get_config(), set()
     config.update(model={"vocab_size": 320}, warm_start={"episodes": 3})
     for config.seed in (0, 4):
-        demonstrations = program.expert_demonstrations(config, environment("toy").list_tasks("train", {}))
-        tokenizer = program.own_tokenizer(config, demonstrations)
+        demonstrations = expert_demonstrations(config, environment("toy").list_tasks("train", {}))
+        tokenizer = own_tokenizer(config, demonstrations)
         models.add(fit_vocabulary(decoder_config(config.model), tokenizer, ""))
     assert [model.unused_ids for model in models] == [((288, 320),)]
 

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from epo_jax.learner import Inputs, make_train_step, policy_statistics
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.value import init_critic
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.optim import OptimConfig
-from epo_jax.train_state import LearnerConfig, init_state
-from epo_jax.trajectory import Trajectory, pack
+from epo_jax.rollout.trajectory import Trajectory, pack
+from epo_jax.training.optim import OptimConfig
+from epo_jax.training.state import LearnerConfig, init_state
+from epo_jax.training.step import Inputs, make_train_step, policy_statistics
 
 MODEL = DecoderConfig(23, 16, 1, 2, 1, 8, 32)  # 23 words
 GROUPS, SIZE, TURNS = 3, 4, 3

@@ -1,7 +1,7 @@
 """A sweep over the toy game, small enough for tests, and a single run of it; see `configs/ablation.py` for real sweeps."""
 
-from epo_jax.config import base_config
-from epo_jax.grid import sweep_section
+from epo_jax.settings.config import base_config
+from epo_jax.settings.sweep import sweep_section
 
 
 def get_config(preset: str = ""):

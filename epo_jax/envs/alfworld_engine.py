@@ -22,10 +22,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epo_jax.common.errors import UserError
+from epo_jax.common.files import OTHER_CACHE
 from epo_jax.envs import alfworld_compile, alfworld_library, alfworld_text
 from epo_jax.envs.alfworld_library import Proposition
-from epo_jax.errors import UserError
-from epo_jax.files import OTHER_CACHE
 
 MAX_REMEMBERED_STATES = 2000  # per game, a few kB each; the states beyond are as right, but not shared
 LOADED_GAMES = 32  # per process, about 3 MB each

@@ -1,8 +1,8 @@
 """An ALFWorld episode as it is told, in a worker to an agent and in a job to the expert."""
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import alfworld_engine
 from epo_jax.envs.base import Observation, Task
-from epo_jax.errors import UserError
 
 WIN_REWARD = 10.0
 BANNER = "-= Welcome to TextWorld, ALFRED! =-"

@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import alfworld_rooms as rooms
 from epo_jax.envs.alfworld_compile import package_import
-from epo_jax.errors import UserError
 
 GENERATOR_VERSION = 3  # part of the cache folder's name; raise it when the same options would give other games
 COMPACT_OBJECTS_PER_RECEPTACLE = 1.5

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from epo_jax import stopping
+from epo_jax.common import stopping
+from epo_jax.common.errors import UserError, explain
+from epo_jax.common.files import OTHER_CACHE
 from epo_jax.envs import alfworld_engine, alfworld_games, experts
 from epo_jax.envs.alfworld_env import AlfworldEnv
 from epo_jax.envs.base import Observation, to_fields
-from epo_jax.errors import UserError, explain
-from epo_jax.files import OTHER_CACHE
 
 # ---------------------------------------------------------------------------------------------- the parent's side
 

@@ -11,7 +11,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 
 Proposition = tuple[str, tuple[str, ...]]  # predicate, arguments
 

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 
 # Games differ in one sentence of the grammar only. While it is plain words, one parse (0.12 s) serves them all.
 _PLAIN_GOAL = re.compile(r'"rhs": "Your task is to: ([A-Za-z0-9 ,\'-]+)')

@@ -25,7 +25,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from epo_jax.errors import UserError, nearest
+from epo_jax.common.errors import UserError, nearest
 
 Task = dict[str, Any]
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from epo_jax.command import ArgumentParser, run
-from epo_jax.config import ENV_SECTIONS, base_config
+from epo_jax.common.errors import UserError, nearest
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Environment, Observation, Task, environment
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError, nearest
+from epo_jax.settings.config import ENV_SECTIONS, base_config
 
 FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # enough to look at, and made in seconds
 

@@ -14,10 +14,10 @@ import time
 import weakref
 from typing import Any
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import base
 from epo_jax.envs.base import Observation, Task
 from epo_jax.envs.process import Deadlines, Request, WorkerFailed, WorkerProcess, end_all
-from epo_jax.errors import UserError
 
 DEADLINES = Deadlines()
 FAILURES_ALLOWED = 3

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from epo_jax import stopping
+from epo_jax.common import stopping
 from epo_jax.envs import worker as program
 
 MAX_ANSWER_BYTES = 1 << 24

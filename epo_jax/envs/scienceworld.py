@@ -32,11 +32,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from epo_jax import stopping
+from epo_jax.common import stopping
+from epo_jax.common.errors import UserError, nearest
+from epo_jax.common.files import OTHER_CACHE, cache_folder, from_cache, write_atomically
 from epo_jax.envs import base, scienceworld_jvm
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
-from epo_jax.errors import UserError, nearest
-from epo_jax.files import OTHER_CACHE, cache_folder, from_cache, write_atomically
 
 SLOTS_PER_WORKER = 32  # live episodes of one JVM, whose heap has room for about three times as many
 WIN_REWARD = 10.0

@@ -20,11 +20,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs.agent import parse_action
 from epo_jax.envs.base import Observation, to_fields
 from epo_jax.envs.scienceworld import ScienceWorld
 from epo_jax.envs.scienceworld_jvm import Episode, Simulator
-from epo_jax.errors import UserError
 
 _NOTHING_DONE = "The door is already open."
 

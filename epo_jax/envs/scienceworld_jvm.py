@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 
 HEAP_MB = 1024  # a world takes about 10 MB
 START_ATTEMPTS = 3

@@ -27,7 +27,7 @@ import threading
 import traceback
 from typing import Any, BinaryIO
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 
 BEAT = b'{"beat": true}'
 ORPHAN_CHECK_SECONDS = 5.0

@@ -14,8 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from epo_jax import mesh
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
+from epo_jax.parallel import mesh
 
 # What attention gives its backward pass, by the name that a rematerialisation policy knows it under: output and normaliser.
 # Queries, keys and values are larger together, and quickly made again.

@@ -18,12 +18,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
-from epo_jax import mesh
+from epo_jax.common.vocabulary import IdRanges
 from epo_jax.models import kv_cache
 from epo_jax.models.attention import SAVED, cached_attention, packed_attention
 from epo_jax.models.kv_cache import LayerCache
 from epo_jax.models.rope import rotary, rotate
-from epo_jax.vocabulary import IdRanges
+from epo_jax.parallel import mesh
 
 Params = dict
 

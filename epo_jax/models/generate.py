@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from epo_jax.common.vocabulary import mask_unused
 from epo_jax.models import kv_cache
 from epo_jax.models.decoder import DecoderConfig, Params, bind, unstack
 from epo_jax.models.kv_cache import LayerCache
-from epo_jax.vocabulary import mask_unused
 
 # Words summed at once when a token is looked up by its cumulative probability.
 _SUM_BLOCK = 64

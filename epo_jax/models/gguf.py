@@ -14,8 +14,8 @@ import tokenizers
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from epo_jax.errors import UserError, explain
-from epo_jax.files import cache_folder
+from epo_jax.common.errors import UserError, explain
+from epo_jax.common.files import cache_folder
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.hf_config import write_config
 from epo_jax.models.rope import frequencies

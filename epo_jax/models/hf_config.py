@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from epo_jax.errors import UserError, explain
-from epo_jax.files import write_atomically
+from epo_jax.common.errors import UserError, explain
+from epo_jax.common.files import write_atomically
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.rope import SCALINGS
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from epo_jax.errors import UserError
-from epo_jax.files import expand_user
+from epo_jax.common.errors import UserError
+from epo_jax.common.files import expand_user
 from epo_jax.models import gguf
 
 # What a run needs of a hub repository: no pickles, no weights of other frameworks.

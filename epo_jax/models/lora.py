@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from epo_jax.files import write_atomically
+from epo_jax.common.files import write_atomically
 from epo_jax.models.decoder import DecoderConfig, Params, init_params
 from epo_jax.models.weights import projection_module, save_tensors
 

@@ -17,9 +17,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from epo_jax import keys
-from epo_jax.errors import UserError
-from epo_jax.files import write_atomically
+from epo_jax.common import keys
+from epo_jax.common.errors import UserError
+from epo_jax.common.files import write_atomically
 from epo_jax.models import tokenizer_files
 from epo_jax.models.chat_frame import TAGS, ChatFrame, control_tokens, find_tokens
 

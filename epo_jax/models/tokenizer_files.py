@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 from epo_jax.models.chat_frame import ChatFrame, UnusableTemplate, frame_of_template
 
 # What a model folder may hold of a tokenizer and of how its model is sampled.

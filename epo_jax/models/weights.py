@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from epo_jax.errors import UserError, explain
-from epo_jax.files import write_atomically
+from epo_jax.common.errors import UserError, explain
+from epo_jax.common.files import write_atomically
 from epo_jax.models.decoder import PROJECTIONS, DecoderConfig, Params, init_params
 from epo_jax.models.hf_config import write_config
 

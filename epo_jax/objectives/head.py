@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from epo_jax.common.vocabulary import IdRanges, mask_unused
 from epo_jax.objectives.spec import Scalar
-from epo_jax.vocabulary import IdRanges, mask_unused
 
 
 def log_prob_entropy_from_logits(

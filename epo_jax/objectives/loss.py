@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from epo_jax.objectives import advantages, controls, entropy, policy, registry, released_rows
+from epo_jax.objectives import advantages, controls, entropy, policy, registry
 from epo_jax.objectives.advantages import Estimate
 from epo_jax.objectives.spec import EntropyHistory, Episodes, Hyper, LossRows, ObjectiveConfig, Smoothing, Step
+from epo_jax.parity import released_rows
 
 __all__ = [
     "EntropyHistory", "Episodes", "Estimate", "Hyper", "LossRows", "ObjectiveConfig", "Smoothing",

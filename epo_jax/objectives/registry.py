@@ -5,7 +5,7 @@ An arm is written `base` or `base+overlay[+overlay...]`: `grpo`, `ppo+epo`, `dap
 
 import dataclasses
 
-from epo_jax.errors import UserError, nearest
+from epo_jax.common.errors import UserError, nearest
 from epo_jax.objectives import advantages, controls
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 

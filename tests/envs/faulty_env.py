@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs.base import Observation
-from epo_jax.errors import UserError
 
 COUNTER = {"steps": 0}
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from epo_jax import stopping
+from epo_jax.common import stopping
+from epo_jax.common.errors import UserError
 from epo_jax.envs import alfworld, alfworld_jobs, alfworld_rooms, experts
 from epo_jax.envs.base import SPLITS
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
 
 GAMES = 12
 HOSTILE = (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import alfworld_engine, alfworld_games
-from epo_jax.errors import UserError
 
 HOSTILE = [
     "",

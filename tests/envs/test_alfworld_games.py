@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import alfworld_games, alfworld_rooms
-from epo_jax.errors import UserError
 
 COUNT = 60
 

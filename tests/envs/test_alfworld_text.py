@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import alfworld_text
-from epo_jax.errors import UserError
 
 TYPES = {"fork": "object", "spoon": "object", "desk": "receptacle", "bed": "receptacle"}
 ENTITIES = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from epo_jax.command import read_config
+from epo_jax.common.errors import UserError
 from epo_jax.envs import base
-from epo_jax.errors import UserError
+from epo_jax.runs.folder import read_config
 from tests.processes import xla_flags
 
 ROOT = Path(__file__).parents[2]

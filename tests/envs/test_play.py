@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from epo_jax.command import run
-from epo_jax.config import base_config
 from epo_jax.envs import agent, play, toy
+from epo_jax.settings.config import base_config
 
 TASK = toy.list_tasks("train", {})[4]  # a blue door with a 1
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import base, pool, toy
 from epo_jax.envs.pool import Deadlines, EnvPool
-from epo_jax.errors import UserError
 from tests.envs import faulty_env
 
 ROOT = Path(__file__).parents[2]

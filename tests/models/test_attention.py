@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 from epo_jax.models import attention
 
 WINDOWS = pytest.mark.parametrize("window", [None, 40])

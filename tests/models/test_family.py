@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import transformers
 
-from epo_jax import checkpoint, export
-from epo_jax.command import write_config
-from epo_jax.errors import UserError
-from epo_jax.folders import load_pretrained
-from epo_jax.learner import make_train_step
-from epo_jax.main import learner_config, objective_and_hyper, step_batch
+from epo_jax import export
+from epo_jax.common.errors import UserError
 from epo_jax.models import generate
 from epo_jax.models.decoder import bind
-from epo_jax.train_state import init_state
-from epo_jax.trajectory import Trajectory
+from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.runs import checkpoint
+from epo_jax.runs.folder import write_config
+from epo_jax.runs.policies import load_pretrained
+from epo_jax.training.batch import step_batch
+from epo_jax.training.from_config import learner_config, objective_and_hyper
+from epo_jax.training.state import init_state
+from epo_jax.training.step import make_train_step
 from tests.models import family
 from tests.toy_sweep import get_config
 

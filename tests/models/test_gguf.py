@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 from epo_jax.models import hf_config, hub, weights
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.rope import frequencies

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 from epo_jax.models.tokenizer import compose_embedding, load_tokenizer, train_tokenizer
 
 TEXTS = [

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 from epo_jax.models.tokenizer import load_tokenizer
 from tests.models import templates
 

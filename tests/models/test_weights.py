@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 from epo_jax.models import hf_config, hub, weights
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 
@@ -418,9 +418,9 @@ def test_an_unknown_model_is_refused_in_one_sentence(tmp_path, monkeypatch, path
 
 
 def test_a_run_takes_tokenizer_model_and_weights_from_the_folder(tmp_path):
-    from epo_jax.config import base_config
-    from epo_jax.folders import load_pretrained
     from epo_jax.models.tokenizer import train_tokenizer
+    from epo_jax.runs.policies import load_pretrained
+    from epo_jax.settings.config import base_config
 
     trained = train_tokenizer(["take apple 1 from cabinet 3"], 300)
     template = (

@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.objectives import advantages, released
+from epo_jax.objectives import advantages
 from epo_jax.objectives.loss import estimate
 from epo_jax.objectives.registry import ESTIMATORS
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
+from epo_jax.parity import released
 from tests import rounding
 from tests.objectives import transcription
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_of, pack, trajectories

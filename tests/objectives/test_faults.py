@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.objectives import entropy, registry, released
+from epo_jax.objectives import entropy, registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, estimate, loss_rows, record, smoothing_terms
+from epo_jax.parity import released
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episode_keys, episodes_of, pack, trajectories
 
 SHAPES = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, max_tokens=40)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.objectives import released
 from epo_jax.objectives.entropy import phase_weight
 from epo_jax.objectives.head import log_prob_entropy_from_logits
 from epo_jax.objectives.spec import Hyper
+from epo_jax.parity import released
 from tests.objectives import golden
 
 OPTIONAL = ("entropy_mask_ratio", "kl_loss")

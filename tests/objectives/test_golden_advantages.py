@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.objectives import advantages, released
+from epo_jax.objectives import advantages
+from epo_jax.parity import released
 from tests.objectives import golden
 
 

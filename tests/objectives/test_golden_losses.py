@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import pytest
 
-from epo_jax.objectives import policy, released, value
+from epo_jax.objectives import policy, value
 from epo_jax.objectives.head import log_prob_entropy_from_logits
 from epo_jax.objectives.spec import Hyper
+from epo_jax.parity import released
 from tests.objectives import golden
 
 KL_NAMES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}

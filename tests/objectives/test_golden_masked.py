@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from epo_jax.objectives import released
+from epo_jax.parity import released
 from tests.objectives import golden
 
 

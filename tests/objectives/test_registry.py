@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from epo_jax.errors import UserError
+from epo_jax.common.errors import UserError
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 

@@ -1,0 +1,118 @@
+"""The settings of a rollout, and the prompts that they make of what was seen: one function for sampling and for cloning."""
+
+import dataclasses
+import functools
+
+from epo_jax.common.errors import UserError
+from epo_jax.envs import agent
+from epo_jax.envs.base import Observation
+from epo_jax.models.tokenizer import ChatTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Static settings of a rollout.
+
+    Attributes:
+        slots: episodes in flight at once.
+        max_turns: turn limit of an episode.
+        max_tokens: most tokens in a context, answer included. An episode whose conversation would outgrow it ends as
+            truncated; a window is cut to fit.
+        max_policy_tokens: most tokens that the policy may emit in an episode, which ends as truncated before it could
+            pass them.
+        response_tokens: most tokens in a turn.
+        style: prompt style, see `epo_jax.envs.agent`.
+        window: what each turn's prompt repeats of the turns before it; None appends to one conversation instead.
+        lanes: groups of slots that work independently of each other.
+        block: tokens decoded at most before a row whose turn ended can go on.
+        ahead: resets that each lane sends before a slot is free.
+        dtype: of the parameters and the arithmetic while sampling; None keeps the model's.
+        cache_dtype: "int8" stores keys and values in 8 bits; None keeps the arithmetic's.
+        devices: that share every lane's rows, each with a copy of the parameters. Parameters that lie on a mesh of several
+            devices are sampled from there instead: its rows are shared along "data" and "fsdp", along which the parameters
+            are copied for the time of the rollout.
+    """
+
+    slots: int
+    max_turns: int
+    max_tokens: int
+    max_policy_tokens: int
+    response_tokens: int
+    style: str
+    window: agent.Window | None = None
+    lanes: int = 2
+    block: int = 64
+    ahead: int = 2
+    dtype: str | None = None
+    cache_dtype: str | None = None
+    devices: int = 1
+
+
+def window_of(config) -> agent.Window | None:
+    """The window that a run's config asks for."""
+    if config.agent.context == "chat":
+        return None
+    return agent.Window(config.agent.history_turns, config.agent.history_actions)
+
+
+def rollout_config(config) -> RolloutConfig:
+    """The settings that a run's config asks for. A conversation is one row of the learner's, a window's turns are many."""
+    window = window_of(config)
+    return RolloutConfig(
+        slots=config.rollout.slots,
+        max_turns=config.env.max_turns,
+        max_tokens=config.agent.max_tokens,
+        max_policy_tokens=(
+            config.train.rows_policy_tokens if window is None else config.env.max_turns * config.agent.response_tokens
+        ),
+        response_tokens=config.agent.response_tokens,
+        style=config.agent.style,
+        window=window,
+        lanes=config.rollout.lanes,
+        block=config.rollout.block,
+        ahead=config.rollout.ahead,
+        dtype=config.rollout.dtype or None,
+        cache_dtype=config.rollout.cache_dtype or None,
+        devices=config.rollout.devices,
+    )
+
+
+def next_prompt(
+    tokenizer: ChatTokenizer,
+    config: RolloutConfig,
+    first: Observation,
+    history: list[tuple[str, str]],
+    observation: Observation,
+    last: int | None = None,
+) -> list[int]:
+    """Ids of what the agent reads next: the whole of a window's context, or what a conversation grows by.
+
+    Args:
+        first: the observation after the reset.
+        history: (text seen, action taken) of every turn so far.
+        observation: what is seen now; `first` at the first turn.
+        last: the token that the turn before ended with.
+    """
+    short_enough = functools.partial(fits, tokenizer, config)
+    message = agent.message(first, history, observation, config.style, config.window, short_enough)
+    return tokenizer.following(message, last) if history and config.window is None else tokenizer.first(message)
+
+
+def refuse_rewriting(tokenizer: ChatTokenizer, config, source: object) -> None:
+    """Refuses a conversation under a chat template that changes earlier turns; `source` names the model.
+
+    Raises:
+        UserError: config.agent.context is "chat", and a run with config.agent.style cannot append to it.
+    """
+    rewrites = tokenizer.frame.rewrites
+    if config.agent.context == "chat" and (rewrites == "turns" or (rewrites == "thoughts" and config.agent.style == "tagged")):
+        raise UserError(
+            f"config.agent.context=chat: the chat template of {source} changes earlier turns of a conversation"
+            f"{' (it drops their thoughts)' * (rewrites == 'thoughts')}, so nothing can be appended to it; "
+            "set config.agent.context=window."
+        )
+
+
+def fits(tokenizer: ChatTokenizer, config: RolloutConfig, message: str) -> bool:
+    """Whether a window's message and its answer fit in a context."""
+    return len(tokenizer.first(message)) + config.response_tokens <= config.max_tokens

@@ -1,0 +1,1 @@
+"""The run folder: config, checkpoints, metrics, episodes to read."""

@@ -1,0 +1,188 @@
+"""The run folder and its contract: config.json, what a resumed run may change, and the record of changes."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from epo_jax.common.errors import UserError, explain
+from epo_jax.common.files import append, write_atomically
+from epo_jax.runs import lock, versions
+from epo_jax.settings.config import base_config, flatten, validate
+
+# Keys that each process of a run may have differently: they alter where and how often things happen, never what is learned.
+# (Another mesh adds the same numbers in another order.)
+RESUME_MAY_CHANGE = (
+    "env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
+    "metrics.trajectories", "metrics.trajectories_every", "metrics.trajectories_megabytes", "metrics.wandb_project",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
+)  # fmt: skip
+
+
+# Keys and sections that a resumed run may change for good, which changes.jsonl records: what it learns with from then on. Not
+# among them is what changes the arrays of its state or what they mean, or which tasks and prompts it has.
+RECORDED_WHEN_CHANGED = (
+    "algo", "epo", "control", "optim", "eval", "train.max_skipped", "train.rows_tokens", "train.rows_policy_tokens",
+    "rollout.slots", "rollout.lanes", "rollout.ahead", "rollout.block", "rollout.dtype", "rollout.cache_dtype",
+    "rollout.devices", "rollout.temperature", "rollout.resample", "model.path", "model.remat",
+)  # fmt: skip
+
+
+# ... of these sections. The optimizers count updates, the controller's scale is part of the state, the best success is that on
+# the last split.
+_NEVER_CHANGED = (
+    "algo.name", "algo.epochs", "algo.mini_batches", "algo.released_mini_turns", "algo.released_micro_turns",
+    "algo.kl_controller", "eval.splits",
+)  # fmt: skip
+
+
+# {key: (the run's value, the new one)}
+Changes = dict[str, tuple[Any, Any]]
+
+
+# What a new run would overwrite.
+OF_A_RUN = ("checkpoints", "metrics.jsonl", "eval.jsonl", "trajectories.jsonl", "sweep.json", "members")
+
+
+def check_workdir(workdir: Path, resume: bool) -> None:
+    """Raises UserError unless a run can be started (or resumed) in `workdir`; writes nothing."""
+    lock.refuse(workdir)
+    if (workdir / "config.json").exists() != resume:
+        if resume:
+            raise UserError(f"--resume: {workdir} holds no run (no config.json); leave --resume out to begin one.")
+        raise UserError(f"{workdir} already holds a run; add --resume to continue it or choose another --workdir.")
+    left = [name for name in OF_A_RUN if not resume and (workdir / name).exists()]
+    if left:
+        raise UserError(
+            f"--workdir={workdir} holds {left[0]} of a run whose config.json is missing; put that back, or choose another folder."
+        )
+    existing = workdir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be a folder, as {existing} is a file; choose another.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: no permission in {existing}; choose another.")
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `workdir`/config.json: the version of the format and every key, with overrides applied."""
+    content = {"version": versions.VERSION, **config.to_dict()}
+    write_atomically(Path(workdir) / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`, locked and validated; an earlier version's as this one would have written it.
+
+    Raises:
+      UserError: the file is missing, is not JSON, was written by a later version, or has other keys or types than its version.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sweep = content.pop("sweep", None)
+        saved, told = saved_keys(content)
+        config = base_config(saved["env.name"], **_env_options(saved)).lock()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        what = explain(error, "restore it or begin a new run")
+        raise UserError(f"{path} cannot be read as the config of a run {what}.") from None
+    for sentence in told:
+        print(f"{path}: {sentence}", file=sys.stderr)
+    for key, value in saved.items():
+        section, _, leaf = key.rpartition(".")
+        try:
+            (config[section] if section else config)[leaf] = tuples(value)
+        except TypeError:
+            raise UserError(f"{path}: {key}={value!r} has the wrong type; restore it or begin a new run.") from None
+    validate(config)
+    if sweep is not None:
+        with config.unlocked():
+            config.sweep = ConfigDict(tuples(sweep))
+    return config
+
+
+def saved_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The keys of a config.json without its section sweep, by dotted name, as this version has them, and what to tell the user.
+
+    Raises:
+      UserError: the rest of a sentence about the file.
+    """
+    version = content.get("version", 1)
+    if not isinstance(version, int) or not 1 <= version <= versions.VERSION:
+        raise UserError(f"has version {version!r} of the format, and this installation reads 1 to {versions.VERSION}; update it.")
+    saved, told = versions.upgrade(flatten(content), version)
+    known = flatten(base_config(saved["env.name"], **_env_options(saved)))
+    for key in sorted(known.keys() - saved.keys()):
+        raise UserError(f"lacks config.{key}; restore it or begin a new run.")
+    for key in sorted(saved.keys() - known.keys()):
+        raise UserError(f"has config.{key}, which is not a key; restore it or begin a new run.")
+    return saved, told
+
+
+def tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a config has."""
+    if isinstance(value, Mapping):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
+def _env_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """The keys that an environment of the user's own brought to the config of a run."""
+    env = {key.removeprefix("env."): value for key, value in saved.items() if key.startswith("env.")}
+    return {key: tuples(v) for key, v in env.items() if key != "name"}
+
+
+def refuse_other_program(config: ConfigDict, sweep: bool, what: str = "--config") -> None:
+    """Raises UserError for the config of a sweep in `epo_jax.main`, and for one without a sweep in `epo_jax.sweep`."""
+    if sweep and "sweep" not in config:
+        raise UserError(
+            f"{what} has no section sweep, so it is for python -m epo_jax.main; for a sweep take configs/ablation.py, or add "
+            "epo_jax.training.grid.sweep_section()."
+        )
+    if not sweep and "sweep" in config:
+        raise UserError(f"{what} has a section sweep, so it is for python -m epo_jax.sweep; take a config without one for a run.")
+
+
+def _changes(config: ConfigDict, saved: ConfigDict, overridden: set[str], workdir: Path) -> Changes:
+    """What `config` changes of a run for good.
+
+    Raises:
+      UserError: for a key that a resumed run keeps, or one that the command line does not name, so that it differs by accident.
+    """
+    now, then = flatten(config), flatten(saved)
+    changes = {}
+    for key in sorted(now.keys() | then.keys()):
+        if key in RESUME_MAY_CHANGE or now.get(key) == then.get(key):
+            continue
+        differs = f"--resume: config.{key}={now.get(key)!r} differs from the run's {then.get(key)!r}"
+        if not {key, key.partition(".")[0]} & {*RECORDED_WHEN_CHANGED} or key in _NEVER_CHANGED:
+            raise UserError(
+                f"{differs}, which it keeps, as its shapes or what it has saved depend on it; leave it out (and --config), or "
+                f"begin a new run with --config.init_from.run={workdir}."
+            )
+        if key not in overridden:
+            raise UserError(f"{differs}; leave --config out, or to change it for good name it on the command line.")
+        changes[key] = then[key], now[key]
+    return changes
+
+
+def record_changes(changes: Changes, workdir: Path, step: int) -> None:
+    """Adds what changes from RL step `step` on to `workdir`/changes.jsonl, {step, key, old, new}, and to its config.json."""
+    if not changes:
+        return
+    config, rows = read_config(workdir), ""
+    for key, (old, new) in changes.items():
+        rows += json.dumps({"step": step, "key": key, "old": old, "new": new}) + "\n"
+        section, _, leaf = key.partition(".")
+        config[section][leaf] = new
+        print(f"config.{key}={new!r} in place of {old!r} from RL step {step} on")
+    append(workdir / "changes.jsonl", rows)
+    write_config(config, workdir)

@@ -1,0 +1,1 @@
+"""Every setting: default, meaning, range."""

@@ -1,0 +1,40 @@
+"""From the episodes of an RL step to the learner's batch."""
+
+
+import numpy as np
+
+from epo_jax.common import keys
+from epo_jax.objectives.loss import ObjectiveConfig
+from epo_jax.rollout.trajectory import TokenBatch, Trajectory, pack
+
+
+def step_batch(
+    config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int
+) -> TokenBatch:
+    """What the learner sees of RL step `step`, in micro-batches of `micro_rows`: the mini-batches of every epoch, each of which
+    deals the episodes to them in another order."""
+    # The release's mini-batches are cut from turns, inside the train step, and are the same in every epoch.
+    mini_batches, epochs = (1, 1) if objective.released else (config.algo.mini_batches, config.algo.epochs)
+    orders = np.stack([
+        keys.generator(config.seed, "mini-batches", step, epoch).permutation(len(trajectories)) for epoch in range(epochs)
+    ])  # fmt: skip
+    return pack(
+        trajectories,
+        config.train.rows_tokens,
+        config.train.rows_policy_tokens,
+        config.env.max_turns,
+        mini_batches,
+        micro_rows,
+        orders,
+        *contexts(config),
+        seed=config.seed,
+    )
+
+
+def contexts(config) -> tuple[int, int]:
+    """(most contexts of a trajectory, contexts that fit in a row of the learner's however long they are)."""
+    if config.agent.context == "chat":
+        return 1, 1
+    by_tokens = config.train.rows_tokens // config.agent.max_tokens
+    by_policy_tokens = config.train.rows_policy_tokens // config.agent.response_tokens
+    return config.env.max_turns, min(by_tokens, by_policy_tokens)

@@ -1,0 +1,55 @@
+"""Evaluation: every episode of a fixed split, once, or several times each for pass@k."""
+
+
+
+from epo_jax.common import keys
+from epo_jax.envs.base import Task
+from epo_jax.envs.pool import EnvPool
+from epo_jax.models.decoder import DecoderConfig, Params
+from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.rollout.prompts import RolloutConfig
+from epo_jax.rollout.scheduler import Episode, collect, warn_full
+from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.runs.metrics import Outcome, Row, evaluation_row
+
+
+def evaluate(
+    split: str,
+    tasks: list[Task],
+    step: int | None,
+    pool: EnvPool,
+    tokenizer: ChatTokenizer,
+    model: DecoderConfig,
+    params: Params,
+    config: RolloutConfig,
+    temperature: float,
+    seed: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    samples: int = 1,
+) -> tuple[Row, list[Trajectory]]:
+    """Plays each of `tasks` `samples` times; the row of eval.jsonl and the trajectories, those of a task side by side.
+
+    The sampling key depends on `seed` alone, so two evaluations of the same parameters agree, and the first play of a task
+    does not depend on how many follow.
+    """
+    key = keys.key(seed, "evaluation")
+    trajectories, stats = collect(
+        episodes_of(tasks, samples), pool, tokenizer, model, params, key, config, temperature, top_k, top_p
+    )
+    warn_full(trajectories, config)
+    return row_of(split, step, trajectories, stats.seconds), trajectories
+
+
+def episodes_of(tasks: list[Task], samples: int = 1) -> list[Episode]:
+    """`samples` episodes of each task."""
+    return [Episode(play * len(tasks) + i, task, group=i) for i, task in enumerate(tasks) for play in range(samples)]
+
+
+def row_of(split: str, step: int | None, trajectories: list[Trajectory], seconds: float) -> Row:
+    """The row of eval.jsonl that the episodes of a split come to."""
+    outcomes = (
+        Outcome(t.task["type"], t.task["id"], t.won, t.score, len(t.actions), len(t.valid) - sum(t.valid)) for t in trajectories
+    )
+    full = sum(t.full for t in trajectories) / max(len(trajectories), 1)
+    return evaluation_row(step, split, outcomes) | {"full_context": full, "seconds": seconds}

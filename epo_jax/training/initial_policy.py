@@ -1,0 +1,162 @@
+"""The policy that RL begins with: tokenizer, weights, and the warm start on expert episodes."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from epo_jax.common import keys
+from epo_jax.common.errors import Stopped, UserError
+from epo_jax.common.stopping import StopRequest
+from epo_jax.envs.alfworld_rename import rename
+from epo_jax.envs.base import Demonstration, Task, environment
+from epo_jax.models import lora
+from epo_jax.models.decoder import DecoderConfig, Params, init_params
+from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, train_tokenizer
+from epo_jax.rollout import prompts
+from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.runs import frozen_base
+from epo_jax.training import sft, warm_start
+from epo_jax.training.optim import OptimConfig
+
+
+def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, published: bool) -> None:
+    """Keeps the frozen base of adapters for the run: by reference where it is a published model as it was."""
+    base = lora.split(params)[0]
+    if config.init_from.run and model.lora:
+        frozen_base.copy(config.init_from.run, workdir, model, base)
+    elif published and not config.init_from.run:
+        frozen_base.refer(workdir, frozen_base.digest(base), None)
+    else:
+        frozen_base.store(workdir, model, base)
+
+
+def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
+    """Expert episodes of tasks drawn by the run's seed, each followed by its renamed copies where they are asked for; lost
+    ones only with `warm_start.lost`.
+
+    Raises:
+        UserError: experts are asked for and there is nothing to clone.
+    """
+    settings, env = config.warm_start, environment(config.env.name)
+    if not settings.episodes:
+        return []
+    drawn = keys.generator(config.seed, "demonstrations").permutation(len(tasks))[: settings.episodes]
+    chosen = [tasks[i] for i in drawn]
+    times = 1 + settings.copies
+    demonstrations = env.demonstrations([task for task in chosen for _ in range(times)], config.env.to_dict())
+    if times > 1:
+        copies = [d for i, d in enumerate(demonstrations) if i % times]
+        demonstrations = demonstrations[::times] + rename(copies, config.seed)
+    asked = len(chosen) * times
+    missing = asked - len(demonstrations)
+    lost = sum(not d.won for d in demonstrations)
+    kept = demonstrations if settings.lost else [d for d in demonstrations if d.won]
+    told = (
+        f"of {asked} expert episodes, {missing} do not exist within config.env.max_turns={config.env.max_turns} turns and {lost} "
+        "are lost"
+    )
+    if not kept:
+        clone_lost = ", set config.warm_start.lost=True to clone lost ones," if lost else ""
+        raise UserError(
+            f"config.warm_start.episodes={settings.episodes}: there is nothing to clone: {told}; raise "
+            f"config.env.max_turns{clone_lost} or set config.warm_start.episodes=0 to train without a warm start."
+        )
+    if missing or lost:
+        print(f"warm start: {told}" + ", which are cloned as well (config.warm_start.lost)" * (settings.lost and lost > 0))
+    return kept
+
+
+def expert_trajectories(config, tokenizer: ChatTokenizer, demonstrations: list[Demonstration]) -> list[Trajectory]:
+    """The expert episodes in tokens, those whose contexts all fit in `agent.max_tokens`.
+
+    Raises:
+        UserError: none fits.
+    """
+    play = prompts.rollout_config(config)
+    trajectories = [sft.to_trajectory(d, tokenizer, play) for d in demonstrations]
+    fitting = [t for t in trajectories if t.longest_context <= config.agent.max_tokens]
+    if not demonstrations:
+        return []
+    if not fitting:
+        raise UserError(
+            f"config.agent.max_tokens={config.agent.max_tokens}: none of the {len(trajectories)} expert episodes of the warm "
+            f"start fits, the shortest needs {min(t.longest_context for t in trajectories)} tokens; raise it and "
+            "config.train.rows_tokens, or set config.warm_start.episodes=0."
+        )
+    mean = np.mean([len(t.tokens) for t in fitting])
+    print(
+        f"warm start on {len(fitting)} expert episodes, {mean:.0f} tokens each"
+        + f"; {len(trajectories) - len(fitting)} do not fit in config.agent.max_tokens={config.agent.max_tokens}"
+        * (len(fitting) < len(trajectories)),
+        flush=True,
+    )
+    return fitting
+
+
+def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
+    """A tokenizer made from what the experts saw and did, of config.model.vocab_size tokens.
+
+    Texts that do not yield as many give a multiple of 32, which costs some rare merges: the tokenizers of other seeds then
+    define the same ids, and a sweep trains those seeds in one program.
+    """
+    window = prompts.window_of(config)
+    texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
+    phrases, size = environment(config.env.name).phrases, config.model.vocab_size
+    tokenizer = train_tokenizer(texts, size, phrases)
+    rounded = tokenizer.vocab_size // 32 * 32
+    if rounded < tokenizer.vocab_size < size:
+        tokenizer = train_tokenizer(texts, rounded, phrases)
+    return tokenizer
+
+
+def blank_params(config, model: DecoderConfig, tokenizer: ChatTokenizer) -> Params:
+    """Weights to train from scratch."""
+    params = jax.jit(init_params, static_argnums=0)(model, keys.key(config.seed, "weights"))
+    params["embedding"] = compose_embedding(np.asarray(params["embedding"]), tokenizer, config.seed)
+    return params
+
+
+def clone_experts(
+    config, model: DecoderConfig, params: Params, trajectories: list[Trajectory], folder: Path, stop: StopRequest
+) -> Params:
+    """The warm start, with a line now and then; returns the cloned parameters. `params` are donated.
+
+    Asked to stop, it leaves its updates in `folder`, from where it goes on.
+
+    Raises:
+        Stopped: then.
+    """
+    settings, optim = config.warm_start, cloning_optim(config)
+    rows = max(1, settings.batch_tokens // config.train.rows_tokens)
+    found = warm_start.restore(folder, params, optim)
+    if found is not None:
+        print(f"the first {found.updates} updates of the warm start are done", flush=True)
+    cloning = sft.warm_start(
+        params, trajectories, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed, found
+    )
+    started = time.perf_counter()
+    for cloned in cloning:
+        params, updates = cloned.params, cloned.updates
+        if updates % max(1, settings.steps // 10) == 0:
+            seconds = time.perf_counter() - started
+            told = f"warm start {updates}/{settings.steps}  cross-entropy {cloned.cross_entropy:.3f} nats/token  {seconds:.0f} s"
+            print(told, flush=True)
+        if stop.asked and updates < settings.steps:
+            warm_start.save(folder, cloned)
+            raise Stopped(stop.sentence(f"{updates} updates of the warm start done and saved"))
+    return params
+
+
+def cloning_optim(config) -> OptimConfig:
+    """The optimizer of the warm start."""
+    settings = config.warm_start
+    return OptimConfig(
+        settings.lr,
+        settings.steps,
+        weight_decay=config.optim.weight_decay,
+        floor_ratio=0.1,
+        b2=0.98,
+        muon=settings.optimizer == "muon",
+    )

@@ -1,0 +1,44 @@
+"""The row of metrics.jsonl that an RL step results in."""
+
+
+import numpy as np
+
+from epo_jax.rollout import scheduler
+from epo_jax.rollout.trajectory import Trajectory, entropy_by_turn
+from epo_jax.runs.metrics import Row
+
+
+def step_row(
+    config, step: int, rounds: list[list[Trajectory]], uniform: int, stats: scheduler.RolloutStats, metrics: dict[str, float]
+) -> Row:
+    """The row of metrics.jsonl that the episodes and the learner's metrics of an RL step come to."""
+    # Of the first round: what the policy does on tasks as they come, not on those chosen by their returns.
+    sampled, center = rounds[0], metrics["corridor_center"]
+    played = [t for trajectories in rounds for t in trajectories]
+    policy_tokens = sum(t.num_policy_tokens for t in played)
+    return {
+        "step": step,
+        "success": np.mean([t.won for t in sampled]),
+        "reward": np.mean([sum(t.rewards) for t in sampled]),
+        "score": np.mean([t.score for t in sampled]),
+        "turns": np.mean([len(t.actions) for t in sampled]),
+        "invalid_actions": 1.0 - np.mean([v for t in sampled for v in t.valid]),
+        "tokens": np.mean([len(t.tokens) for t in sampled]),
+        "truncated": np.mean([t.truncated for t in sampled]),
+        "full_context": np.mean([t.full for t in sampled]),
+        "rollout_rounds": len(rounds),
+        "uniform_groups": uniform,
+        "corridor_low": config.epo.kappa_l * center if step else None,
+        "corridor_high": config.epo.kappa_r * center if step else None,
+        **{f"entropy_turn_{turn}": entropy for turn, entropy in entropy_by_turn(sampled).items()},
+        "prompt_tokens": sum(len(t.tokens) for t in played) - policy_tokens,
+        "policy_tokens": policy_tokens,
+        "tokens_per_second": stats.policy_tokens / stats.seconds,
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "env_wait_seconds": stats.env_wait_seconds,
+        "env_steps": stats.env_steps,
+        **metrics,
+        "learner_entropy": metrics["entropy"],
+        "entropy": metrics["behaviour_entropy"],
+    }

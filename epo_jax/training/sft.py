@@ -1,0 +1,167 @@
+"""The warm start: behaviour cloning on expert episodes, so that a sparse reward has something to find.
+
+Expert episodes get the prompts that a rollout would show (`prompting.next_prompt`), in the same token batches; the loss is the
+cross-entropy of the expert's action tokens plus, at a smaller weight, that of the prompts, from which a model trained from
+scratch learns what the game's words mean. The expert's mistakes are context only: no term of the loss predicts them.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from epo_jax.common import keys
+from epo_jax.envs import agent
+from epo_jax.envs.base import Demonstration, Observation
+from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.parallel import mesh
+from epo_jax.rollout.prompts import RolloutConfig, next_prompt
+from epo_jax.rollout.trajectory import TokenBatch, Trajectory, pack
+from epo_jax.training.optim import OptimConfig, make_optimizer
+from epo_jax.training.step import head_statistics
+
+
+def transcript(demonstration: Demonstration, style: str, window: agent.Window | None = None) -> list[tuple[str, str]]:
+    """The (message, answer) pairs of an expert episode as an agent would see and say them, with room for every message."""
+    first = demonstration.observations[0]
+    return [
+        (agent.message(first, history, observation, style, window), answer)
+        for history, observation, answer in _turns(demonstration, style)
+    ]
+
+
+def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config: RolloutConfig) -> Trajectory:
+    """An expert episode as a trajectory whose policy tokens are the expert's answers; those of mistaken turns are not valid.
+
+    Its prompts are those that a rollout with `config` would show to a policy that gives these answers. Turns that a rollout's
+    limits would cut off are in it all the same.
+    """
+    trajectory = Trajectory(task=demonstration.task, won=demonstration.won)
+    first = demonstration.observations[0]
+    for turn, (history, observation, answer) in enumerate(_turns(demonstration, config.style, tokenizer.frame.opened)):
+        prompt = next_prompt(tokenizer, config, first, history, observation, tokenizer.stop_id)
+        trajectory.append_prompt(prompt, new_context=config.window is not None or turn == 0)
+        ids = tokenizer.answer(answer)
+        trajectory.append_answer(ids, [0.0] * len(ids), [0.0] * len(ids))
+        trajectory.actions.append(demonstration.actions[turn])
+        trajectory.rewards.append(0.0)
+        trajectory.valid.append(turn not in demonstration.mistakes)
+    return trajectory
+
+
+def _turns(
+    demonstration: Demonstration, style: str, opened: str = ""
+) -> Iterator[tuple[list[tuple[str, str]], Observation, str]]:
+    """(history, what is seen, the answer after what its prompt `opened`) of every turn. A history holds actions as they are
+    read out of answers."""
+    history = []
+    for observation, action in zip(demonstration.observations, demonstration.actions, strict=False):
+        answer = agent.expert_answer(action, style, opened)
+        yield history, observation, answer
+        history.append((observation.text, agent.parse_action(answer, style == "tagged", opened).action))
+
+
+def cloning_loss(
+    model: DecoderConfig, params: Params, batch: TokenBatch, prompt_weight: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(loss, mean cross-entropy of the action tokens), nats, over rows without the leading mini-batch axis.
+
+    Answers that are not valid, an expert's mistakes, are neither actions nor prompts: they weigh nothing.
+    """
+    module = bind(model, params)
+    hidden = module(batch.tokens, batch.positions, batch.segment_ids)
+    labels = jnp.roll(batch.tokens, -1, axis=1)
+    # A position predicts the next token of its own segment, or nothing.
+    follows = (jnp.roll(batch.segment_ids, -1, axis=1) == batch.segment_ids) & (batch.segment_ids > 0)
+    follows = follows.at[:, -1].set(False).astype(jnp.float32)
+    rows = jnp.arange(labels.shape[0])[:, None]
+    answer, action = (
+        jnp.zeros_like(follows).at[rows, batch.index].max(x) for x in (batch.policy_mask, batch.policy_mask * batch.valid)
+    )
+    head = mesh.at_use("lm_head", module.output_embedding())
+    log_prob, _ = head_statistics(model, hidden.reshape(-1, hidden.shape[-1]), head, labels, 1.0, None)
+    prompt = follows * (1.0 - answer)
+    on_actions = -(log_prob * action).sum() / jnp.maximum(action.sum(), 1.0)
+    on_prompts = -(log_prob * prompt).sum() / jnp.maximum(prompt.sum(), 1.0)
+    return on_actions + prompt_weight * on_prompts, on_actions
+
+
+@functools.cache
+def make_cloning_step(
+    model: DecoderConfig, optim: OptimConfig, prompt_weight: float, on: jax.sharding.Mesh | None = None
+) -> Callable:
+    """(params, opt_state, rows) -> (params, opt_state, action cross-entropy in nats), jitted, the first two donated, over the
+    devices of a mesh."""
+    optimizer = make_optimizer(optim)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, rows):
+        with mesh.inside(on):
+            gradient, on_actions = jax.grad(lambda p: cloning_loss(model, p, rows, prompt_weight), has_aux=True)(params)
+            updates, opt_state = optimizer.update(mesh.as_stored(gradient), opt_state, params)
+            return mesh.as_stored(optax.apply_updates(params, updates)), mesh.as_stored(opt_state), on_actions
+
+    return step
+
+
+class Cloning(NamedTuple):
+    """A warm start after `updates` updates; `cross_entropy` of the action tokens of the last one, nats."""
+
+    params: Params
+    opt_state: optax.OptState
+    updates: int
+    cross_entropy: float = 0.0
+
+
+def warm_start(
+    params: Params,
+    trajectories: list[Trajectory],
+    model: DecoderConfig,
+    optim: OptimConfig,
+    row_tokens: int,
+    rows_per_step: int,
+    prompt_weight: float,
+    seed: int,
+    begun: Cloning | None = None,
+) -> Iterator[Cloning]:
+    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows; yields the state after each.
+
+    A mesh changes nothing: it gets empty rows too, which weigh nothing, up to a multiple of its `row_shards`. The yielded
+    arrays are donated to the next step: keep only the last.
+
+    Args:
+        begun: the state that an earlier process came to, from which this one goes on as that one would have.
+    """
+    packed = pack(
+        trajectories,
+        row_tokens,
+        row_tokens,
+        max(len(t.actions) for t in trajectories),
+        contexts=max(len(t.contexts) for t in trajectories),
+        contexts_per_row=row_tokens // max(t.longest_context for t in trajectories),
+    )
+    pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed.by_row())
+    number = len(pool.tokens)
+    pool = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), pool)  # the last row is empty
+    on = mesh.mesh_of(params)
+    empty = [number] * (-rows_per_step % (mesh.row_shards(on) if on else 1))
+    step = make_cloning_step(model, optim, prompt_weight, on)
+    opt_state, first = make_optimizer(optim).init(params), 0
+    if begun is not None:
+        params, opt_state, first = begun.params, begun.opt_state, begun.updates
+    rng = keys.generator(seed, "warm start")
+    deck = np.zeros(0, np.int64)
+    for update in range(optim.updates):
+        while len(deck) < rows_per_step:
+            deck = np.concatenate([deck, rng.permutation(number)])
+        chosen, deck = deck[:rows_per_step], deck[rows_per_step:]
+        if update >= first:
+            rows = np.append(chosen, empty).astype(np.int64)
+            params, opt_state, cross_entropy = step(params, opt_state, jax.tree.map(lambda x, r=rows: x[r], pool))
+            yield Cloning(params, opt_state, update + 1, float(cross_entropy))

@@ -1,0 +1,122 @@
+"""What the train step is told and carries: `LearnerConfig` is static, `TrainState` lives on the devices.
+
+A state is made from the policy's weights, or described without them, on one device or where a mesh has it; mesh.py says
+what each device keeps.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from epo_jax.models import lora
+from epo_jax.models.decoder import DecoderConfig, Params, init_params
+from epo_jax.models.value import CriticKind, init_critic
+from epo_jax.objectives import entropy
+from epo_jax.objectives.loss import EntropyHistory, ObjectiveConfig
+from epo_jax.parallel import mesh
+from epo_jax.training.optim import OptimConfig, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """Everything static about a train step.
+
+    Attributes:
+        model: the policy's shape; with `model.lora`, only its adapters are trained.
+        objective: the loss's variants.
+        optim, critic_optim: optimisers; a critic exists when `critic_optim` is given.
+        reference: keep the initial policy for a KL term; with adapters it is the base, which is there anyway.
+        epochs: passes over a batch.
+        micro_rows: rows per forward and backward pass, those of all devices together.
+        total_steps: RL steps of the run (K of the phase schedule).
+        temperature: of the sampling distribution.
+        critic: which decoder the critic looks at.
+        episode_policy_tokens: the most policy tokens in an episode whose turns are contexts of their own, in any row;
+            None where every episode lies in one row.
+    """
+
+    model: DecoderConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    critic_optim: OptimConfig | None
+    reference: bool
+    epochs: int
+    micro_rows: int
+    total_steps: int
+    temperature: float
+    critic: CriticKind = "own"
+    episode_policy_tokens: int | None = None
+
+
+class TrainState(NamedTuple):
+    """Everything a resumed run needs on the device. `critic` and `reference` are empty dicts where they are not used.
+
+    `params` are what is trained. With adapters, `base` is the frozen rest of the policy; without, it is empty.
+    `kl_scale` times `Hyper.kl_coef` is the coefficient of the KL term: 1 unless the controller is adaptive.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    critic: Params
+    critic_opt_state: optax.OptState
+    reference: Params
+    history: EntropyHistory
+    kl_scale: Float[Array, ""]
+    base: Params
+
+    def policy(self) -> Params:
+        """The whole policy, as the sampler takes it."""
+        return lora.join(self.base, self.params)
+
+
+def init_state(config: LearnerConfig, params: Params) -> TrainState:
+    """The state before the first RL step, of a policy with `params`, its adapters among them."""
+    objective = config.objective
+    base, trained = lora.split(params) if config.model.lora else ({}, params)
+    per_turn = objective.max_turns if objective.history_index == "turn" else None
+    critic = init_critic(config.critic, params) if config.critic_optim else {}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=trained,
+        opt_state=make_optimizer(config.optim).init(trained),
+        critic=critic,
+        critic_opt_state=make_optimizer(config.critic_optim).init(critic) if config.critic_optim else (),
+        # The arithmetic would round the weights to its type anyway.
+        reference=(
+            jax.tree.map(lambda x: jnp.array(x, config.model.dtype), params)
+            if config.reference and not config.model.lora
+            else {}
+        ),
+        history=entropy.init_history(config.total_steps, per_turn),
+        kl_scale=jnp.ones((), jnp.float32),
+        base=base,
+    )
+
+
+def init_state_on(config: LearnerConfig, params: Params, on: Mesh) -> TrainState:
+    """`init_state` with every array where the mesh has it. `params`, which lie there already, are donated."""
+    make = jax.jit(init_state, static_argnums=0, donate_argnums=1, out_shardings=state_shardings(config, on))
+    return make(config, params)
+
+
+def state_shardings(config: LearnerConfig, on: Mesh) -> TrainState:
+    """Where each array of the state lies."""
+    return mesh.shardings(on, abstract_state(config))
+
+
+def abstract_state_on(config: LearnerConfig, on: Mesh) -> TrainState:
+    """Shapes, types and places of the state, nothing computed."""
+    return mesh.abstract(abstract_state(config), state_shardings(config, on))
+
+
+def abstract_state(config: LearnerConfig) -> TrainState:
+    """Shapes and types of the state, nothing computed."""
+    params = jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_state, config), params)

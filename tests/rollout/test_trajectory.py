@@ -1,0 +1,95 @@
+"""Packing: every token arrives where the learner looks for it."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from epo_jax.rollout.trajectory import Trajectory, entropy_by_turn, first_fit, pack
+
+
+def make(rng, turns, group=0, window=False):
+    trajectory = Trajectory(task={"id": "t", "type": "t"}, group=group)
+    for turn in range(turns):
+        trajectory.append_prompt(rng.integers(1, 50, rng.integers(1, 6)).tolist(), new_context=window)
+        n = int(rng.integers(1, 4))
+        trajectory.append_answer(rng.integers(1, 50, n).tolist(), (-rng.random(n)).tolist(), rng.random(n).tolist())
+        trajectory.observations.append(f"room {turn % 2}")
+        trajectory.actions.append("go")
+        trajectory.rewards.append(float(turn))
+        trajectory.valid.append(turn % 2 == 0)
+    return trajectory
+
+
+def test_entropy_by_turn_is_a_mean_over_tokens():
+    """Turn 1 of one episode only; prompts, whose entropy is recorded as 0, count nowhere."""
+    first, second = Trajectory(task={"id": "a", "type": "t"}), Trajectory(task={"id": "b", "type": "t"})
+    for t, answers in ((first, ([1.0, 2.0], [0.5])), (second, ([6.0],))):
+        for entropies in answers:
+            t.append_prompt([7, 8])
+            t.append_answer([9] * len(entropies), [0.0] * len(entropies), entropies)
+            t.actions.append("")
+    assert entropy_by_turn([first, second]) == {0: 3.0, 1: 0.5}
+    assert entropy_by_turn([Trajectory(task={"id": "c", "type": "t"})]) == {}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 999), st.booleans())
+def test_every_policy_token_is_found_again(turns, mini_batches, seed, window):
+    rng = np.random.default_rng(seed)
+    trajectories = [make(rng, n, window=window) for n in turns]
+    order = rng.permutation(len(trajectories))
+    # With a window, up to five contexts of at most 8 tokens and 3 of the policy each.
+    limits = (18, 6, 5, mini_batches, 2, order, 5, 2) if window else (50, 20, 5, mini_batches, 2, order)
+    batch = pack(trajectories, *limits)
+    seen = {i: [] for i in range(len(trajectories))}
+    for m in range(mini_batches):
+        assert not batch.segment_ids[m, batch.rows[m] :].any()
+        for r in range(batch.rows[m]):
+            for p in np.flatnonzero(batch.policy_mask[m, r]):
+                column = batch.index[m, r, p] + 1
+                assert batch.tokens[m, r, column] == batch.label[m, r, p]
+                # The hidden state that predicts it belongs to the same trajectory, one position earlier.
+                assert batch.segment_ids[m, r, column] == batch.segment_ids[m, r, column - 1] > 0
+                assert batch.positions[m, r, column] == batch.positions[m, r, column - 1] + 1
+                at = m, r, p
+                owner = int(batch.trajectory[at])
+                start = trajectories[owner].starts[int(batch.turn[at]) if window else 0]
+                seen[owner].append(
+                    (start + batch.positions[m, r, column], batch.turn[at], batch.reward[at], batch.valid[at],
+                     batch.behaviour_log_prob[at], batch.behaviour_entropy[at])
+                )  # fmt: skip
+    for i, t in enumerate(trajectories):
+        seen[i].sort()
+        where = [p for p, turn in enumerate(t.turn) if turn >= 0]
+        assert [s[0] for s in seen[i]] == where
+        assert [s[1] for s in seen[i]] == [t.turn[p] for p in where]
+        assert np.isclose(sum(s[2] for s in seen[i]), sum(t.rewards)) and batch.returns[i] == sum(t.rewards)
+        assert [s[3] for s in seen[i]] == [float(t.valid[t.turn[p]]) for p in where]
+        np.testing.assert_allclose([s[4] for s in seen[i]], [t.log_prob[p] for p in where], rtol=1e-6)
+        np.testing.assert_allclose([s[5] for s in seen[i]], [t.entropy[p] for p in where], rtol=1e-6)
+
+
+def test_shapes_do_not_depend_on_lengths():
+    rng = np.random.default_rng(0)
+    short = pack([make(rng, 1) for _ in range(6)], 50, 20, 5, 2, 4)
+    long = pack([make(rng, 5) for _ in range(6)], 50, 20, 5, 2, 4)
+    assert [x.shape for x in short] == [x.shape for x in long]
+    assert short.tokens.shape == (2, 4, 50)
+
+
+def test_first_fit_respects_both_capacities_and_wastes_no_bin():
+    bins = first_fit([(6, 1), (5, 1), (4, 1), (3, 3), (2, 3)], (10, 4))
+    assert sorted(i for content in bins for i in content) == [0, 1, 2, 3, 4]
+    assert len(bins) == 2 or len(bins) == 3
+    for content in bins:
+        assert sum([6, 5, 4, 3, 2][i] for i in content) <= 10
+        assert sum([1, 1, 1, 3, 3][i] for i in content) <= 4
+
+
+def test_anchors_are_equal_exactly_where_group_and_observation_are():
+    rng = np.random.default_rng(1)
+    trajectories = [make(rng, 3, group=0), make(rng, 3, group=0), make(rng, 3, group=1)]
+    anchor = pack(trajectories, 50, 20, 5).anchor
+    assert anchor[0, 0] == anchor[0, 2] == anchor[1, 0] != anchor[0, 1]
+    assert anchor[2, 0] not in anchor[:2, :3]
+    assert anchor.max() < anchor.size

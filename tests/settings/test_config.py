@@ -1,0 +1,160 @@
+"""The keys of a run: paper values, presets, and the values that are refused."""
+
+import re
+import runpy
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from epo_jax.common.errors import UserError
+from epo_jax.objectives import spec
+from epo_jax.settings.config import _RANGES, CHOICES, base_config, flatten, validate
+
+ROOT = Path(__file__).parents[2]
+
+
+def preset(env: str, name: str | None):
+    get_config = runpy.run_path(str(ROOT / "configs" / f"{env}.py"))["get_config"]
+    return get_config(*([] if name is None else [name]))
+
+
+@pytest.mark.parametrize("env", ["alfworld", "scienceworld"])
+@pytest.mark.parametrize("name", [None, "paper", "laptop", "smoke"])
+def test_every_preset_is_valid(env, name):
+    validate(preset(env, name))
+
+
+@pytest.mark.parametrize("env", ["alfworld", "scienceworld"])
+def test_presets_add_no_keys(env):
+    """A preset that misspells a key would otherwise add one that nothing reads."""
+    for name in ("paper", "laptop", "smoke"):
+        assert flatten(preset(env, name)).keys() == flatten(base_config(env)).keys()
+
+
+def test_paper_is_the_default_and_holds_the_papers_table():
+    alfworld, scienceworld = flatten(preset("alfworld", None)), flatten(preset("scienceworld", None))
+    both = {"epo.lam": 0.001, "epo.kappa_l": 0.0, "epo.kappa_r": 2.0, "epo.gamma": 3.0, "rollout.temperature": 1.0}
+    both |= {"rollout.groups": 16, "rollout.group_size": 8, "optim.lr": 5e-6, "eval.every": 5, "eval.temperature": 0.4}
+    both |= {"agent.context": "window", "agent.history_turns": 2, "agent.max_tokens": 2048 + 512}
+    both |= {"agent.response_tokens": 512, "epo.penalty": "hinge", "optim.weight_decay": 0.01, "algo.dual_clip": 3.0}
+    for key, value in both.items():
+        assert alfworld[key] == scienceworld[key] == value, key
+    assert (alfworld["epo.alpha"], scienceworld["epo.alpha"]) == (0.1, 0.05)
+    assert (alfworld["train.steps"], scienceworld["train.steps"]) == (150, 125)
+    assert (alfworld["algo.released_mini_turns"], scienceworld["algo.released_mini_turns"]) == (256, 128)
+    assert (alfworld["env.max_turns"], scienceworld["env.max_turns"]) == (50, 30)
+    assert alfworld["model.path"].endswith("Qwen2.5-3B-Instruct")
+    assert scienceworld["model.path"].endswith("Qwen2.5-7B-Instruct")
+
+
+def test_unknown_preset_is_refused_with_the_choices():
+    with pytest.raises(UserError, match="no preset 'huge'; choose one of 'paper', 'laptop', 'smoke'"):
+        preset("alfworld", "huge")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("epo.kappa_l", -0.1, "epo.kappa_l=-0.1 must be zero or positive"),
+        ("epo.kappa_r", -1.0, "epo.kappa_r=-1.0 must be"),
+        ("epo.kappa_l", 2.5, "epo.kappa_l=2.5 must not exceed config.epo.kappa_r=2.0"),
+        ("epo.lam", float("nan"), "epo.lam=nan is not a finite number"),
+        ("epo.penalty", "soft", "'soft' is not known; choose one of 'hinge', 'indicator'"),
+        ("epo.ema_decay", 1.0, r"in \[0, 1\)"),
+        ("algo.clip_low", 1.0, "below 1"),
+        ("algo.dual_clip", 1.0, "above 1"),
+        ("algo.kl_place", "advantage", "choose one of 'loss', 'reward'"),
+        ("algo.kl_target", 0.0, "algo.kl_target=0.0 must be positive"),
+        ("control.peak_quantile", 1.5, r"control.peak_quantile=1.5 must be in \[0, 1\]"),
+        ("control.shaping_kappa", 0.0, "control.shaping_kappa=0.0 must be positive"),
+        ("control.cov_low", 6.0, "control.cov_low=6.0 must be below config.control.cov_high=5.0"),
+        ("algo.importance_cap", -1.0, "importance_cap=-1.0 must be zero or positive"),
+        ("rollout.group_size", 1, "at least 2 for config.algo.name='grpo.epo'"),
+        ("seed", 2**32, "seed=4294967296 must be a whole number from 0 to 4294967295"),
+        ("seed", -1, "seed=-1 must be a whole number from 0"),
+        ("rollout.groups", 0, "whole number of at least 1"),
+        ("rollout.slots", 129, "must not exceed the 128 episodes"),
+        ("algo.mini_batches", 129, "must not exceed the 128 episodes"),
+        ("train.rows_policy_tokens", 256, "so that a turn fits in a row"),
+        ("model.num_kv_heads", 3, "must be a multiple of"),
+        ("model.head_dim", 63, "must be even"),
+        ("model.num_layers", 0, "at least 1"),
+        ("model.vocab_size", 256, "at least 300"),
+        ("agent.response_tokens", 16384, "must be below"),
+        ("train.rows_tokens", 1024, "so that an episode fits in a row"),
+        ("warm_start.episodes", 5, "warm_start.steps must be positive"),
+        ("eval.splits", ("valid",), "eval.splits names 'valid'"),
+        ("env.max_receptacles", 0, "at least 1"),
+        ("optim.lr", 0.0, "must be positive"),
+        ("seed", -1, "seed=-1"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_sentence(key, value, message):
+    config = base_config()
+    section, _, leaf = key.rpartition(".")
+    (config[section] if section else config)[leaf] = value
+    with pytest.raises(UserError, match=message) as refusal:
+        validate(config)
+    assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kl_kind": "full", "kl_place": "reward"}, "choose an estimate"),
+        ({"kl_controller": "adaptive", "kl_coef": 0.0}, "kl_coef=0 must be positive"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(values, message):
+    config = base_config()
+    config.algo.update(values)
+    with pytest.raises(UserError, match=message) as refusal:
+        validate(config)
+    assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
+
+
+def test_group_of_one_suits_an_algorithm_with_a_critic():
+    config = base_config()
+    config.algo.name = "ppo"
+    config.rollout.update(groups=128, group_size=1)
+    validate(config)
+
+
+def test_rules_name_keys_that_exist():
+    known = flatten(base_config("alfworld")).keys() | flatten(base_config("scienceworld")).keys()
+    ruled = {key for keys, _, _ in _RANGES for key in keys.split()} | CHOICES.keys()
+    assert ruled <= known, ruled - known
+
+
+def test_every_key_is_read():
+    """An option that nothing reads would deceive whoever sets it."""
+    sources = [path for path in (ROOT / "epo_jax").rglob("*.py") if path.name != "config.py"]
+    text = "\n".join(path.read_text() for path in sources)
+    unread = []
+    for key in flatten(base_config("alfworld")).keys() | flatten(base_config("scienceworld")).keys():
+        section, _, leaf = key.rpartition(".")
+        # Per-split keys are read as f"{split}_games".
+        leaf = re.escape(re.sub(r"^(train|valid_seen|valid_unseen)_", "{split}_", leaf))
+        attribute = rf"\b(?:{section or 'config'}|config|settings)\.{leaf}\b"
+        field = rf"^    {leaf}: (?:int|float|bool|str|Scalar)\b"  # model, optim and Hyper are read by field
+        if not re.search(rf"{attribute}|[\"']{leaf}[\"']|{field}", text, re.MULTILINE):
+            unread.append(key)
+    assert not unread
+
+
+def test_choices_are_those_of_the_objectives():
+    offered = {
+        "algo.kl_kind": spec.KLKind,
+        "algo.aggregation": spec.Aggregation,
+        "epo.penalty": spec.Penalty,
+        "epo.scope": spec.PenaltyScope,
+        "epo.history": spec.HistoryMode,
+        "epo.phase": spec.Phase,
+        "epo.aggregation": spec.Aggregation,
+    }
+    for key, kind in offered.items():
+        unknown = set(CHOICES[key]) - set(get_args(kind))
+        assert not unknown, f"config.{key} offers {unknown}"
+        missing = set(get_args(kind)) - set(CHOICES[key]) - {"none"}
+        assert not missing, f"config.{key} lacks {missing}"
