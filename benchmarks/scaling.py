@@ -146,7 +146,7 @@ def batch(config, learner):
     import jax
     import numpy as np
 
-    from epo_jax.rollout.trajectory import TokenBatch
+    from epo_jax.objectives.batch import TokenBatch
     from epo_jax.training.batch import contexts
 
     n, minis = config.rollout.groups * config.rollout.group_size, config.algo.mini_batches

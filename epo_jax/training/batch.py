@@ -4,8 +4,9 @@
 import numpy as np
 
 from epo_jax.common import keys
+from epo_jax.objectives.batch import TokenBatch
 from epo_jax.objectives.loss import ObjectiveConfig
-from epo_jax.rollout.trajectory import TokenBatch, Trajectory, pack
+from epo_jax.rollout.trajectory import Trajectory, pack
 
 
 def step_batch(

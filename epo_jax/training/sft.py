@@ -20,9 +20,10 @@ from epo_jax.envs import agent
 from epo_jax.envs.base import Demonstration, Observation
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
 from epo_jax.rollout.prompts import RolloutConfig, next_prompt
-from epo_jax.rollout.trajectory import TokenBatch, Trajectory, pack
+from epo_jax.rollout.trajectory import Trajectory, pack
 from epo_jax.training.optim import OptimConfig, make_optimizer
 from epo_jax.training.step import head_statistics
 

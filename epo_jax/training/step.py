@@ -26,13 +26,13 @@ from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.value import values
 from epo_jax.objectives import entropy
+from epo_jax.objectives.batch import TokenBatch
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.objectives.loss import Episodes, Estimate, Hyper, LossRows, epo_loss, estimate, loss_rows, record, smoothing_terms
 from epo_jax.objectives.policy import adaptive_kl_coef, kl_estimate
 from epo_jax.objectives.value import value_loss
 from epo_jax.parallel import mesh
 from epo_jax.parity import released_rows
-from epo_jax.rollout.trajectory import TokenBatch
 from epo_jax.training.micro_batches import gradient_by_slopes, in_rows, summed_gradients
 from epo_jax.training.optim import guarded_update
 from epo_jax.training.state import LearnerConfig, TrainState, state_shardings

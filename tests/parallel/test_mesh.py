@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from epo_jax.common.errors import UserError
 from epo_jax.models.decoder import DecoderConfig, Lora, init_params
 from epo_jax.models.generate import Cache
+from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
-from epo_jax.rollout.trajectory import TokenBatch
 from epo_jax.settings.config import base_config
 from epo_jax.training.batch import step_batch
 from epo_jax.training.optim import OptimConfig

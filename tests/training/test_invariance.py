@@ -15,8 +15,9 @@ import optax
 import pytest
 
 from epo_jax.objectives import entropy, registry, spec
+from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
-from epo_jax.rollout.trajectory import TokenBatch, pack
+from epo_jax.rollout.trajectory import pack
 from epo_jax.training.state import init_state_on
 from epo_jax.training.step import batch_shardings, make_train_step
 from tests import tiny

@@ -1,0 +1,57 @@
+"""The data of one RL step: token trajectories packed into rows of fixed shape.
+
+Loss arrays hold policy tokens only (axis P). Observations are never trained on, so everything after the decoder (the head, the
+losses, advantage estimation) skips them by construction.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int, UInt
+
+
+class TokenBatch(NamedTuple):
+    """Packed trajectories, split into M mini-batches (those of each epoch, one after another) of at most R rows of T tokens, P
+    policy tokens a row.
+
+    A segment is one context of a trajectory: all of a conversation, or one turn with its window.
+
+    Attributes:
+        tokens, positions, segment_ids: the decoder's input; segments count from 1, 0 is padding.
+        rows: live rows of each mini-batch; the rest is padding that the learner's loop never visits.
+        index: column of the hidden state that predicts each policy token (the token before it).
+        label: the policy tokens.
+        policy_mask: 1.0 where there is a policy token.
+        trajectory: index of the token's trajectory in the [N] arrays.
+        turn: the token's turn in its trajectory.
+        reward: the turn's reward on the turn's last token, 0 elsewhere.
+        valid: 1.0 where the token's turn parsed into an action.
+        behaviour_log_prob, behaviour_entropy: recorded when the token was sampled, nats.
+        returns: undiscounted return of each trajectory.
+        group: group of each trajectory.
+        anchor: an id of the observation before each turn, equal within a group where the observations are (GiGPO).
+        episode: id of each trajectory's episode.
+        seed: the run's seed, from which the learner draws.
+    """
+
+    tokens: Int[Array, "M R T"]
+    positions: Int[Array, "M R T"]
+    segment_ids: Int[Array, "M R T"]
+    rows: Int[Array, " M"]
+    index: Int[Array, "M R P"]
+    label: Int[Array, "M R P"]
+    policy_mask: Float[Array, "M R P"]
+    trajectory: Int[Array, "M R P"]
+    turn: Int[Array, "M R P"]
+    reward: Float[Array, "M R P"]
+    valid: Float[Array, "M R P"]
+    behaviour_log_prob: Float[Array, "M R P"]
+    behaviour_entropy: Float[Array, "M R P"]
+    returns: Float[Array, " N"]
+    group: Int[Array, " N"]
+    anchor: Int[Array, "N U"]
+    episode: Int[Array, " N"]
+    seed: UInt[Array, ""]
+
+    def by_row(self) -> "TokenBatch":
+        """The arrays that have rows; None in place of the others."""
+        return self._replace(rows=None, returns=None, group=None, anchor=None, episode=None, seed=None)
