@@ -30,6 +30,7 @@ from epo_jax.common.errors import UserError, explain
 from epo_jax.common.files import OTHER_CACHE, cache_folder, expand_user, from_cache
 from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworld_rooms
 from epo_jax.envs.alfworld_env import AlfworldEnv
+from epo_jax.envs.alfworld_rename import rename as rename
 from epo_jax.envs.base import SPLITS, Demonstration, Task, from_fields
 
 HINTS = ("none", "admissible")

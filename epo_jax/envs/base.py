@@ -9,6 +9,7 @@ and, where it has use for them,
 
     prepare(options)                -> None                 make or check everything on disk, once, in the main process
     demonstrations(tasks, options)  -> list[Demonstration]  expert episodes for the warm start
+    rename(demonstrations, seed)    -> list[Demonstration]  each with other names in it (config.warm_start.copies)
     PHRASES = "regular expression"                          set phrases that a tokenizer trained on its texts keeps whole
     SLOTS_PER_WORKER = 32                                   most episodes that one worker process can hold
 
@@ -118,6 +119,7 @@ class Environment:
     make_env: Callable[[dict[str, Any]], TextEnv]
     prepare: Callable[[dict[str, Any]], None]
     demonstrations: Callable[[list[Task], dict[str, Any]], list[Demonstration]]
+    rename: Callable[[list[Demonstration], int], list[Demonstration]]
     phrases: str
     slots_per_worker: int | None
 
@@ -146,6 +148,7 @@ def environment(name: str) -> Environment:
         make_env=module.make_env,
         prepare=getattr(module, "prepare", lambda options: None),
         demonstrations=getattr(module, "demonstrations", functools.partial(_no_demonstrations, name)),
+        rename=getattr(module, "rename", functools.partial(_no_renaming, name)),
         phrases=getattr(module, "PHRASES", ""),
         slots_per_worker=getattr(module, "SLOTS_PER_WORKER", None),
     )
@@ -153,3 +156,7 @@ def environment(name: str) -> Environment:
 
 def _no_demonstrations(name: str, tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
     raise UserError(f"env.name={name!r} has no expert demonstrations; set config.warm_start.episodes=0.")
+
+
+def _no_renaming(name: str, demonstrations: list[Demonstration], seed: int) -> list[Demonstration]:
+    raise UserError(f"env.name={name!r} cannot rename its expert episodes; set config.warm_start.copies=0.")

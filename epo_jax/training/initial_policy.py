@@ -9,7 +9,6 @@ import numpy as np
 from epo_jax.common import keys
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.common.stopping import StopRequest
-from epo_jax.envs.alfworld_rename import rename
 from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, init_params
@@ -48,7 +47,7 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
     demonstrations = env.demonstrations([task for task in chosen for _ in range(times)], config.env.to_dict())
     if times > 1:
         copies = [d for i, d in enumerate(demonstrations) if i % times]
-        demonstrations = demonstrations[::times] + rename(copies, config.seed)
+        demonstrations = demonstrations[::times] + env.rename(copies, config.seed)
     asked = len(chosen) * times
     missing = asked - len(demonstrations)
     lost = sum(not d.won for d in demonstrations)

@@ -77,6 +77,8 @@ def test_an_environment_without_an_expert_says_so():
     assert lonely.prepare({}) is None
     with pytest.raises(UserError, match="has no expert demonstrations; set config.warm_start.episodes=0"):
         lonely.demonstrations([], {})
+    with pytest.raises(UserError, match="cannot rename its expert episodes; set config.warm_start.copies=0"):
+        lonely.rename([], 0)
 
 
 @pytest.mark.parametrize("fields", [{"text": ""}, {"text": "a room", "goal": "g", "won": True, "objects": ("box",)}])
