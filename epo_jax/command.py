@@ -1,4 +1,4 @@
-"""The command line that train, evaluate and sweep share, and the config file of a run folder.
+"""The command line that train, evaluate and sweep share.
 
     --config=FILE.py[:preset]   what to run; `--config.section.key=value` overrides one key
     --workdir=FOLDER            the run folder
@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -32,18 +32,8 @@ from ml_collections import ConfigDict, config_flags
 from epo_jax.common import stopping
 from epo_jax.common.errors import Stopped, UserError, full_disk
 from epo_jax.common.files import expand_user, write_atomically
-from epo_jax.runs.folder import Changes, _changes, check_workdir, read_config, refuse_other_program, write_config
+from epo_jax.runs.folder import Command, _changes, check_workdir, read_config, refuse_other_program
 from epo_jax.settings.config import ENV_SECTIONS, base_config, flatten, validate
-
-
-class Command(NamedTuple):
-    """A parsed command line; `flags` holds what the program itself defined, `changes` what a resumed run changes for good."""
-
-    config: ConfigDict
-    workdir: Path
-    resume: bool
-    flags: flags.FlagValues
-    changes: Changes = {}  # noqa: RUF012  never written to
 
 
 def run(main: Callable[[list[str]], None]) -> int:
@@ -270,20 +260,6 @@ def _set_none(config: ConfigDict | None, keys: list[str], source: str | None) ->
         if may[key] is not None:
             raise UserError(f"--config.{key}=None: the key needs a value; leave the option out for {known[key]!r}.")
         config.update_from_flattened_dict({key: None})
-
-
-def open_workdir(command: Command) -> None:
-    """Makes the run folder and writes its config.json, unless it is resumed.
-
-    Raises:
-      UserError: the file system refuses.
-    """
-    try:
-        command.workdir.mkdir(parents=True, exist_ok=True)
-        if not command.resume:
-            write_config(command.config, command.workdir)
-    except OSError as error:
-        raise UserError(f"--workdir={command.workdir} cannot be written ({error.strerror}); choose another.") from None
 
 
 def _argument(argv: Sequence[str], name: str) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from epo_jax.command import Command, open_workdir, parse, run
+from epo_jax.command import parse, run
 from epo_jax.common import keys
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.common.stopping import StopRequest
@@ -28,7 +28,7 @@ from epo_jax.parallel import hosts, mesh
 from epo_jax.rollout import prompts, scheduler
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs import checkpoint, figures, frozen_base, lock, profiling, wandb_log
-from epo_jax.runs.folder import record_changes
+from epo_jax.runs.folder import Command, open_workdir, record_changes
 from epo_jax.runs.metrics import MetricWriter, evaluation_table, progress_line, read_rows, seconds_left
 from epo_jax.runs.policies import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
 from epo_jax.runs.trajectory_log import TrajectoryLog

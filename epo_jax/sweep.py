@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from epo_jax.command import Command, open_workdir, parse, run
+from epo_jax.command import parse, run
 from epo_jax.common import keys
 from epo_jax.common.errors import Stopped, UserError, explain
 from epo_jax.common.files import write_atomically
@@ -43,7 +43,7 @@ from epo_jax.parallel.mesh import devices_in_use
 from epo_jax.rollout import prompts, scheduler
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs import checkpoint, figures, frozen_base, lock, wandb_log
-from epo_jax.runs.folder import record_changes, write_config
+from epo_jax.runs.folder import Command, open_workdir, record_changes, write_config
 from epo_jax.runs.metrics import MetricWriter, Row, clock, read_rows, seconds_left
 from epo_jax.runs.policies import decoder_of_run, fit_vocabulary, keep_decoder, load_pretrained, load_source
 from epo_jax.runs.trajectory_log import TrajectoryLog

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from epo_jax.command import ArgumentParser, open_workdir, parse, run
+from epo_jax.command import ArgumentParser, parse, run
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.parallel import mesh
 from epo_jax.runs import lock
-from epo_jax.runs.folder import check_workdir, read_config
+from epo_jax.runs.folder import check_workdir, open_workdir, read_config
 from epo_jax.settings.config import flatten
 
 SMOKE = "--config=configs/alfworld.py:smoke"

@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError, explain
@@ -44,6 +45,16 @@ _NEVER_CHANGED = (
 Changes = dict[str, tuple[Any, Any]]
 
 
+class Command(NamedTuple):
+    """A parsed command line; `flags` holds what the program itself defined, `changes` what a resumed run changes for good."""
+
+    config: ConfigDict
+    workdir: Path
+    resume: bool
+    flags: flags.FlagValues
+    changes: Changes = {}  # noqa: RUF012  never written to
+
+
 # What a new run would overwrite.
 OF_A_RUN = ("checkpoints", "metrics.jsonl", "eval.jsonl", "trajectories.jsonl", "sweep.json", "members")
 
@@ -67,6 +78,20 @@ def check_workdir(workdir: Path, resume: bool) -> None:
         raise UserError(f"--workdir={workdir} cannot be a folder, as {existing} is a file; choose another.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be written: no permission in {existing}; choose another.")
+
+
+def open_workdir(command: Command) -> None:
+    """Makes the run folder and writes its config.json, unless it is resumed.
+
+    Raises:
+      UserError: the file system refuses.
+    """
+    try:
+        command.workdir.mkdir(parents=True, exist_ok=True)
+        if not command.resume:
+            write_config(command.config, command.workdir)
+    except OSError as error:
+        raise UserError(f"--workdir={command.workdir} cannot be written ({error.strerror}); choose another.") from None
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:
