@@ -10,13 +10,13 @@ import statistics
 import sys
 import tempfile
 
-from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_rooms, experts
-from epo_jax.envs.alfworld_env import split_intro
+from epo_jax.envs.alfworld import engine, experts, games, rooms
+from epo_jax.envs.alfworld.env import split_intro
 
 TURNS = 50
 
 
-def turns_needed(game: alfworld_engine.Game, trajectory: dict) -> int | None:
+def turns_needed(game: engine.Game, trajectory: dict) -> int | None:
     """Actions until the expert has won, or None if it has not within the limit."""
     params = trajectory["pddl_params"]
     target = params["parent_target"] or params["toggle_target"]
@@ -40,14 +40,14 @@ def main(count: int) -> None:
     print(f"{count} games of each type and split, at most {TURNS} turns\n")
     print("| task type | train: solved | median turns | unseen: solved | median turns |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        for kind, task_type in enumerate(alfworld_rooms.TASK_TYPES):
+        for kind, task_type in enumerate(rooms.TASK_TYPES):
             cells = []
             for split in ("train", "valid_unseen"):
                 needed = []
                 for i in range(count):
-                    made = alfworld_games.generate(split, kind + i * len(alfworld_rooms.TASK_TYPES), 0, None)
-                    compiled = alfworld_engine.compiled(made.files["game.tw-pddl"].encode(), folder)
-                    needed.append(turns_needed(alfworld_engine.Game(compiled), json.loads(made.files["traj_data.json"])))
+                    made = games.generate(split, kind + i * len(rooms.TASK_TYPES), 0, None)
+                    compiled = engine.compiled(made.files["game.tw-pddl"].encode(), folder)
+                    needed.append(turns_needed(engine.Game(compiled), json.loads(made.files["traj_data.json"])))
                 solved = [n for n in needed if n is not None]
                 cells += [f"{len(solved)}/{count}", f"{statistics.median(solved):g}" if solved else "-"]
             print(f"| {task_type} | {' | '.join(cells)} |", flush=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 
-from epo_jax.envs import alfworld
+from epo_jax.envs.alfworld import protocol as alfworld
 
 prepare, list_tasks = alfworld.prepare, alfworld.list_tasks
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.alfworld import get_config
 from epo_jax.envs.base import environment
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.rollout import prompts, scheduler
 from epo_jax.runs.policies import load
 from epo_jax.training.batch import step_batch

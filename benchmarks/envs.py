@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from epo_jax.envs.base import environment
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.settings.config import base_config
 
 GROUP = 8

@@ -24,8 +24,9 @@ import jax
 import numpy as np
 
 from benchmarks.decode import MODELS
-from epo_jax.envs import agent, alfworld, base
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs import agent, base
+from epo_jax.envs.alfworld import protocol as alfworld
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.rollout import prompts, scheduler

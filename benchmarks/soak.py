@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from epo_jax.envs.base import Observation, Task, environment
-from epo_jax.envs.pool import EnvPool
-from epo_jax.envs.process import Deadlines
+from epo_jax.envs.workers.pool import EnvPool
+from epo_jax.envs.workers.process import Deadlines
 from epo_jax.settings.config import base_config
 
 QUICK = Deadlines(start=120.0, reset=20.0, step=6.0, silence=3.0)

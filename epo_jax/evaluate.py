@@ -20,7 +20,7 @@ import jax
 from epo_jax.command import ArgumentParser, add_base_option, check_output, number_type, parse_config, run, write_output
 from epo_jax.common.errors import UserError
 from epo_jax.envs.base import SPLITS, environment
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.parallel import hosts, mesh
 from epo_jax.rollout.prompts import rollout_config
 from epo_jax.rollout.scheduler import check_devices

@@ -20,7 +20,7 @@ from epo_jax.common import keys
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import environment
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import attention, lora
 from epo_jax.models.decoder import decoder_config, with_adapters
 from epo_jax.models.tokenizer import load_tokenizer

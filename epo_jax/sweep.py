@@ -34,7 +34,7 @@ from epo_jax.common.errors import Stopped, UserError, explain
 from epo_jax.common.files import write_atomically
 from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import Task, environment
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import attention, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, with_adapters
 from epo_jax.models.members import Members

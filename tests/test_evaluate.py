@@ -10,7 +10,7 @@ import pytest
 from epo_jax import evaluate as command
 from epo_jax.common.errors import UserError
 from epo_jax.envs import toy
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer

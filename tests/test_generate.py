@@ -10,7 +10,7 @@ import pytest
 from epo_jax import evaluate, generate
 from epo_jax.common.errors import UserError
 from epo_jax.envs import base
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import weights
 from epo_jax.models.decoder import decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer

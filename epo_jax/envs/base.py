@@ -33,8 +33,8 @@ Task = dict[str, Any]
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
 ENVIRONMENTS = {
-    "alfworld": "epo_jax.envs.alfworld",
-    "scienceworld": "epo_jax.envs.scienceworld",
+    "alfworld": "epo_jax.envs.alfworld.protocol",
+    "scienceworld": "epo_jax.envs.scienceworld.protocol",
     "toy": "epo_jax.envs.toy",
 }
 

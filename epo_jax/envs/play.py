@@ -18,7 +18,7 @@ from epo_jax.command import ArgumentParser, run
 from epo_jax.common.errors import UserError, nearest
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Environment, Observation, Task, environment
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.settings.config import ENV_SECTIONS, base_config
 
 FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # enough to look at, and made in seconds

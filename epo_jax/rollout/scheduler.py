@@ -25,7 +25,7 @@ import jax
 from epo_jax.common.errors import UserError
 from epo_jax.envs import agent
 from epo_jax.envs.base import Observation, Task
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, unstack
 from epo_jax.models.members import Members

@@ -4,7 +4,7 @@
 
 from epo_jax.common import keys
 from epo_jax.envs.base import Task
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.rollout.prompts import RolloutConfig

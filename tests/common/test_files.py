@@ -10,7 +10,8 @@ import pytest
 
 from epo_jax.common import files
 from epo_jax.common.errors import UserError, full_disk
-from epo_jax.envs import alfworld, scienceworld
+from epo_jax.envs.alfworld import protocol as alfworld
+from epo_jax.envs.scienceworld import protocol as scienceworld
 from epo_jax.models import hub
 from epo_jax.runs.metrics import MetricWriter, read_rows
 

@@ -19,7 +19,7 @@ COMMAND = """
 import sys, time, hashlib
 from epo_jax.common import stopping
 from epo_jax.command import run
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 def main(argv):
     with EnvPool("toy", {{}}, workers=1) as pool:
         pool.reset(0, {{"id": "red-1", "type": "red", "colour": "red", "digit": "1"}})

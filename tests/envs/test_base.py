@@ -73,7 +73,7 @@ def test_a_module_that_is_no_environment_is_refused(guide, monkeypatch):
 
 
 def test_an_environment_without_an_expert_says_so():
-    lonely = base.environment("tests.envs.faulty_env")
+    lonely = base.environment("tests.envs.workers.faulty_env")
     assert lonely.prepare({}) is None
     with pytest.raises(UserError, match="has no expert demonstrations; set config.warm_start.episodes=0"):
         lonely.demonstrations([], {})

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from epo_jax import generate
 from epo_jax.common.errors import UserError
 from epo_jax.envs import agent, toy
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import load_tokenizer

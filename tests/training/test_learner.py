@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from epo_jax.envs import toy
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.objectives import registry

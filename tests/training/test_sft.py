@@ -9,7 +9,7 @@ import pytest
 
 from epo_jax.envs import agent, toy
 from epo_jax.envs.base import environment
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.rollout import prompts, scheduler

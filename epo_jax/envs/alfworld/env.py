@@ -1,7 +1,7 @@
 """An ALFWorld episode as it is told, in a worker to an agent and in a job to the expert."""
 
 from epo_jax.common.errors import UserError
-from epo_jax.envs import alfworld_engine
+from epo_jax.envs.alfworld import engine
 from epo_jax.envs.base import Observation, Task
 
 WIN_REWARD = 10.0
@@ -21,14 +21,14 @@ class AlfworldEnv:
     def __init__(self, compiled: str, admissible: bool):
         self._compiled = compiled
         self._admissible = admissible
-        self._game: alfworld_engine.Game | None = None
-        self._state: alfworld_engine.State | None = None
+        self._game: engine.Game | None = None
+        self._state: engine.State | None = None
         self._goal = ""
 
     def reset(self, task: Task) -> Observation:
         """Start the task's game. Raises UserError naming the game file when it cannot be played."""
         self._file = task["file"]
-        self._game = alfworld_engine.load_game(self._file, self._compiled)
+        self._game = engine.load_game(self._file, self._compiled)
         self._state = self._game.start
         text, self._goal = split_intro(self._game.intro)
         return self._observe(text, reward=0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from epo_jax.common.errors import UserError
-from epo_jax.envs import alfworld_engine, alfworld_games
+from epo_jax.envs.alfworld import engine, games
 
 HOSTILE = [
     "",
@@ -44,10 +44,10 @@ def write_game(tmp_path_factory):
 
 
 def game_content(index: int, max_receptacles: int | None = COMPACT) -> dict:
-    return json.loads(alfworld_games.generate("train", index, 7, max_receptacles).files["game.tw-pddl"])
+    return json.loads(games.generate("train", index, 7, max_receptacles).files["game.tw-pddl"])
 
 
-def wander(game: alfworld_engine.Game, commands, rng: random.Random, steps: int) -> list[str]:
+def wander(game: engine.Game, commands, rng: random.Random, steps: int) -> list[str]:
     """A random walk with hostile strings in between, and then `commands`; what was said."""
     state, said = game.start, []
     useful = ("open", "take", "move", "heat", "cool", "clean", "use", "slice", "close", "look")
@@ -60,7 +60,7 @@ def wander(game: alfworld_engine.Game, commands, rng: random.Random, steps: int)
     return said + list(commands)
 
 
-def trace(game: alfworld_engine.Game, commands: list[str]) -> list[list]:
+def trace(game: engine.Game, commands: list[str]) -> list[list]:
     state = game.start
     lines = [[game.intro, game.admissible(state), state.won]]
     for command in commands:
@@ -79,7 +79,7 @@ def neighbours(content: dict) -> tuple[dict, list[str]] | None:
         [line.strip("()").split()[1:] for line in lines if line.startswith(f"({predicate} ")]
         for predicate in ("receptacleAtLocation", "inReceptacle")
     )
-    names = alfworld_games._display_names([thing for thing, _ in [*spots, *inside]])
+    names = games._display_names([thing for thing, _ in [*spots, *inside]])
     flat = {place: spot for place, spot in spots if place.startswith(("Shelf", "CounterTop"))}
     for thing, place in inside:
         others = [other for other in flat if other != place and other.split("_")[0] == place.split("_")[0]]
@@ -101,7 +101,7 @@ def test_output_is_the_stock_engines(compiled, write_game):
     for index in range(6):  # one of each task type; the last also as a whole room
         content = game_content(index, None if index == 5 else COMPACT)
         path = write_game(content, f"stock-{index}")
-        game = alfworld_engine.load_game(path, compiled)
+        game = engine.load_game(path, compiled)
         jobs.append([path, wander(game, ["inventory", "look"], rng, 12), [*content["walkthrough"], "look"]])
     crowded = next(filter(None, (neighbours(game_content(index)) for index in range(100))))
     jobs.append([write_game(crowded[0], "crowded"), crowded[1]])
@@ -110,7 +110,7 @@ def test_output_is_the_stock_engines(compiled, write_game):
     assert run.returncode == 0, run.stderr[-2000:]
     for (path, *episodes), traces in zip(jobs, json.loads(run.stdout), strict=True):
         for commands, expected in zip(episodes, traces, strict=True):
-            actual = trace(alfworld_engine.load_game(path, compiled), commands)
+            actual = trace(engine.load_game(path, compiled), commands)
             for command, ours, theirs in zip(["reset", *commands], actual, expected, strict=True):
                 assert ours == theirs, f"{path}: {command!r}"
     crowded_text = " ".join(line[0] for line in expected)
@@ -120,11 +120,11 @@ def test_output_is_the_stock_engines(compiled, write_game):
 def test_episodes_of_one_game_do_not_disturb_each_other(compiled, write_game):
     content = game_content(3)
     rng = random.Random(1)
-    shared = alfworld_engine.Game(alfworld_engine.compiled(json.dumps(content).encode(), compiled))
+    shared = engine.Game(engine.compiled(json.dumps(content).encode(), compiled))
     walks = [wander(shared, content["walkthrough"], rng, 20) for _ in range(4)]
     alone = []
     for walk in walks:
-        fresh = alfworld_engine.Game(alfworld_engine.compiled(json.dumps(content).encode(), compiled))
+        fresh = engine.Game(engine.compiled(json.dumps(content).encode(), compiled))
         alone.append(trace(fresh, walk))
     states = [shared.start] * 4
     for turn in range(len(walks[0])):
@@ -135,18 +135,18 @@ def test_episodes_of_one_game_do_not_disturb_each_other(compiled, write_game):
 
 def test_states_past_the_limit_are_as_right_as_the_others(compiled, monkeypatch):
     content = json.dumps(game_content(4)).encode()
-    game = alfworld_engine.Game(alfworld_engine.compiled(content, compiled))
+    game = engine.Game(engine.compiled(content, compiled))
     walk = wander(game, json.loads(content)["walkthrough"], random.Random(2), 30)
     expected = trace(game, walk)
-    monkeypatch.setattr(alfworld_engine, "MAX_REMEMBERED_STATES", 3)
-    bounded = alfworld_engine.Game(alfworld_engine.compiled(content, compiled))
+    monkeypatch.setattr(engine, "MAX_REMEMBERED_STATES", 3)
+    bounded = engine.Game(engine.compiled(content, compiled))
     assert trace(bounded, walk) == expected
     assert len(bounded._states) == 3
 
 
 def test_a_repeated_transition_is_not_worked_out_again(compiled, monkeypatch):
     content = json.dumps(game_content(0)).encode()
-    game = alfworld_engine.Game(alfworld_engine.compiled(content, compiled))
+    game = engine.Game(engine.compiled(content, compiled))
     walk = json.loads(content)["walkthrough"]
     first = trace(game, walk)
     monkeypatch.setattr(game, "_apply", lambda *_: pytest.fail("the engine was asked again"))
@@ -155,11 +155,11 @@ def test_a_repeated_transition_is_not_worked_out_again(compiled, monkeypatch):
 
 def test_a_library_is_used_again_after_its_game(compiled):
     content = json.dumps(game_content(1)).encode()
-    game = alfworld_engine.Game(alfworld_engine.compiled(content, compiled))
+    game = engine.Game(engine.compiled(content, compiled))
     library = game._library
     expected = trace(game, json.loads(content)["walkthrough"])
     del game
-    again = alfworld_engine.Game(alfworld_engine.compiled(content, compiled))
+    again = engine.Game(engine.compiled(content, compiled))
     assert again._library is library
     assert trace(again, json.loads(content)["walkthrough"]) == expected
 
@@ -182,7 +182,7 @@ def test_a_grammar_cannot_run_code(compiled, write_game, tmp_path, expression):
     content["grammar"] = content["grammar"].replace(before, hostile)
     path = write_game(content, f"hostile-{abs(hash(expression))}")
     with pytest.raises(UserError, match=path):
-        alfworld_engine.load_game(path, compiled)
+        engine.load_game(path, compiled)
     assert not mark.exists()
 
 
@@ -194,7 +194,7 @@ def test_a_grammar_without_end_is_refused(compiled, write_game, symbols):
     content["grammar"] = content["grammar"][:goal] + symbols + content["grammar"][end:]
     path = write_game(content, f"endless-{len(symbols)}")
     with pytest.raises(UserError, match=f"{path} cannot be played: the game's grammar has no end"):
-        alfworld_engine.load_game(path, compiled)
+        engine.load_game(path, compiled)
 
 
 def test_a_grammar_that_grows_without_bound_is_refused(compiled, write_game):
@@ -205,7 +205,7 @@ def test_a_grammar_that_grows_without_bound_is_refused(compiled, write_game):
     content["grammar"] = content["grammar"].replace('"intro": [', rules + '"intro": [', 1)
     path = write_game(content, "doubling")
     with pytest.raises(UserError, match=f"{path} cannot be played: the game's grammar has no end"):
-        alfworld_engine.load_game(path, compiled)
+        engine.load_game(path, compiled)
 
 
 def _unknown(problem: str) -> str:
@@ -231,25 +231,25 @@ def test_a_damaged_game_file_is_named(compiled, write_game, tmp_path, damage):
     broken = tmp_path / "game.tw-pddl"
     broken.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=str(broken)):
-        alfworld_engine.load_game(str(broken), compiled)
+        engine.load_game(str(broken), compiled)
 
 
 def test_a_missing_game_file_is_named(compiled, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path / "none")):
-        alfworld_engine.load_game(str(tmp_path / "none"), compiled)
+        engine.load_game(str(tmp_path / "none"), compiled)
 
 
 def test_a_damaged_compiled_game_is_made_again(tmp_path):
     content = json.dumps(game_content(0)).encode()
-    made = alfworld_engine.compiled(content, str(tmp_path))
+    made = engine.compiled(content, str(tmp_path))
     (path,) = tmp_path.rglob("*.json.z")
     whole = path.read_bytes()
     path.write_bytes(whole[:1000])
-    assert alfworld_engine.compiled(content, str(tmp_path)) == made
+    assert engine.compiled(content, str(tmp_path)) == made
     assert path.read_bytes() == whole
 
 
 def test_an_unwritable_cache_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="cache"):
-        alfworld_engine.compiled(json.dumps(game_content(0)).encode(), str(tmp_path / "cache"))
+        engine.compiled(json.dumps(game_content(0)).encode(), str(tmp_path / "cache"))

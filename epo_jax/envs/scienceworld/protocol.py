@@ -35,8 +35,9 @@ from typing import Any
 from epo_jax.common import stopping
 from epo_jax.common.errors import UserError, nearest
 from epo_jax.common.files import OTHER_CACHE, cache_folder, from_cache, write_atomically
-from epo_jax.envs import base, scienceworld_jvm
+from epo_jax.envs import base
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
+from epo_jax.envs.scienceworld import jvm
 
 SLOTS_PER_WORKER = 32  # live episodes of one JVM, whose heap has room for about three times as many
 WIN_REWARD = 10.0
@@ -78,7 +79,7 @@ def prepare(options: dict[str, Any]) -> None:
     Raises:
         UserError: a package or Java is missing, the cache cannot be written, or an option is impossible.
     """
-    scienceworld_jvm.java_path()
+    jvm.java_path()
     path = _folder(options) / "splits.json"
     if not path.exists():
         splits = {answer.pop("task"): answer for answer in _ask([{"op": "splits", "simplification": ""}])}
@@ -109,8 +110,8 @@ def make_env(options: dict[str, Any]) -> "ScienceWorld":
 class ScienceWorld:
     """One live episode; several of them share this process's JVM without seeing each other."""
 
-    def __init__(self, simulator: scienceworld_jvm.Simulator, hints: str = "none"):
-        self._episode = scienceworld_jvm.Episode(simulator)
+    def __init__(self, simulator: jvm.Simulator, hints: str = "none"):
+        self._episode = jvm.Episode(simulator)
         self._hints = hints
 
     def reset(self, task: Task) -> Observation:
@@ -142,7 +143,7 @@ class ScienceWorld:
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
-    """Gold episodes (`scienceworld_gold`) of the tasks that they solve within `max_turns` actions; cached on disk."""
+    """Gold episodes (`gold`) of the tasks that they solve within `max_turns` actions; cached on disk."""
     prepare(options)
     known: dict[str, dict[str, Any]] = {}
     for name in sorted({task["type"] for task in tasks}):
@@ -166,9 +167,9 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
 
 
 @functools.cache
-def _simulator(simplification: str) -> scienceworld_jvm.Simulator:
+def _simulator(simplification: str) -> jvm.Simulator:
     """This process's JVM."""
-    return scienceworld_jvm.Simulator(simplification)
+    return jvm.Simulator(simplification)
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -235,7 +236,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers of one `scienceworld_gold` process per request, all at work at the same time."""
+    """The answers of one `gold` process per request, all at work at the same time."""
     root = str(Path(base.__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     running = []
@@ -244,7 +245,7 @@ def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
             given.write(json.dumps(request).encode())
             given.seek(0)
             said, wrote = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-            command = [sys.executable, "-m", "epo_jax.envs.scienceworld_gold"]
+            command = [sys.executable, "-m", "epo_jax.envs.scienceworld.gold"]
             env = {**os.environ, "PYTHONPATH": path}
             process = subprocess.Popen(command, stdin=given, stdout=wrote, stderr=said, env=env, start_new_session=True)
             stopping.process_groups.add(process.pid)

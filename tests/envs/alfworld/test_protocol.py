@@ -13,9 +13,11 @@ import pytest
 
 from epo_jax.common import stopping
 from epo_jax.common.errors import UserError
-from epo_jax.envs import alfworld, alfworld_jobs, alfworld_rooms, experts
+from epo_jax.envs.alfworld import experts, jobs
+from epo_jax.envs.alfworld import protocol as alfworld
+from epo_jax.envs.alfworld.rooms import TASK_TYPES
 from epo_jax.envs.base import SPLITS
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.workers.pool import EnvPool
 
 GAMES = 12
 HOSTILE = (
@@ -92,7 +94,7 @@ def real(options, tmp_path, monkeypatch):
 def test_every_generated_game_is_won_by_its_walkthrough(options):
     for split in SPLITS:
         tasks = alfworld.list_tasks(split, options)
-        assert [task["type"] for task in tasks] == [alfworld_rooms.TASK_TYPES[i % 6] for i in range(GAMES)]
+        assert [task["type"] for task in tasks] == [TASK_TYPES[i % 6] for i in range(GAMES)]
         assert len({task["id"] for task in tasks}) == GAMES
         env = alfworld.make_env(options)
         for task in tasks:
@@ -128,7 +130,7 @@ def test_the_number_of_workers_does_not_change_the_games(options, tmp_path):
 
 def test_the_training_process_imports_no_engine(options):
     program = (
-        "import json, sys; from epo_jax.envs import alfworld; options = json.loads(sys.argv[1]); "
+        "import json, sys; from epo_jax.envs.alfworld import protocol as alfworld; options = json.loads(sys.argv[1]); "
         "alfworld.prepare(options); alfworld.demonstrations(alfworld.list_tasks('train', options)[:1], options); "
         "print(sorted(set(sys.modules) & {'jax', 'numpy', 'textworld', 'alfworld', 'fast_downward', 'jericho'}))"
     )
@@ -274,7 +276,7 @@ def test_a_change_in_real_data_is_noticed(real, change):
 def test_games_that_are_finished_are_kept_when_their_making_is_interrupted(tmp_path, options, monkeypatch):
     """And the whole is what it would have been."""
     options = options | {f"{split}_games": 2 for split in SPLITS} | {"data_dir": str(tmp_path), "workers": 1}
-    run_jobs, made = alfworld_jobs.run_jobs, []
+    run_jobs, made = jobs.run_jobs, []
 
     def interrupted(jobs, progress):
         def report(done):
@@ -285,7 +287,7 @@ def test_games_that_are_finished_are_kept_when_their_making_is_interrupted(tmp_p
         return run_jobs(jobs, report)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(alfworld_jobs, "run_jobs", interrupted)
+        patch.setattr(alfworld, "run_jobs", interrupted)
         alfworld.prepare(options)
     assert not stopping.process_groups
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("game.tw-pddl")}
@@ -353,7 +355,7 @@ def test_the_expert_makes_no_idle_move(options):
 def test_demonstrations_are_kept(options, monkeypatch):
     tasks = alfworld.list_tasks("train", options)[:3]
     first = alfworld.demonstrations(tasks, options)
-    monkeypatch.setattr(alfworld_jobs, "run_jobs", lambda *_: pytest.fail("played again"))
+    monkeypatch.setattr(alfworld, "run_jobs", lambda *_: pytest.fail("played again"))
     assert alfworld.demonstrations(tasks, options) == first
     assert alfworld.demonstrations([], options) == []
 
@@ -383,9 +385,9 @@ def test_where_the_expert_fails_the_walkthrough_is_shown(options, monkeypatch):
     job = {"tasks": [{**task, "seed": ""} for task in tasks], "max_turns": 25, "hesitation": 0.0, "mistakes": 0.0}
     job |= {"admissible": False, "compiled": str(Path(options["data_dir"]) / "alfworld" / "compiled")}
     monkeypatch.setattr(experts, "expert_moves", lambda goal, text: iter(()))
-    for task, episode in zip(tasks, alfworld_jobs.demonstrate(job), strict=True):
+    for task, episode in zip(tasks, jobs.demonstrate(job), strict=True):
         assert episode["won"] and episode["actions"] == json.loads(Path(task["file"]).read_text())["walkthrough"]
-    short = next(iter(alfworld_jobs.demonstrate({**job, "max_turns": 1})))
+    short = next(iter(jobs.demonstrate({**job, "max_turns": 1})))
     assert not short["won"] and len(short["observations"]) == len(short["actions"]) + 1
 
 

@@ -4,7 +4,7 @@ Where ALFWORLD_DATA names a folder, its games are played (all of them, whatever 
 else games are generated once into the cache folder. Options read here:
 
     data_dir                 cache folder; "" stands for $EPO_JAX_DATA, else ~/.cache/epo_jax
-    train_games, valid_seen_games, valid_unseen_games, max_receptacles, seed      what to generate (`alfworld_games`)
+    train_games, valid_seen_games, valid_unseen_games, max_receptacles, seed      what to generate (`games`)
     workers                  processes that generate and demonstrate
     max_turns                longest demonstration
     hesitation               probability that a demonstration wastes a turn before every move (default 0)
@@ -28,9 +28,12 @@ from typing import Any
 
 from epo_jax.common.errors import UserError, explain
 from epo_jax.common.files import OTHER_CACHE, cache_folder, expand_user, from_cache
-from epo_jax.envs import alfworld_engine, alfworld_games, alfworld_jobs, alfworld_rooms
-from epo_jax.envs.alfworld_env import AlfworldEnv
-from epo_jax.envs.alfworld_rename import rename as rename
+from epo_jax.envs.alfworld.engine import write_atomically
+from epo_jax.envs.alfworld.env import AlfworldEnv
+from epo_jax.envs.alfworld.games import GENERATOR_VERSION
+from epo_jax.envs.alfworld.jobs import run_jobs
+from epo_jax.envs.alfworld.rename import rename as rename
+from epo_jax.envs.alfworld.rooms import TASK_TYPES
 from epo_jax.envs.base import SPLITS, Demonstration, Task, from_fields
 
 HINTS = ("none", "admissible")
@@ -63,7 +66,7 @@ def _index(options: dict[str, Any]) -> Path:
     if path.exists():
         return path
     if (data := _real_data()) is not None:
-        alfworld_engine.write_atomically(path, json.dumps(_index_real_data(data)).encode())
+        write_atomically(path, json.dumps(_index_real_data(data)).encode())
     else:
         _generate(options)
     return path
@@ -113,8 +116,8 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
         common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled"), "admissible": told}
         common |= {"max_turns": max_turns, "hesitation": hesitation, "mistakes": mistakes}
         jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
-        episodes = alfworld_jobs.run_jobs(jobs, _progress("expert episodes played", len(tasks)))
-        alfworld_engine.write_atomically(path, "".join(json.dumps(e) + "\n" for e in episodes).encode())
+        episodes = run_jobs(jobs, _progress("expert episodes played", len(tasks)))
+        write_atomically(path, "".join(json.dumps(e) + "\n" for e in episodes).encode())
     return [
         Demonstration(task, tuple(map(from_fields, e["observations"])), tuple(e["actions"]), tuple(e["mistakes"]))
         for task, e in zip(tasks, episodes, strict=True)
@@ -142,7 +145,7 @@ def _index_path(options: dict[str, Any]) -> Path:
         return _cache(options) / f"real-{_digest([INDEX_VERSION, str(data), _contents(data)])}" / _INDEX
     package = importlib.metadata.version("alfworld")
     wanted = [options[f"{split}_games"] for split in SPLITS]
-    key = [alfworld_games.GENERATOR_VERSION, package, wanted, options["max_receptacles"], options["seed"]]
+    key = [GENERATOR_VERSION, package, wanted, options["max_receptacles"], options["seed"]]
     return _cache(options) / f"generated-{_digest(key)}" / _INDEX
 
 
@@ -196,7 +199,7 @@ def _index_real_data(data: Path) -> Index:
     for split in SPLITS:
         for path in sorted((data / split).rglob("game.tw-pddl")):
             name = str(path.parent.relative_to(data))
-            task_type = next((t for t in alfworld_rooms.TASK_TYPES if path.parts[-3].startswith(f"{t}-")), None)
+            task_type = next((t for t in TASK_TYPES if path.parts[-3].startswith(f"{t}-")), None)
             if task_type and "movable" not in name and "Sliced" not in name and _solvable(path):
                 index[split].append({"id": name, "type": task_type, "file": f"{name}/{path.name}"})
     if not any(index.values()):
@@ -234,7 +237,7 @@ def _generate(options: dict[str, Any]) -> None:
             "max_receptacles": options["max_receptacles"],
         }
         jobs = [{**common, "games": games[k::workers]} for k in range(workers)]
-        made = alfworld_jobs.run_jobs(jobs, _progress("games made and played to their end", len(games)))
+        made = run_jobs(jobs, _progress("games made and played to their end", len(games)))
         index: Index = {split: [] for split in SPLITS}
         for game in sorted(made, key=lambda g: g["index"]):
             file = f"{game['folder']}/game.tw-pddl"

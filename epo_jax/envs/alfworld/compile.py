@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from epo_jax.envs import alfworld_library, alfworld_text
+from epo_jax.envs.alfworld.library import Atom, Proposition, borrow, give_back
+from epo_jax.envs.alfworld.text import parse_document, parse_symbols
 
 COMPILER_VERSION = 1  # part of a compiled game's file name; raise it when `compile_game` gives something else
 
@@ -25,7 +26,7 @@ def compile_game(data: Mapping[str, str]) -> dict[str, Any]:
         sas: the grounded task, as fast-downward's library reads it.
         facts: predicate -> the argument lists of which it is true at first, sorted.
         entities: object id -> the fields that a grammar may use.
-        rules, intro: the grammar and its start symbol (`alfworld_text`).
+        rules, intro: the grammar and its start symbol (`text`).
         actions: PDDL action -> its parameters [[name, type], ...], command template and feedback.
         changing: the predicates that some action changes.
     """
@@ -37,12 +38,12 @@ def compile_game(data: Mapping[str, str]) -> dict[str, Any]:
     facts: dict[str, list[list[str]]] = {}
     for name, arguments in sorted(propositions):
         facts.setdefault(name, []).append(list(arguments))
-    templates, rules = alfworld_text.parse_document(data["grammar"])
+    templates, rules = parse_document(data["grammar"])
     actions = {
         action.name: {
             "parameters": [[p.name.strip("?"), p.type_name] for p in action.parameters],
-            "template": alfworld_text.parse_symbols(templates[action.name][0]),
-            "feedback": alfworld_text.parse_symbols(templates[action.name][1]),
+            "template": parse_symbols(templates[action.name][0]),
+            "feedback": parse_symbols(templates[action.name][1]),
         }
         for action in task.actions
     }
@@ -53,7 +54,7 @@ def compile_game(data: Mapping[str, str]) -> dict[str, Any]:
         "facts": facts,
         "entities": _entities({name: types[name] for name in mentioned}),
         "rules": rules,
-        "intro": alfworld_text.parse_symbols("#intro#"),
+        "intro": parse_symbols("#intro#"),
         "actions": actions,
         "changing": sorted({effect.literal.predicate for action in task.actions for effect in action.effects}),
     }
@@ -70,12 +71,12 @@ def _translate(domain: str, problem: str):
         sys.argv = argv
 
 
-def _initial_state(sas: str) -> set[alfworld_library.Proposition]:
-    library = alfworld_library.borrow()
+def _initial_state(sas: str) -> set[Proposition]:
+    library = borrow()
     library.load_sas(sas.encode())
-    atoms = (alfworld_library.Atom * library.get_state_size())()
+    atoms = (Atom * library.get_state_size())()
     library.get_state(atoms)
-    alfworld_library.give_back(library)
+    give_back(library)
     propositions = {atom.proposition for atom in atoms}
     return {proposition for proposition in propositions if not proposition[0].startswith("not_")}
 

@@ -1,6 +1,6 @@
 """The searching expert on rooms that are written out by hand."""
 
-from epo_jax.envs import experts
+from epo_jax.envs.alfworld import experts
 
 ROOM = (
     "You are in the middle of a room. Looking quickly around you, "

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from epo_jax.envs.alfworld_compile import package_import
+from epo_jax.envs.alfworld.compile import package_import
 
 TASK_TYPES = (
     "pick_and_place_simple",

@@ -17,7 +17,7 @@ from typing import Any
 from epo_jax.common.errors import UserError
 from epo_jax.envs import base
 from epo_jax.envs.base import Observation, Task
-from epo_jax.envs.process import Deadlines, Request, WorkerFailed, WorkerProcess, end_all
+from epo_jax.envs.workers.process import Deadlines, Request, WorkerFailed, WorkerProcess, end_all
 
 DEADLINES = Deadlines()
 FAILURES_ALLOWED = 3

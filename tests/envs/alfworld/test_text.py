@@ -5,7 +5,7 @@ import json
 import pytest
 
 from epo_jax.common.errors import UserError
-from epo_jax.envs import alfworld_text
+from epo_jax.envs.alfworld import text as evaluator
 
 TYPES = {"fork": "object", "spoon": "object", "desk": "receptacle", "bed": "receptacle"}
 ENTITIES = {
@@ -17,7 +17,7 @@ RULES = {
     "list_separator": [[None, [["text", ", "]]]],
     "list_last_separator": [[None, [["text", ", and "]]]],
     "state": [
-        [alfworld_text.parse_query("on(o:object, r:receptacle)"), [["text", "full"]]],
+        [evaluator.parse_query("on(o:object, r:receptacle)"), [["text", "full"]]],
         [None, [["text", "empty"]]],
     ],
 }
@@ -28,7 +28,7 @@ def facts(**known):
 
 
 def solutions(query, mapping, known):
-    found = alfworld_text.solve(alfworld_text.parse_query(query), mapping, known, TYPES)
+    found = evaluator.solve(evaluator.parse_query(query), mapping, known, TYPES)
     return [tuple(solution.values()) for solution in found]
 
 
@@ -68,14 +68,14 @@ def test_conjunctions_bind_from_left_to_right():
     ],
 )
 def test_lists_are_joined_as_textworld_joins_them(on, text):
-    grammar = alfworld_text.Grammar(RULES, ENTITIES)
-    symbols = alfworld_text.parse_symbols("[{o.indefinite + ' ' + o.name | on(o:object, r:receptacle)}].")
+    grammar = evaluator.Grammar(RULES, ENTITIES)
+    symbols = evaluator.parse_symbols("[{o.indefinite + ' ' + o.name | on(o:object, r:receptacle)}].")
     assert grammar.derive(symbols, {("r", "receptacle"): "desk"}, facts(on=on)) == f"{text}."
 
 
 def test_the_first_rule_whose_condition_holds_is_used():
-    grammar = alfworld_text.Grammar(RULES, ENTITIES)
-    symbols = alfworld_text.parse_symbols("The {r.name} is #state#.")
+    grammar = evaluator.Grammar(RULES, ENTITIES)
+    symbols = evaluator.parse_symbols("The {r.name} is #state#.")
     mapping = {("r", "receptacle"): "desk"}
     assert grammar.derive(symbols, mapping, facts(on=[("fork", "desk")])) == "The desk 1 is full."
     assert grammar.derive(symbols, mapping, facts(on=[("fork", "bed")])) == "The desk 1 is empty."
@@ -92,9 +92,9 @@ def test_the_first_rule_whose_condition_holds_is_used():
     ],
 )
 def test_expressions_are_pythons(expression, value, monkeypatch):
-    monkeypatch.setattr(alfworld_text, "_FIELDS", ("id", "name", "empty"))
+    monkeypatch.setattr(evaluator, "_FIELDS", ("id", "name", "empty"))
     scope = {"o": {**ENTITIES["fork"], "empty": ""}}
-    assert alfworld_text.compile_expression.__wrapped__(expression)(scope) == value
+    assert evaluator.compile_expression.__wrapped__(expression)(scope) == value
 
 
 @pytest.mark.parametrize(
@@ -102,17 +102,17 @@ def test_expressions_are_pythons(expression, value, monkeypatch):
 )
 def test_other_expressions_are_refused(expression):
     with pytest.raises(UserError, match="not allowed"):
-        alfworld_text.compile_expression(expression)
+        evaluator.compile_expression(expression)
 
 
 def test_an_unknown_symbol_is_an_error():
     with pytest.raises(UserError, match="#nowhere#"):
-        alfworld_text.Grammar(RULES, ENTITIES).derive([["rule", "nowhere"]], {}, facts())
+        evaluator.Grammar(RULES, ENTITIES).derive([["rule", "nowhere"]], {}, facts())
 
 
 @pytest.mark.parametrize("goal", ["put a mug in desk", "it's 2 pens, really", "put a mug (blue) & go!"])
 def test_the_goal_reaches_the_rules_whether_or_not_it_is_plain_words(goal):
     rules = {"task": [{"rhs": f"Your task is to: {goal}."}], "intro": [{"rhs": "#task#"}]}
-    _, parsed = alfworld_text.parse_document(f'grammar :: """\n{json.dumps(rules)}\n""";\n')
-    text = alfworld_text.Grammar(parsed, {}).derive([["rule", "intro"]], {}, facts())
-    assert text == f"Your task is to: {goal}."
+    _, parsed = evaluator.parse_document(f'grammar :: """\n{json.dumps(rules)}\n""";\n')
+    intro = evaluator.Grammar(parsed, {}).derive([["rule", "intro"]], {}, facts())
+    assert intro == f"Your task is to: {goal}."

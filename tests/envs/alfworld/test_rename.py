@@ -2,7 +2,7 @@
 
 import re
 
-from epo_jax.envs.alfworld_rename import rename
+from epo_jax.envs.alfworld.rename import rename
 from epo_jax.envs.base import Demonstration, Observation
 
 SEEN = (

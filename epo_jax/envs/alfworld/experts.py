@@ -13,7 +13,7 @@ import re
 from collections.abc import Generator
 from typing import NamedTuple
 
-from epo_jax.envs import alfworld_rooms
+from epo_jax.envs.alfworld import rooms
 
 Moves = Generator[str, str, None]  # yields an action, is sent the text that it brought
 
@@ -95,8 +95,8 @@ def expert_moves(goal: Goal, text: str) -> Moves:
             if lamp is not None:
                 yield f"use {lamp}"
             return
-        if goal.task_type in alfworld_rooms.TREATMENTS:
-            _, verb, station_type = alfworld_rooms.TREATMENTS[goal.task_type]
+        if goal.task_type in rooms.TREATMENTS:
+            _, verb, station_type = rooms.TREATMENTS[goal.task_type]
             station = search.nearest(station_type.lower())
             yield from search.reach(station, inside=False)
             yield f"{verb} {item} with {station}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epo_jax.common import stopping
-from epo_jax.envs import worker as program
+from epo_jax.envs.workers import worker as program
 
 MAX_ANSWER_BYTES = 1 << 24
 GRACE_SECONDS = 2.0
@@ -77,7 +77,7 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Starts the process; also after `end`, for another one in its place."""
-        root = str(Path(program.__file__).resolve().parents[2])
+        root = str(Path(program.__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(

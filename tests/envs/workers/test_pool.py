@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from epo_jax.common.errors import UserError
-from epo_jax.envs import base, pool, toy
-from epo_jax.envs.pool import Deadlines, EnvPool
-from tests.envs import faulty_env
+from epo_jax.envs import base, toy
+from epo_jax.envs.workers import pool
+from epo_jax.envs.workers.pool import Deadlines, EnvPool
+from tests.envs.workers import faulty_env
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def faulty(monkeypatch, tmp_path):
     """Builds pools on the misbehaving environment; checks at the end that their processes are gone."""
-    monkeypatch.setitem(base.ENVIRONMENTS, "faulty", "tests.envs.faulty_env")
+    monkeypatch.setitem(base.ENVIRONMENTS, "faulty", "tests.envs.workers.faulty_env")
     pools = []
 
     def build(workers=1, memory_limit_mb=1000, **deadlines):
@@ -291,8 +292,8 @@ def test_no_process_survives_a_killed_parent(busy, tmp_path):
     script = f"""
 import time
 from epo_jax.envs import base
-from epo_jax.envs.pool import EnvPool
-base.ENVIRONMENTS["faulty"] = "tests.envs.faulty_env"
+from epo_jax.envs.workers.pool import EnvPool
+base.ENVIRONMENTS["faulty"] = "tests.envs.workers.faulty_env"
 pool = EnvPool("faulty", {{"marker": {str(tmp_path / "marker")!r}}}, 2)
 for slot in range(2):
     pool.reset(slot, {{"id": "ab"[slot], "type": "x"}})

@@ -1,6 +1,6 @@
 """What is asked of the ScienceWorld simulator once and kept: the split of each task's variations, and gold episodes.
 
-Runs as a process of its own, `python -m epo_jax.envs.scienceworld_gold`, because working out gold actions changes the
+Runs as a process of its own, `python -m epo_jax.envs.scienceworld.gold`, because working out gold actions changes the
 simulator for good. Reads one JSON request from standard input and answers in JSON lines:
 
     {"op": "splits", "simplification": ""}
@@ -23,8 +23,8 @@ from typing import Any
 from epo_jax.common.errors import UserError
 from epo_jax.envs.agent import parse_action
 from epo_jax.envs.base import Observation, to_fields
-from epo_jax.envs.scienceworld import ScienceWorld
-from epo_jax.envs.scienceworld_jvm import Episode, Simulator
+from epo_jax.envs.scienceworld.jvm import Episode, Simulator
+from epo_jax.envs.scienceworld.protocol import ScienceWorld
 
 _NOTHING_DONE = "The door is already open."
 

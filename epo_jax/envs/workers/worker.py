@@ -1,8 +1,8 @@
 """A worker process: several episodes of one environment behind JSON lines on its standard input and output.
 
-Started by `epo_jax.envs.process` as `python -m epo_jax.envs.worker MODULE`. The first line holds the environment's options,
-the seconds between heartbeats and the memory it may use. Every other line is one request, answered by one line in the same
-order. A seat is one environment object, made when it is first used and used again for later episodes.
+`epo_jax.envs.workers.process` starts it as `python -m epo_jax.envs.workers.worker MODULE`. The first line holds the
+environment's options, the seconds between heartbeats and the memory it may use. Every other line is one request, answered by
+one line in the same order. A seat is one environment object, made when it is first used and used again for later episodes.
 
     {"id": 7, "op": "play", "seat": 3, "task": {...}, "actions": [...]}   reset, then every action; the last observation
     {"id": 8, "op": "step", "seat": 3, "action": "go to shelf 1"}         one step

@@ -3,7 +3,7 @@
 Stock TextWorld translates a game's PDDL twice at each reset, and at each step parses and deep-copies the grammar and
 words every admissible command. Here a game is compiled once - by fast-downward's translator, TextWorld's grammar parser
 and ALFWorld's own naming of objects - into a JSON that is kept on disk. Playing imports none of them: the successor
-function is fast-downward's compiled library, reached by ctypes, and the text is derived by `alfworld_text`.
+function is fast-downward's compiled library, reached by ctypes, and the text is derived by `text`.
 
 One loaded game serves any number of episodes. The library numbers the states it has seen and can return to any of
 them, so an episode is only a `State`, and a transition that some episode has taken before is a dictionary look-up. That
@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 from epo_jax.common.errors import UserError
 from epo_jax.common.files import OTHER_CACHE
-from epo_jax.envs import alfworld_compile, alfworld_library, alfworld_text
-from epo_jax.envs.alfworld_library import Proposition
+from epo_jax.envs.alfworld.compile import COMPILER_VERSION, compile_game
+from epo_jax.envs.alfworld.library import Atom, Operator, Proposition, borrow, give_back
+from epo_jax.envs.alfworld.text import Binding, Facts, Grammar, Symbols
 
 MAX_REMEMBERED_STATES = 2000  # per game, a few kB each; the states beyond are as right, but not shared
 LOADED_GAMES = 32  # per process, about 3 MB each
@@ -58,7 +59,7 @@ class _Command(NamedTuple):
 
     number: int
     action: str
-    mapping: alfworld_text.Mapping
+    mapping: Binding
     num_effects: int
 
 
@@ -77,12 +78,12 @@ class Game:
             for name, action in self._actions.items()
         }
         self._facts = {name: [tuple(row) for row in rows] for name, rows in compiled["facts"].items()}
-        self._grammar = alfworld_text.Grammar(compiled["rules"], compiled["entities"])
-        self._library = alfworld_library.borrow()
-        weakref.finalize(self, alfworld_library.give_back, self._library)
+        self._grammar = Grammar(compiled["rules"], compiled["entities"])
+        self._library = borrow()
+        weakref.finalize(self, give_back, self._library)
         self._library.load_sas(compiled["sas"].encode())
         self._states: dict[tuple[int, frozenset[Proposition]], State] = {}
-        self._wording: dict[str, tuple[str, str, alfworld_text.Mapping]] = {}
+        self._wording: dict[str, tuple[str, str, Binding]] = {}
         self._wording_by_use: dict[tuple, str] = {}
         self._commands_of: tuple[State | None, dict[str, _Command]] = (None, {})
         self.start = self._state(frozenset())
@@ -114,7 +115,7 @@ class Game:
                 self._states[number, changes] = state
         return state
 
-    def _facts_at(self, state: State) -> alfworld_text.Facts:
+    def _facts_at(self, state: State) -> Facts:
         """The facts of a state by predicate, each worked out when it is asked for."""
 
         @functools.cache
@@ -128,7 +129,7 @@ class Game:
 
     def _apply(self, state: State, command: _Command) -> tuple[State, str]:
         self._library.set_state_id(state.number)
-        effects = (alfworld_library.Atom * command.num_effects)()
+        effects = (Atom * command.num_effects)()
         self._library.apply_operator(command.number, effects)
         changes = set(state.changes)
         for effect in effects:
@@ -144,7 +145,7 @@ class Game:
         if self._commands_of[0] is state:
             return self._commands_of[1]
         self._library.set_state_id(state.number)
-        operators = (alfworld_library.Operator * self._library.get_applicable_operators_count())()
+        operators = (Operator * self._library.get_applicable_operators_count())()
         self._library.get_applicable_operators(operators)
         commands: dict[str, _Command] = {}
         for operator in operators:
@@ -154,7 +155,7 @@ class Game:
         self._commands_of = (state, commands)
         return commands
 
-    def _word(self, operator: str, state: State) -> tuple[str, str, alfworld_text.Mapping]:
+    def _word(self, operator: str, state: State) -> tuple[str, str, Binding]:
         """The command text, action and mapping of an operator such as `openobject agent1 loc_1 fridge_1`."""
         known = self._wording.get(operator)
         if known is not None:
@@ -173,7 +174,7 @@ class Game:
         return self._wording[operator]
 
 
-def _mentions(template: alfworld_text.Symbols, parameters: set[str], changing: set[str]) -> set[str] | None:
+def _mentions(template: Symbols, parameters: set[str], changing: set[str]) -> set[str] | None:
     """The parameters that a command's wording depends on, or None when it may also depend on the state."""
     mentioned: set[str] = set()
     for kind, content, *rest in template:
@@ -214,12 +215,12 @@ def load_game(path: str, cache: str) -> Game:
 def compiled(content: bytes, cache: str) -> dict[str, Any]:
     """The compiled form of a game file's content, from folder `cache` or put there."""
     digest = hashlib.sha256(content).hexdigest()[:32]
-    target = Path(cache) / digest[:2] / f"{digest}-{alfworld_compile.COMPILER_VERSION}.json.z"
+    target = Path(cache) / digest[:2] / f"{digest}-{COMPILER_VERSION}.json.z"
     known = _read_compiled(target)
     if known is not None:
         return known
     try:
-        made = alfworld_compile.compile_game(_fields(content))
+        made = compile_game(_fields(content))
     except (UserError, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # the translator exits the process on some malformed problems

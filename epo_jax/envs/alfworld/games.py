@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epo_jax.common.errors import UserError
-from epo_jax.envs import alfworld_rooms as rooms
-from epo_jax.envs.alfworld_compile import package_import
+from epo_jax.envs.alfworld import rooms
+from epo_jax.envs.alfworld.compile import package_import
 
 GENERATOR_VERSION = 3  # part of the cache folder's name; raise it when the same options would give other games
 COMPACT_OBJECTS_PER_RECEPTACLE = 1.5

@@ -1,6 +1,6 @@
 """Work on ALFWorld games in processes of its own: making games, and letting the expert play them.
 
-`run_jobs` starts `python -m epo_jax.envs.alfworld_jobs` once for each share of the work. Such a process reads one job,
+`run_jobs` starts `python -m epo_jax.envs.alfworld.jobs` once for each share of the work. Such a process reads one job,
 a JSON line, and answers one JSON line for each item as soon as it is done, or {"error": ...} and stops. The packages
 that these jobs need (slow to import, in part under the GPL) stay out of the training process.
 """
@@ -19,8 +19,8 @@ from typing import Any
 from epo_jax.common import stopping
 from epo_jax.common.errors import UserError, explain
 from epo_jax.common.files import OTHER_CACHE
-from epo_jax.envs import alfworld_engine, alfworld_games, experts
-from epo_jax.envs.alfworld_env import AlfworldEnv
+from epo_jax.envs.alfworld import engine, experts, games
+from epo_jax.envs.alfworld.env import AlfworldEnv
 from epo_jax.envs.base import Observation, to_fields
 
 # ---------------------------------------------------------------------------------------------- the parent's side
@@ -65,10 +65,10 @@ def run_jobs(jobs: list[dict[str, Any]], progress: Callable[[int], None]) -> lis
 
 
 def _start(job: dict[str, Any]) -> subprocess.Popen:
-    package_root = str(Path(__file__).resolve().parents[2])
+    package_root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-m", "epo_jax.envs.alfworld_jobs"],
+        [sys.executable, "-m", "epo_jax.envs.alfworld.jobs"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
@@ -88,14 +88,14 @@ def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     already, from a process that was interrupted, are left."""
     for wanted in job["games"]:
         split, index = wanted["split"], wanted["index"]
-        made = alfworld_games.generate(split, index, job["seed"], job["max_receptacles"])
+        made = games.generate(split, index, job["seed"], job["max_receptacles"])
         folder = Path(job["root"]) / split / made.folder
         answer = {"split": split, "index": index, "type": made.task_type, "folder": f"{split}/{made.folder}"}
         if folder.exists():
             yield answer
             continue
-        compiled = alfworld_engine.compiled(made.files["game.tw-pddl"].encode(), job["compiled"])
-        game = alfworld_engine.Game(compiled)
+        compiled = engine.compiled(made.files["game.tw-pddl"].encode(), job["compiled"])
+        game = engine.Game(compiled)
         state = game.start
         wins = []
         for command in made.walkthrough:

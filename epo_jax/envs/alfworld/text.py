@@ -25,7 +25,7 @@ _PLAIN_GOAL = re.compile(r'"rhs": "Your task is to: ([A-Za-z0-9 ,\'-]+)')
 _GOAL_MARK = "GOAL OF THE GAME"
 
 Symbols = list[list[Any]]
-Mapping = dict[tuple[str, str], str]  # (placeholder, type) -> object id
+Binding = dict[tuple[str, str], str]  # (placeholder, type) -> object id
 Facts = Callable[[str], list[tuple[str, ...]]]  # predicate -> its true argument tuples, sorted
 
 MAX_SYMBOLS = 50_000  # of one text; the longest of the real grammar needs about a thousand
@@ -135,17 +135,17 @@ def _first(parts: list[Callable], wanted: bool, scope: dict[str, dict[str, str]]
     return value
 
 
-def solve(query: list[list[Any]], mapping: Mapping, facts: Facts, types: dict[str, str]) -> Iterator[Mapping]:
-    """All ways to extend `mapping` so that every predicate of `query` is true, in TextWorld's order.
+def solve(query: list[list[Any]], binding: Binding, facts: Facts, types: dict[str, str]) -> Iterator[Binding]:
+    """All ways to extend `binding` so that every predicate of `query` is true, in TextWorld's order.
 
     As in TextWorld, two placeholders never stand for the same object, objects already mapped included.
     """
     if not query:
-        yield mapping
+        yield binding
         return
     (predicate, placeholders), rest = query[0], query[1:]
     for arguments in facts(predicate):
-        extended = dict(mapping)
+        extended = dict(binding)
         for (name, type_), value in zip(placeholders, arguments, strict=True):
             bound = extended.get((name, type_))
             if bound is None:
@@ -172,22 +172,22 @@ class Grammar:
         self._types = {key: entity["type"] for key, entity in entities.items()}
         self._left = 0
 
-    def derive(self, symbols: Symbols, mapping: Mapping, facts: Facts) -> str:
-        """The text of `symbols` where the placeholders of `mapping` are bound and `facts` hold.
+    def derive(self, symbols: Symbols, binding: Binding, facts: Facts) -> str:
+        """The text of `symbols` where the placeholders of `binding` are bound and `facts` hold.
 
         Raises:
             UserError: no rule fits, or the rules have no end.
         """
         self._left = MAX_SYMBOLS
         try:
-            return self._text(symbols, mapping, facts)
+            return self._text(symbols, binding, facts)
         except RecursionError:
             raise UserError("the game's grammar has no end.") from None
 
-    def _text(self, symbols: Symbols, mapping: Mapping, facts: Facts) -> str:
-        return "".join(self._derive(symbol, mapping, facts) for symbol in symbols)
+    def _text(self, symbols: Symbols, binding: Binding, facts: Facts) -> str:
+        return "".join(self._derive(symbol, binding, facts) for symbol in symbols)
 
-    def _derive(self, symbol: list[Any], mapping: Mapping, facts: Facts) -> str:
+    def _derive(self, symbol: list[Any], binding: Binding, facts: Facts) -> str:
         self._left -= 1
         if self._left < 0:
             raise UserError("the game's grammar has no end.")
@@ -195,28 +195,28 @@ class Grammar:
         if kind == "text":
             return content
         if kind == "value":
-            return str(compile_expression(content)({name: self._entities[v] for (name, _), v in mapping.items()}))
+            return str(compile_expression(content)({name: self._entities[v] for (name, _), v in binding.items()}))
         if kind == "rule":
-            return self._text(self._choose(content, mapping, facts), mapping, facts)
+            return self._text(self._choose(content, binding, facts), binding, facts)
         if kind == "each":
-            return "".join(self._each(symbol, mapping, facts))
-        return self._join(self._each(content, mapping, facts), mapping, facts)
+            return "".join(self._each(symbol, binding, facts))
+        return self._join(self._each(content, binding, facts), binding, facts)
 
-    def _choose(self, name: str, mapping: Mapping, facts: Facts) -> Symbols:
+    def _choose(self, name: str, binding: Binding, facts: Facts) -> Symbols:
         for condition, symbols in self._rules.get(name, ()):
-            if condition is None or any(True for _ in solve(condition, mapping, facts, self._types)):
+            if condition is None or any(True for _ in solve(condition, binding, facts, self._types)):
                 return symbols
         raise UserError(f"the game's grammar has no rule that fits #{name}#.")
 
-    def _each(self, symbol: list[Any], mapping: Mapping, facts: Facts) -> list[str]:
+    def _each(self, symbol: list[Any], binding: Binding, facts: Facts) -> list[str]:
         _, expression, query = symbol
         if query is None:
-            return [self._derive(expression, mapping, facts)]
-        return [self._derive(expression, found, facts) for found in solve(query, mapping, facts, self._types)]
+            return [self._derive(expression, binding, facts)]
+        return [self._derive(expression, found, facts) for found in solve(query, binding, facts, self._types)]
 
-    def _join(self, items: list[str], mapping: Mapping, facts: Facts) -> str:
+    def _join(self, items: list[str], binding: Binding, facts: Facts) -> str:
         if len(items) < 2:
-            return items[0] if items else self._derive(["rule", "list_empty"], mapping, facts)
-        separator = self._derive(["rule", "list_separator"], mapping, facts)
-        last = self._derive(["rule", "list_last_separator"], mapping, facts)
+            return items[0] if items else self._derive(["rule", "list_empty"], binding, facts)
+        separator = self._derive(["rule", "list_separator"], binding, facts)
+        last = self._derive(["rule", "list_last_separator"], binding, facts)
         return separator.join(items[:-1]) + last + items[-1]

