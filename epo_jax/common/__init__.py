@@ -1,1 +1,4 @@
-"""What every room uses: errors for users, files, random keys, stopping."""
+"""Shared by every room: user errors, files and folders, random keys, stopping, unused token ids.
+
+May import: nothing.
+"""

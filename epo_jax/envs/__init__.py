@@ -1,1 +1,4 @@
-"""Text environments in host-side worker processes. Nothing here may import JAX."""
+"""Text games, played in host-side worker processes. No module here imports JAX, directly or through another one.
+
+May import: common.
+"""

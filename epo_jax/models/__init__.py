@@ -1,1 +1,4 @@
-"""Decoder language models: parameters, caches, tokens. Knows nothing of objectives or environments."""
+"""Decoder language models: parameters, caches, sampling, tokenizers, checkpoint formats. No objectives.
+
+May import: common, settings, parallel.
+"""

@@ -1,1 +1,4 @@
-"""Losses and advantages as pure functions of arrays. Knows nothing of models or environments."""
+"""Losses, advantages and entropy controls as pure functions of arrays. No models, no environments.
+
+May import: common, settings, parallel.
+"""

@@ -1,1 +1,4 @@
-"""The mesh of devices and the processes of a run."""
+"""The device mesh and the processes of a run on several hosts.
+
+May import: common, settings.
+"""

@@ -1,1 +1,4 @@
-"""The arithmetic of the authors' released code."""
+"""The reference implementation's arithmetic, fault for fault. No other room knows it.
+
+May import: common, settings, parallel, objectives, models, envs, rollout, runs, training.
+"""

@@ -1,1 +1,4 @@
-"""ALFWorld: the environment, its text engine, the generator of its games, its experts. Imports only common and envs."""
+"""ALFWorld: the environment, a fast text engine, a generator of games, experts.
+
+May import: common, envs.
+"""

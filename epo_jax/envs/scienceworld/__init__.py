@@ -1,1 +1,4 @@
-"""ScienceWorld: the environment, its simulator in a Java process, gold episodes. Imports only common and envs."""
+"""ScienceWorld: the environment, the simulator in a Java process, gold episodes.
+
+May import: common, envs.
+"""

@@ -1,1 +1,4 @@
-"""Environments in worker processes: the pool of episodes and both ends of a process. Imports only common and envs.base."""
+"""Episodes in worker processes: the pool and both ends of a process's pipes.
+
+May import: common, envs.
+"""
