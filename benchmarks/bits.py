@@ -68,8 +68,9 @@ def main() -> None:
         for dtype, cache_dtype in CHOICES:
             settings = dataclasses.replace(prompts.rollout_config(config), dtype=dtype, cache_dtype=cache_dtype)
             episodes = step_episodes(tasks, config, 0, 0)
-            trajectories, _ = scheduler.collect(
-                episodes, pool, policy.tokenizer, policy.model, policy.params, jax.random.key(1), settings, temperature
+            player = scheduler.Player(episodes, policy.tokenizer, jax.random.key(1))
+            (trajectories,), _ = scheduler.collect(
+                [player], policy.params, pool, policy.model, settings, prompts.SamplingConfig(temperature)
             )
             batch = step_batch(config, objective, 0, trajectories, 1)
             log_ratio, entropy = differences(policy.model, policy.params, batch, temperature)

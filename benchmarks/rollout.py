@@ -67,7 +67,7 @@ def ours(args, tokenizer, tasks):
         slots=args.slots, max_turns=args.turns, max_tokens=4096, max_policy_tokens=4096, response_tokens=LONGEST,
         style="tagged", lanes=args.lanes, block=args.block,
     )  # fmt: skip
-    sampler = Sampler(jax.random.key(1), (-1,), 1.0, 0, 1.0, min(args.block, LONGEST))
+    sampler = Sampler(jax.random.key(1), (-1,), prompts.SamplingConfig(1.0), min(args.block, LONGEST))
     episodes = [scheduler.Episode(i, tasks[i]) for i in range(args.episodes)]
     for name in ("compiling", "ours"):
         with EnvPool("alfworld_random", OPTIONS, 2) as pool:
@@ -199,8 +199,9 @@ def of_run(args):
     with EnvPool(config.env.name, options, config.env.workers) as pool:
         for step in range(4):
             episodes = step_episodes(tasks, config, step, 0)
-            trajectories, stats = scheduler.collect(
-                episodes, pool, policy.tokenizer, policy.model, policy.params, jax.random.key(1), settings, 1.0
+            player = scheduler.Player(episodes, policy.tokenizer, jax.random.key(1))
+            (trajectories,), stats = scheduler.collect(
+                [player], policy.params, pool, policy.model, settings, prompts.SamplingConfig(1.0)
             )
             report(f"step {step}", stats.seconds, trajectories, {
                 "prefill": stats.prefill_seconds, "decode": stats.decode_seconds,

@@ -32,10 +32,8 @@ def main(argv: list[str]) -> None:
     config.agent.max_tokens = 1  # the room in a context is what the model has
     print(mesh.devices_in_use(), file=sys.stderr)
     policy = load(options.checkpoint, options.step, config, base=options.base)
-    sampler = Sampler(
-        keys.key(options.seed, "evaluation"), policy.tokenizer.stop_ids, options.temperature, options.top_k, options.top_p,
-        block=options.max_tokens,
-    )  # fmt: skip
+    sampling = prompts.SamplingConfig(options.temperature, options.top_k, options.top_p)
+    sampler = Sampler(keys.key(options.seed, "evaluation"), policy.tokenizer.stop_ids, sampling, options.max_tokens)
     if options.play or options.interactive:
         if policy.config is None:
             raise UserError(f"--play: {options.checkpoint} is no run folder, so it has no game; use --prompt.")

@@ -211,16 +211,10 @@ def train(command: Command, stop: StopRequest) -> None:
 
         def play(step: int, attempt: int) -> tuple[list[Trajectory], scheduler.RolloutStats]:
             with stop.now_or(functools.partial(end_early, step)):
-                return scheduler.collect(
-                    step_episodes(train_tasks, config, step, attempt),
-                    pool,
-                    tokenizer,
-                    model,
-                    state.policy(),
-                    keys.key(config.seed, "rollout"),
-                    settings,
-                    config.rollout.temperature,
-                )
+                episodes, key = step_episodes(train_tasks, config, step, attempt), keys.key(config.seed, "rollout")
+                player, sampling = scheduler.Player(episodes, tokenizer, key), prompts.SamplingConfig(config.rollout.temperature)
+                (trajectories,), stats = scheduler.collect([player], state.policy(), pool, model, settings, sampling)
+                return trajectories, stats
 
         # ------------------------------------------------------------ the loop
         stop.defer()

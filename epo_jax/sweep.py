@@ -367,17 +367,13 @@ def train(
     base = jax.device_put(base, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     members_step = make_members_step(learner, at_once, mesh)
     hypers = stack([member.hyper for member in members])
-    settings = prompts.rollout_config(config)
-    rollout_keys, evaluation_keys = (
-        jnp.stack([keys.key(seed, purpose) for seed in seeds]) for purpose in ("rollout", "evaluation")
-    )
-    devices = list(mesh.devices) if mesh.size > 1 else []
+    settings = dataclasses.replace(prompts.rollout_config(config), at_once=at_once)
+    rollout_keys, evaluation_keys = ([keys.key(seed, purpose) for seed in seeds] for purpose in ("rollout", "evaluation"))
 
     def collect(episodes: list[list[scheduler.Episode]], own_keys, *sampling):
+        players = list(map(scheduler.Player, episodes, tokenizers, own_keys))
         policies = Members(base, states.params)
-        return scheduler.collect_members(
-            episodes, pool, tokenizers, model, policies, own_keys, settings, *sampling, at_once, devices
-        )
+        return scheduler.collect(players, policies, pool, model, settings, prompts.SamplingConfig(*sampling))
 
     def played(step: int) -> tuple[list[list[list[Trajectory]]], scheduler.RolloutStats]:
         """The rounds of every member, as many as dynamic sampling asks for, and what all of them took."""
@@ -388,7 +384,7 @@ def train(
                 step_episodes(tasks["train"], member.config, step, attempt) if wants else []
                 for member, wants in zip(members, wanting, strict=True)
             ]
-            sampled, spent = collect(episodes, rollout_keys, config.rollout.temperature, 0, 1.0)
+            sampled, spent = collect(episodes, rollout_keys, config.rollout.temperature)
             for mine, new, wants in zip(rounds, sampled, wanting, strict=True):
                 mine += [new] if wants else []
             stats, attempt = stats + spent, attempt + 1

@@ -17,6 +17,7 @@ from epo_jax.models import generate, members
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.members import Members
 from epo_jax.parallel import mesh
+from epo_jax.rollout.prompts import SamplingConfig
 
 # Every compiled shape is a choice from these: columns of an extend, tokens a row has room for, and rows (all of the lane's,
 # or a quarter of them); a lane halves its rows down to the smallest. One column is for answers that go on in the next block.
@@ -67,16 +68,14 @@ class Programs:
 
 
 class Sampler(NamedTuple):
-    """How every row samples, see `generate.Sampling`, and how many tokens one call of `decode` samples at most.
+    """How every row samples, and how many tokens one call of `decode` samples at most.
 
     In a lane of several members there is a key for each.
     """
 
     key: jax.Array
     stop_tokens: tuple[int, ...]
-    temperature: float
-    top_k: int
-    top_p: float
+    sampling: SamplingConfig
     block: int
 
 
@@ -233,9 +232,9 @@ class Lane:
                 values[row] = getattr(turn, name)
         ints = {name: values.reshape(*self._lead, size) for name, values in ints.items()}
         sampling = generate.Sampling(
-            np.full(size, sampler.temperature, np.float32),
-            np.full(size, sampler.top_k, np.int32),
-            np.full(size, sampler.top_p, np.float32),
+            np.full(size, sampler.sampling.temperature, np.float32),
+            np.full(size, sampler.sampling.top_k, np.int32),
+            np.full(size, sampler.sampling.top_p, np.float32),
         )
         self._cache, sampled = self._call(
             self._compute.decode, self._model, self._params, self._cache, sampler.key, **ints, sampling=sampling,

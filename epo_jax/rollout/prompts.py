@@ -31,6 +31,7 @@ class RolloutConfig:
         devices: that share every lane's rows, each with a copy of the parameters. Parameters that lie on a mesh of several
             devices are sampled from there instead: its rows are shared along "data" and "fsdp", along which the parameters
             are copied for the time of the rollout.
+        at_once: members of a sweep that one call of a compiled program computes; 1 uses the programs of a single run.
     """
 
     slots: int
@@ -46,6 +47,16 @@ class RolloutConfig:
     dtype: str | None = None
     cache_dtype: str | None = None
     devices: int = 1
+    at_once: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """The distribution that tokens are sampled from, see `generate.Sampling`; what is trained on is not truncated."""
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 def window_of(config) -> agent.Window | None:

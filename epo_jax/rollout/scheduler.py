@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from epo_jax.common.errors import UserError
 from epo_jax.envs import agent
@@ -32,7 +33,7 @@ from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.parallel import hosts, mesh
 from epo_jax.rollout.lane import SMALLEST_LANE, Answer, Lane, Programs, Sampler, Turn
-from epo_jax.rollout.prompts import RolloutConfig, next_prompt
+from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig, next_prompt
 from epo_jax.rollout.trajectory import Trajectory
 
 # Lanes of a device at work at the same time. More would not be quicker: one works while another is being read and answered.
@@ -115,7 +116,7 @@ class _LaneEpisodes:
 
 
 class _Player(NamedTuple):
-    """A member of a rollout, or its only policy."""
+    """A player with its number and, in a run of several processes, its share of the episodes."""
 
     number: int
     tokenizer: ChatTokenizer
@@ -378,38 +379,79 @@ def _executor(threads: int) -> Iterator[concurrent.futures.Executor]:
         executor.shutdown(wait=wait, cancel_futures=not wait)
 
 
+class Player(NamedTuple):
+    """A policy's part of a rollout: a run has one player, a sweep has one for each member.
+
+    Attributes:
+        episodes: what it plays, perhaps nothing.
+        key: seeds its sampling, together with an episode's id.
+    """
+
+    episodes: list[Episode]
+    tokenizer: ChatTokenizer
+    key: jax.Array
+
+
 def collect(
-    episodes: list[Episode],
+    players: Sequence[Player],
+    params: Params | Members,
     pool: EnvPool,
-    tokenizer: ChatTokenizer,
     model: DecoderConfig,
-    params: Params,
-    key: jax.Array,
     config: RolloutConfig,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> tuple[list[Trajectory], RolloutStats]:
-    """Plays every episode once and returns the trajectories in the order of `episodes`.
+    sampling: SamplingConfig,
+) -> tuple[list[list[Trajectory]], RolloutStats]:
+    """Plays every episode once; returns each player's trajectories, in the order of its episodes.
 
-    In a run of several processes each plays its share of the episodes and of the slots, and gets all trajectories.
+    A trajectory depends on its player's key and parameters, its episode's id and task, and the sampling settings. With the
+    same episodes and slots it is the same bit for bit, whatever the timing and the number of workers. Other episodes around
+    it, or another number of slots, change the shapes of the batches, which reassociates float sums.
 
-    A trajectory depends on `key`, its episode's id and task, the parameters and the sampling settings. With the same
-    episodes and slots it is the same bit for bit, whatever the timing and the number of workers; in other company or
-    another number of slots it is computed in batches of other shapes, which reassociates float sums.
+    If a run has several processes, each plays its share of the episodes in its share of the slots, and all processes get all
+    trajectories.
 
     Args:
-        temperature, top_k, top_p: see `generate.Sampling`; log-probabilities and entropies are those of the truncated
-            distribution, so what is to be trained on is sampled from the whole one.
+        params: the only player's, on one device or on a mesh; or `Members`, one for each player, whose members may be sharded
+            over a mesh with the axis "member": each device then plays its own members.
+        config: with `Members`, its `at_once` applies and its `devices` does not.
     """
-    block = min(config.block, config.response_tokens)
-    sampler = Sampler(key, tokenizer.stop_ids, temperature, top_k, top_p, block)
     slots = -(-config.slots // jax.process_count())
     rollout = _Rollout(pool, model, dataclasses.replace(config, slots=slots))
-    player = _Player(0, tokenizer, hosts.share(episodes))
-    rollout.enter([player], _sampled_from(params, rollout.model, config.devices), sampler)
+    mine = [_Player(i, p.tokenizer, hosts.share(p.episodes)) for i, p in enumerate(players)]
+    block = min(config.block, config.response_tokens)
+    for some, policy, key in _policies(players, params, rollout.model, config):
+        if any(player.episodes for player in mine[some]):
+            stop_ids = players[0].tokenizer.stop_ids
+            rollout.enter(mine[some], policy, Sampler(key, stop_ids, sampling, block))
     rollout.run()
-    return _of_all_processes(rollout.trajectories(player), rollout.stats)
+    return _of_all_processes([rollout.trajectories(player) for player in mine], rollout.stats)
+
+
+def _policies(
+    players: Sequence[Player], params: Params | Members, model: DecoderConfig, config: RolloutConfig
+) -> Iterator[tuple[slice, Params | Members, jax.Array]]:
+    """Yields (players, parameters unstacked where they sample, sampling keys) for each program call that has its own lanes."""
+    if not isinstance(params, Members):
+        yield slice(0, 1), _sampled_from(params, model, config.devices), players[0].key
+        return
+    keys, unstacked = jnp.stack([player.key for player in players]), functools.partial(unstack, model)
+    devices = _member_devices(params)
+    shared = [unstacked(jax.device_put(params.shared, device)) for device in devices]
+    share = len(players) // len(devices)
+    for first in range(0, share, config.at_once):
+        # The next members of each device, so that the lanes of all devices begin together.
+        for device, base, start in zip(devices, shared, range(0, len(players), share), strict=True):
+            some = slice(start + first, start + min(first + config.at_once, share))
+            which = some if config.at_once > 1 else some.start
+            if any(player.episodes for player in players[some]):
+                own, key = jax.device_put(jax.tree.map(lambda x, which=which: x[which], (params.own, keys)), device)
+                policy = Members(base, jax.vmap(unstacked)(own)) if config.at_once > 1 else lora.join(base, unstacked(own))
+                yield some, policy, key
+
+
+def _member_devices(params: Members) -> list[jax.Device | None]:
+    """The devices that the members are sharded over; [None] if all are in one place."""
+    sharding = jax.tree.leaves(params.own)[0].sharding
+    return list(sharding.mesh.devices.flat) if len(sharding.device_set) > 1 else [None]
 
 
 def check_devices(devices: int) -> None:
@@ -433,59 +475,18 @@ def _sampled_from(params: Params, model: DecoderConfig, devices: int) -> Params:
     return unstack(model, params)
 
 
-def _of_all_processes(trajectories: list[Trajectory], stats: RolloutStats) -> tuple[list[Trajectory], RolloutStats]:
+def _of_all_processes(
+    played: list[list[Trajectory]], stats: RolloutStats
+) -> tuple[list[list[Trajectory]], RolloutStats]:
+    """What the players of all processes played, and the sum of their stats."""
     if jax.process_count() == 1:
-        return trajectories, stats
-    parts = hosts.gather([[vars(t) for t in trajectories], vars(stats)])
+        return played, stats
+    parts = hosts.gather([[[vars(t) for t in trajectories] for trajectories in played], vars(stats)])
     of_each = [RolloutStats(**fields) for _, fields in parts]
     together = sum(of_each, start=RolloutStats())
     together.seconds = max(s.seconds for s in of_each)
-    return [Trajectory(**fields) for played, _ in parts for fields in played], together
-
-
-def collect_members(
-    episodes: list[list[Episode]],
-    pool: EnvPool,
-    tokenizers: list[ChatTokenizer],
-    model: DecoderConfig,
-    params: Members,
-    keys: jax.Array,
-    config: RolloutConfig,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    at_once: int = 1,
-    devices: Sequence[jax.Device] = (),
-) -> tuple[list[list[Trajectory]], RolloutStats]:
-    """`collect` for the members of a sweep, each with its own episodes (which may be none), tokenizer, parameters and key.
-
-    What a member plays is what `collect` would play with its parameters: bit for bit with one member at once, else up to the
-    reassociation of float sums.
-
-    Args:
-        at_once: members that one call of a compiled program computes; one has the programs of a single policy. On a device their
-            lanes play when those of earlier members end.
-        devices: that play equal shares of the members; () is where the parameters are.
-    """
-    block = min(config.block, config.response_tokens)
-    rollout = _Rollout(pool, model, config)
-    players = [_Player(*player) for player in zip(itertools.count(), tokenizers, episodes, strict=False)]
-    share = len(players) // max(1, len(devices))
-    unstacked = functools.partial(unstack, rollout.model)
-    places = [(device, unstacked(jax.device_put(params.shared, device))) for device in devices or [None]]
-    for place in range(0, share, at_once):
-        # Each device's next members, so that the lanes of all of them begin together.
-        for (device, shared), start in zip(places, range(0, len(players), share), strict=True):
-            first = start + place
-            some = slice(first, start + min(place + at_once, share))
-            if any(player.episodes for player in players[some]):
-                which = some if at_once > 1 else first
-                own, key = jax.device_put(jax.tree.map(lambda x, which=which: x[which], (params.own, keys)), device)
-                mine = Members(shared, jax.vmap(unstacked)(own)) if at_once > 1 else lora.join(shared, unstacked(own))
-                sampler = Sampler(key, tokenizers[0].stop_ids, temperature, top_k, top_p, block)
-                rollout.enter(players[some], mine, sampler)
-    rollout.run()
-    return [rollout.trajectories(player) for player in players], rollout.stats
+    every = zip(*(trajectories for trajectories, _ in parts), strict=True)
+    return [[Trajectory(**fields) for part in player for fields in part] for player in every], together
 
 
 def warn_full(trajectories: Sequence[Trajectory], config: RolloutConfig) -> None:

@@ -7,8 +7,8 @@ from epo_jax.envs.base import Task
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.tokenizer import ChatTokenizer
-from epo_jax.rollout.prompts import RolloutConfig
-from epo_jax.rollout.scheduler import Episode, collect, warn_full
+from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig
+from epo_jax.rollout.scheduler import Episode, Player, collect, warn_full
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.metrics import Outcome, Row, evaluation_row
 
@@ -34,9 +34,8 @@ def evaluate(
     does not depend on how many follow.
     """
     key = keys.key(seed, "evaluation")
-    trajectories, stats = collect(
-        episodes_of(tasks, samples), pool, tokenizer, model, params, key, config, temperature, top_k, top_p
-    )
+    player = Player(episodes_of(tasks, samples), tokenizer, key)
+    (trajectories,), stats = collect([player], params, pool, model, config, SamplingConfig(temperature, top_k, top_p))
     warn_full(trajectories, config)
     return row_of(split, step, trajectories, stats.seconds), trajectories
 

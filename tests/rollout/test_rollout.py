@@ -45,7 +45,13 @@ def stirred(params):
 
 def play(params, workers=1, settings=SETTINGS, episodes=EPISODES, key=0):
     with EnvPool("toy", OPTIONS, workers) as pool:
-        return scheduler.collect(episodes, pool, TOKENIZER, MODEL, params, jax.random.key(key), settings, 1.0)
+        return collect(pool, settings, episodes, TOKENIZER, params, jax.random.key(key))
+
+
+def collect(pool, settings, episodes, tokenizer, params, key, **sampling):
+    players, sampling = [scheduler.Player(episodes, tokenizer, key)], prompts.SamplingConfig(1.0, **sampling)
+    (trajectories,), stats = scheduler.collect(players, params, pool, MODEL, settings, sampling)
+    return trajectories, stats
 
 
 def ids(trajectories):
@@ -65,8 +71,7 @@ def wander(stirred, monkeypatch):
 
     def play(settings, workers=1, delay=0.0, episodes=WANDERERS, params=stirred, tokenizer=TOKENIZER, **sampling):
         with EnvPool("wander", {"delay": delay}, workers) as pool:
-            key = jax.random.key(3)
-            return scheduler.collect(episodes, pool, tokenizer, MODEL, params, key, settings, 1.0, **sampling)
+            return collect(pool, settings, episodes, tokenizer, params, jax.random.key(3), **sampling)
 
     return play
 

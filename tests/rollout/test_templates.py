@@ -72,7 +72,8 @@ def test_a_rollout_its_cloning_and_transformers_agree(name, context, pool, monke
     config = settings(WINDOW if context == "window" else None)
     taught(monkeypatch, tokenizer, "tagged")
     params = init_params(MODEL, jax.random.key(0))
-    played, _ = scheduler.collect(EPISODES, pool, tokenizer, MODEL, params, jax.random.key(0), config, 1.0)
+    player = scheduler.Player(EPISODES, tokenizer, jax.random.key(0))
+    (played,), _ = scheduler.collect([player], params, pool, MODEL, config, prompts.SamplingConfig(1.0))
     theirs, opened = transformers_of(case), tokenizer.frame.opened
     for t, demonstration in zip(played, toy.demonstrations(TASKS, {}), strict=True):
         assert t.won and t.valid == [True, True] and tuple(t.actions) == demonstration.actions

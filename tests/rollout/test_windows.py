@@ -78,7 +78,8 @@ def test_the_first_update_has_a_ratio_of_one():
     tasks = toy.list_tasks("train", {})
     episodes = [scheduler.Episode(i, tasks[i // 4], i // 4) for i in range(12)]
     with EnvPool("toy", {}, 1) as pool:
-        sampled, _ = scheduler.collect(episodes, pool, tokenizer, model, params, jax.random.key(1), SETTINGS, tiny.TEMPERATURE)
+        player, sampling = scheduler.Player(episodes, tokenizer, jax.random.key(1)), prompts.SamplingConfig(tiny.TEMPERATURE)
+        (sampled,), _ = scheduler.collect([player], params, pool, model, SETTINGS, sampling)
     config, hyper = tiny.learner("grpo+epo", max_turns=2, turn_tokens=8)
     config = dataclasses.replace(
         config, model=model, optim=OptimConfig(1e-2, 8), episode_policy_tokens=16

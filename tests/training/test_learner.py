@@ -55,7 +55,8 @@ def play(world, params, step):
         scheduler.Episode(step * 64 + j, tasks[j // SIZE], j // SIZE) for j in range(64)
     ]
     with EnvPool("toy", OPTIONS, 1) as pool:
-        return scheduler.collect(episodes, pool, tokenizer, model, params, jax.random.key(1), SETTINGS, 1.0)[0]
+        player = scheduler.Player(episodes, tokenizer, jax.random.key(1))
+        return scheduler.collect([player], params, pool, model, SETTINGS, prompts.SamplingConfig(1.0))[0][0]
 
 
 def learner(world, arm="grpo+epo", micro_rows=4, **changes):

@@ -161,7 +161,8 @@ def recite(pool, tokenizer, settings, experts, monkeypatch):
     }
     monkeypatch.setattr(scheduler, "Lane", lambda model, params, size, *_: Reciter(answers, size))
     episodes = [scheduler.Episode(i, expert.task, i) for i, expert in enumerate(experts)]
-    return scheduler.collect(episodes, pool, tokenizer, MODEL, {}, jax.random.key(0), settings, 1.0)[0]
+    player = scheduler.Player(episodes, tokenizer, jax.random.key(0))
+    return scheduler.collect([player], {}, pool, MODEL, settings, prompts.SamplingConfig(1.0))[0][0]
 
 
 def check(shown, played, experts):
