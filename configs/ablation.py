@@ -1,16 +1,16 @@
-"""The paper's comparison as sweeps: plain algorithms, EPO and its ablations, EA, and the released code's arithmetic.
+"""The paper's comparison as sweeps: base algorithms, EPO and its ablations, EA, and the reference implementation's arithmetic.
 
     python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/alfworld
     python -m epo_jax.sweep --config=configs/ablation.py:laptop-scienceworld --workdir=sweeps/scienceworld
     python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/lam \\
         --config.sweep.arms='("grpo+epo",)' --config.sweep.seeds='(0, 1)' --config.sweep.over.epo.lam='(0.001, 0.01, 0.1)'
 
-Arms that differ in coefficients alone (PPO, EPO-Base, EPO and Decay, say) are members of one program.
+Methods that differ only in coefficients (PPO, EPO-Base, EPO and Decay, for example) train in one compiled program.
 
-Presets, each on ALFWorld and, with `-scienceworld`, on ScienceWorld
-    paper   (default) the paper's models and steps, five seeds; members are LoRA adapters over one shared base
-    laptop  the laptop model of configs/alfworld.py or configs/scienceworld.py, five seeds
-    smoke   two arms and two seeds of something tiny, for tests
+Presets, on ALFWorld or, with the suffix `-scienceworld`, on ScienceWorld
+    paper   (default) the paper's models and steps, five seeds; each run trains LoRA adapters over one shared base
+    laptop  the laptop preset of configs/alfworld.py or configs/scienceworld.py, five seeds; an estimated 16 hours on two cores
+    smoke   two methods and two seeds of a tiny model, for tests
 """
 
 import runpy
@@ -51,7 +51,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     if size == "paper":
         config.model.lora_rank = 32
         config.algo.critic = "lora"
-        config.optim.lr = 2e-5  # adapters learn at a higher rate than weights
+        config.optim.lr = 2e-5  # adapters need a higher learning rate than full weights
     if size == "smoke":
         config.sweep.update(arms=("grpo+epo_base", "grpo+epo"), seeds=(0, 1))
     return config

@@ -1,11 +1,13 @@
-"""ScienceWorld, elementary-school experiments in the real simulator.
+"""ScienceWorld: elementary-school experiments in the real simulator.
 
     python -m epo_jax.main --config=configs/scienceworld.py:laptop --workdir=runs/scienceworld
 
 Presets
-    paper   (default) Qwen2.5-7B-Instruct and the paper's table on all 30 tasks
-    laptop  a one-million-parameter model from scratch on a handful of short tasks, cloned from gold action sequences
-    smoke   the same path end to end with everything tiny, for tests
+    paper   (default) Qwen2.5-7B-Instruct with the paper's settings, on all 30 tasks
+    laptop  a model of about a million parameters from scratch, on five short tasks: behavior cloning of gold action sequences,
+            then 60 RL steps. Takes about a quarter of an hour on two cores, and once four minutes more for the gold sequences;
+            success on valid_unseen rises from about 40 % to about 70 % (docs/results.md)
+    smoke   everything tiny, end to end, for tests
 """
 
 from ml_collections import ConfigDict
@@ -70,9 +72,9 @@ def _laptop(config: ConfigDict) -> None:
         dtype="float32",
         remat="none",
     )
-    # Short on purpose: three times as many updates leave RL nothing to do.
+    # Few updates, on purpose: after three times as many, RL has nothing left to improve.
     config.warm_start.update(episodes=600, steps=100, batch_tokens=1920, lr=3e-3, prompt_weight=0.3, optimizer="muon")
-    # With two resets ahead in each of two lanes, 32 live episodes, 16 in each of two JVMs.
+    # With two resets ahead in each of two lanes: 32 live episodes, 16 in each of two JVMs.
     config.rollout.update(groups=16, group_size=8, slots=28)
     config.algo.update(mini_batches=8, micro_batch_rows=5, kl_coef=0.0, aggregation="seq-mean-token-mean")
     config.epo.update(lam=0.005, alpha=5.0, kappa_r=1.5, scope="trajectory")
