@@ -24,7 +24,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -33,7 +32,9 @@ from epo_jax.common import stopping
 from epo_jax.common.errors import Stopped, UserError, full_disk
 from epo_jax.common.files import expand_user, write_atomically
 from epo_jax.runs.folder import Command, _changes, check_workdir, read_config, refuse_other_program
-from epo_jax.settings.config import ENV_SECTIONS, base_config, flatten, validate
+from epo_jax.settings.config import ENVIRONMENTS, base_config, flatten
+from epo_jax.settings.setting import Rule
+from epo_jax.settings.validate import validate
 
 
 def run(main: Callable[[list[str]], None]) -> int:
@@ -87,16 +88,17 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}.")
 
 
-def number_type(kind: Callable[[str], Any], holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
-    """A type for `add_argument`: a number of a kind for which something holds; `rule` says what, in words."""
+def number_type(kind: type[int] | type[float], rule: Rule) -> Callable[[str], int | float]:
+    """A type for `add_argument`: a number that a rule holds for."""
+    words = f"a whole number, {rule.words}" if kind is int and "whole number" not in rule.words else rule.words
 
-    def read(text: str):
+    def read(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}") from None
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+            raise argparse.ArgumentTypeError(f"{text!r} must be {words}") from None
+        if not rule.holds(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {words}")
         return value
 
     return read
@@ -253,7 +255,7 @@ def _set_none(config: ConfigDict | None, keys: list[str], source: str | None) ->
     if config is None:
         raise UserError("--config must be given when its keys are overridden.")
     known = flatten(config)
-    may = known | (flatten(base_config(known["env.name"])) if known["env.name"] in ENV_SECTIONS else {})
+    may = known | (flatten(base_config(known["env.name"])) if known["env.name"] in ENVIRONMENTS else {})
     for key in keys:
         if key not in known:
             raise UserError(f"config.{key} is not a key of {source}{_suggestion(key, known)}")

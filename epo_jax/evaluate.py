@@ -27,7 +27,7 @@ from epo_jax.rollout.scheduler import check_devices
 from epo_jax.runs.folder import read_config
 from epo_jax.runs.metrics import evaluation_table, plain
 from epo_jax.runs.policies import is_run, load
-from epo_jax.settings.config import SEED_RULE, is_seed
+from epo_jax.settings.setting import COUNT, NOT_NEGATIVE, SEED, SHARE_ABOVE_0
 from epo_jax.training.evaluation import evaluate
 
 
@@ -85,17 +85,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what is left for the config."""
     parser = ArgumentParser(prog="python -m epo_jax.evaluate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    count = number_type(int, lambda value: value >= 0, "a whole number, zero or positive")
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
-    parser.add_argument("--step", type=count, help="RL steps of the run's checkpoint; the newest if left out")
+    parser.add_argument("--step", type=number_type(int, NOT_NEGATIVE),
+                        help="RL steps of the run's checkpoint; the newest if left out")  # fmt: skip
     parser.add_argument("--split", action="append", choices=SPLITS, help="may be given again; the config's if left out")
-    parser.add_argument("--samples", default=1, type=number_type(int, lambda v: v > 0, "a positive whole number"),
+    parser.add_argument("--samples", default=1, type=number_type(int, COUNT),
                         help="times that each game is played; more than one for pass@k")  # fmt: skip
-    parser.add_argument("--temperature", type=number_type(float, lambda v: v >= 0, "zero or positive"),
+    parser.add_argument("--temperature", type=number_type(float, NOT_NEGATIVE),
                         help="0 = always the likeliest token; the config's if left out, as the next three")  # fmt: skip
-    parser.add_argument("--top_k", type=count, help="0 = all tokens")
-    parser.add_argument("--top_p", type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
-    parser.add_argument("--seed", type=number_type(int, is_seed, SEED_RULE))
+    parser.add_argument("--top_k", type=number_type(int, NOT_NEGATIVE), help="0 = all tokens")
+    parser.add_argument("--top_p", type=number_type(float, SHARE_ABOVE_0))
+    parser.add_argument("--seed", type=number_type(int, SEED))
     add_base_option(parser)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     hosts.add_options(parser)

@@ -20,7 +20,8 @@ from epo_jax.parallel import mesh
 from epo_jax.rollout import prompts
 from epo_jax.rollout.lane import Lane, Programs, Sampler, Turn
 from epo_jax.runs.policies import Policy, load
-from epo_jax.settings.config import SEED_RULE, base_config, is_seed
+from epo_jax.settings.config import base_config
+from epo_jax.settings.setting import COUNT, NOT_NEGATIVE, SEED, SHARE_ABOVE_0
 
 _MOST_TOKENS = 1 << 15
 
@@ -169,21 +170,21 @@ def _lines(prompt: str):
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m epo_jax.generate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    count = number_type(int, lambda value: value >= 0, "a whole number, zero or positive")
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
-    parser.add_argument("--step", type=count, help="RL steps of the run's checkpoint; the newest if left out")
+    parser.add_argument("--step", type=number_type(int, NOT_NEGATIVE),
+                        help="RL steps of the run's checkpoint; the newest if left out")  # fmt: skip
     add_base_option(parser)
     parser.add_argument("--prompt", help="one message to answer")
     parser.add_argument("--play", action="store_true", help="play an episode of the run's environment")
     parser.add_argument("--interactive", action="store_true", help="play, asking before each turn for an action of yours")
     parser.add_argument("--split", default="valid_unseen", choices=SPLITS)
     parser.add_argument("--task", help="number in the split, or id; the first if left out")
-    parser.add_argument("--temperature", default=0.4, type=number_type(float, lambda v: v >= 0, "zero or positive"))
-    parser.add_argument("--top_k", default=0, type=count, help="0 = all tokens")
-    parser.add_argument("--top_p", default=1.0, type=number_type(float, lambda v: 0 < v <= 1, "in (0, 1]"))
-    parser.add_argument("--max_tokens", default=512, type=number_type(int, lambda v: v > 0, "a positive whole number"),
+    parser.add_argument("--temperature", default=0.4, type=number_type(float, NOT_NEGATIVE))
+    parser.add_argument("--top_k", default=0, type=number_type(int, NOT_NEGATIVE), help="0 = all tokens")
+    parser.add_argument("--top_p", default=1.0, type=number_type(float, SHARE_ABOVE_0))
+    parser.add_argument("--max_tokens", default=512, type=number_type(int, COUNT),
                         help="of an answer, outside a game")  # fmt: skip
-    parser.add_argument("--seed", default=0, type=number_type(int, is_seed, SEED_RULE))
+    parser.add_argument("--seed", default=0, type=number_type(int, SEED))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of a model folder's arithmetic")
     return parser.parse_args(arguments)
 

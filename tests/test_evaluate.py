@@ -157,7 +157,7 @@ def test_two_processes_find_what_one_does(folders, tmp_path):
         (1, ["--config=tests/toy_sweep.py", "--step=3"], "--step=3.*is no run folder"),
         (0, ["--step=7"], "checkpoints of the steps 0, 3"),
         (0, ["--split=test"], "'test'"),
-        (0, ["--samples=0"], "positive whole number"),
+        (0, ["--samples=0"], "a whole number of at least 1"),
         (0, ["--temperature=-1"], "temperature"),
         (0, ["--seed=4294967296"], "--seed: 4294967296 must be a whole number from 0 to 4294967295"),
         (1, ["--config=tests/toy_sweep.py:single", "--config.rollout.devices=9"], "config.rollout.devices=9 cannot be had"),

@@ -22,6 +22,7 @@ GROUPS, SIZE, TURNS = 3, 4, 3
 EPISODES = GROUPS * SIZE
 ROW, POLICY = 48, 24  # tokens and policy tokens of a row
 TEMPERATURE = 0.9
+RATES = {"lr": 1.0, "critic_lr": 1.0}  # factors of the optimizers' own
 OBJECTIVE = ObjectiveConfig(
     num_trajectories=EPISODES, max_turns=TURNS, max_tokens=ROW, turn_tokens=4, mini_turns=40, micro_turns=5
 )
@@ -134,7 +135,7 @@ class AdamW:
 
 def learner(arm: str, micro_rows: int = 2, **choices):
     """(LearnerConfig, Hyper) of an arm; `choices` are fields of Hyper and ObjectiveConfig on top."""
-    objective, hyper = registry.override(*registry.arm(arm, OBJECTIVE), choices)
+    objective, hyper = registry.override(*registry.arm(arm, OBJECTIVE), RATES | choices)
     optim = OptimConfig(1e-2, 8, clip_norm=1e9)
     critic = optim if objective.estimator == "gae" else None
     config = LearnerConfig(MODEL, objective, optim, critic, objective.kl != "none", 1, micro_rows, 4, TEMPERATURE)

@@ -19,7 +19,7 @@ from epo_jax.common.errors import UserError, nearest
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Environment, Observation, Task, environment
 from epo_jax.envs.workers.pool import EnvPool
-from epo_jax.settings.config import ENV_SECTIONS, base_config
+from epo_jax.settings.config import ENVIRONMENTS, base_config
 
 FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # enough to look at, and made in seconds
 
@@ -30,7 +30,7 @@ def read_options(env: str, settings: Sequence[str]) -> dict[str, Any]:
     options |= {key: few for key, few in FEW_GAMES.items() if key in options}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or (env in ENV_SECTIONS and key not in options):
+        if not equals or (env in ENVIRONMENTS and key not in options):
             near = nearest(key, options)
             raise UserError(f"--option={setting!r} is not understood; write key=value with a key of {', '.join(options)}{near}.")
         try:

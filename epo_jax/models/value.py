@@ -5,7 +5,6 @@ stands, which the value's gradient does not reach ("trunk").
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, bind
-
-CriticKind = Literal["own", "lora", "trunk"]
+from epo_jax.settings.table import CriticKind
 
 
 def init_critic(kind: CriticKind, policy: Params) -> Params:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from epo_jax.objectives.spec import EntropyHistory, HistoryMode, Penalty, Phase, Scalar, Step
+from epo_jax.objectives.spec import EntropyHistory, Scalar, Step
+from epo_jax.settings.table import HistoryMode, Penalty, Phase
 
 
 class Center(NamedTuple):

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from epo_jax.objectives.spec import Aggregation, KLKind, Scalar, Scope
+from epo_jax.objectives.spec import KLKind, Scalar, Scope
+from epo_jax.settings.table import Aggregation
 
 
 class Surrogate(NamedTuple):

@@ -1,7 +1,7 @@
-"""What an objective is made of: coefficients (`Hyper`), choices (`ObjectiveConfig`), and the data they act on.
+"""What an objective consists of: coefficients (`Hyper`), choices (`ObjectiveConfig`), and the data they act on.
 
-`Hyper` is a pytree of traced leaves: everything an ablation may vary, so that a sweep is one vmap. `ObjectiveConfig` is
-static: everything that changes the program.
+`Hyper`, made from the settings, is a pytree of traced leaves: everything that an ablation varies, so that a sweep is one vmap.
+`ObjectiveConfig` is static: everything that changes the program.
 """
 
 import dataclasses
@@ -9,104 +9,46 @@ from typing import Literal, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
+from epo_jax.settings import table
+from epo_jax.settings.hyper import Choices
+from epo_jax.settings.hyper import Hyper as Hyper
+
 Scalar = Float[Array, ""] | float | int
 Step = Int[Array, ""] | int
 
-Aggregation = Literal[
-    "trajectory", "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
-KLKind = Literal["none", "k1", "abs", "k2", "k3", "full"]
+# "none": the term is left out, where the config has algo.kl_coef = 0.
+KLKind = Literal["none", table.KLKind]
 Scope = Literal["token", "turn", "trajectory"]
-Penalty = Literal["hinge", "indicator"]
-PenaltyScope = Literal["token", "turn", "trajectory", "batch"]
-HistoryMode = Literal["cumulative", "sliding", "ema", "initial"]
-Phase = Literal["exponential", "constant", "released"]
-
-
-class Hyper(NamedTuple):
-    """Coefficients. Defaults: the paper's for ALFWorld, the cited paper's for the rest."""
-
-    # EPO
-    lam: Scalar = 0.001  # weight of the entropy term
-    alpha: Scalar = 0.1  # weight of the corridor penalty inside it
-    kappa_l: Scalar = 0.0  # the corridor, in multiples of the mean past entropy
-    kappa_r: Scalar = 2.0
-    gamma: Scalar = 3.0  # rate of the phase schedule
-    window: Scalar = 10.0  # RL steps, for history `sliding`
-    ema_decay: Scalar = 0.9  # per RL step, for history `ema`
-    turn_decay: Scalar = 0.0  # EPO-Decay: weight of turn t is exp(-turn_decay * t / max_turns)
-    # base algorithm
-    clip_low: Scalar = 0.2
-    clip_high: Scalar = 0.2
-    dual_clip: Scalar = 3.0
-    kl_coef: Scalar = 0.01  # with the adaptive controller, at the first step
-    kl_target: Scalar = 0.1  # nats per policy token, for the adaptive controller
-    kl_horizon: Scalar = 10_000.0  # episodes over which it acts
-    discount: Scalar = 1.0  # per policy token; per turn in GiGPO's step returns
-    gae_lambda: Scalar = 1.0
-    value_clip: Scalar = 0.5
-    value_coef: Scalar = 1.0
-    format_penalty: Scalar = 0.1
-    gigpo_weight: Scalar = 1.0  # of the step advantage
-    importance_cap: Scalar = 2.0  # on pi_learner / pi_sampler, for truncated importance sampling
-    # other entropy controls
-    shaping_scale: Scalar = 0.4  # EA
-    shaping_kappa: Scalar = 2.0
-    empg_sharpness: Scalar = 1.0  # EMPG
-    empg_bonus: Scalar = 0.1
-    cov_fraction: Scalar = 0.0002  # Clip-Cov and KL-Cov: share of tokens that are treated
-    cov_low: Scalar = 1.0  # Clip-Cov: band of covariances it draws from
-    cov_high: Scalar = 5.0
-    cov_coef: Scalar = 1.0  # KL-Cov: weight of its divergence
-    peak_quantile: Scalar = 0.8  # SIREN: only tokens above this quantile of their episode's entropy are regularised
-    target_entropy: Scalar = 0.2  # nats; adaptive coefficient
-    target_delta: Scalar = 1e-4  # per RL step
-    target_cap: Scalar = 0.005
-    # learning rates at their highest, in place of `OptimConfig.lr` where that is 1, as in every run; else factors of it
-    lr: Scalar = 1.0
-    critic_lr: Scalar = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """Choices. Defaults: the v2 paper on GRPO. The names are looked up in `registry`."""
+class ObjectiveConfig(Choices):
+    """Everything that is static about an objective: the choices among the settings, and the fields below.
+
+    The names are looked up in `registry`, which sets most of them from the name of the method.
+    """
 
     # advantages
     estimator: str = "grpo"
-    gae_scope: Literal["trajectory", "turn"] = "trajectory"  # `turn`: GAE inside each turn, which ends with the return
-    whiten: bool = True  # over policy tokens; of `gae`, `reinforce_pp` and `reinforce_pp_baseline`
-    format_penalty_place: Literal["after", "before"] = "after"  # the estimator's normalisation
     drop_uniform_groups: bool = False  # DAPO: groups whose returns are all equal are left out
     shaper: str = "none"  # of the advantages, by entropy
     # policy loss
-    aggregation: Aggregation = "token-mean"
     ratio_scope: Scope = "token"  # `trajectory` or `turn`: GSPO
-    kl: KLKind = "k3"
-    kl_place: Literal["loss", "reward"] = "loss"
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
     recompute_old_log_prob: bool = False  # before the update, by the learner, in place of what the sampler recorded
     truncated_importance: bool = False  # needs the two, so it recomputes them too
     token_control: str = "none"  # which tokens the surrogate treats differently
     # entropy
     entropy_term: str = "epo"
-    nucleus: float = 0.8  # SIREN's entropy is that of the likeliest words that hold this probability
     coefficient: Literal["fixed", "target"] = "fixed"
-    penalty: Penalty = "hinge"
-    penalty_scope: PenaltyScope = "token"
-    history: HistoryMode = "cumulative"
-    history_index: Literal["global", "turn"] = "global"
-    phase: Phase = "exponential"
     phase_steps: int | None = None  # K of the phase schedule; None = the run's own length
-    turn_gate: bool = False  # penalty only from turn max_turns // 2 on
-    entropy_aggregation: Aggregation = "trajectory"
-    released: bool = False  # advantages, averages and history as the release has them: `released_rows`
+    released: bool = False  # advantages, averages and history as the reference implementation has them: `released_rows`
     # shapes
     num_trajectories: int = 1  # N
     max_turns: int = 1  # U
     max_tokens: int = 1  # divisor of `seq-mean-token-sum-norm`
     turn_tokens: int = 1  # tokens of a turn at most, for `released`
-    mini_turns: int = 1  # turns of a mini-batch of the release, a multiple of `micro_turns`
-    micro_turns: int = 1  # turns of a micro-batch of the release, each of which counts alike
+    mini_turns: int = 1  # turns of a mini-batch of `released`, a multiple of `micro_turns`
+    micro_turns: int = 1  # turns of a micro-batch of `released`, each of which counts alike
 
     @property
     def episode_means(self) -> bool:
@@ -120,7 +62,7 @@ class ObjectiveConfig:
 
     @property
     def entropy_top_p(self) -> float | None:
-        """The nucleus whose entropy the loss takes; None: all words."""
+        """The nucleus whose entropy the loss takes; None: all tokens of the vocabulary."""
         return self.nucleus if self.entropy_term == "siren" else None
 
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from epo_jax.objectives import advantages, policy
 from epo_jax.objectives.entropy import corridor_penalty, phase_weight
-from epo_jax.objectives.spec import Aggregation, Hyper, KLKind, Scalar
+from epo_jax.objectives.spec import Hyper, KLKind, Scalar
+from epo_jax.settings.table import Aggregation
 
 PHASE_STEPS = 150  # the release's E, whatever the length of the run
 

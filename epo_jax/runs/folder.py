@@ -13,32 +13,16 @@ from ml_collections import ConfigDict
 from epo_jax.common.errors import UserError, explain
 from epo_jax.common.files import append, write_atomically
 from epo_jax.runs import lock, versions
-from epo_jax.settings.config import base_config, flatten, validate
+from epo_jax.settings.config import base_config, flatten
+from epo_jax.settings.table import SETTINGS
+from epo_jax.settings.validate import validate
+
+# How a resumed run treats each key (`Setting.resume`); the keys of an environment of one's own are fixed.
+_ON_RESUME = {setting.key: setting.resume for setting in SETTINGS}
 
 # Keys that each process of a run may have differently: they alter where and how often things happen, never what is learned.
 # (Another mesh adds the same numbers in another order.)
-RESUME_MAY_CHANGE = (
-    "env.workers", "env.data_dir", "eval.every", "eval.before", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best",
-    "metrics.trajectories", "metrics.trajectories_every", "metrics.trajectories_megabytes", "metrics.wandb_project",
-    "mesh.data", "mesh.fsdp", "mesh.tensor",
-)  # fmt: skip
-
-
-# Keys and sections that a resumed run may change for good, which changes.jsonl records: what it learns with from then on. Not
-# among them is what changes the arrays of its state or what they mean, or which tasks and prompts it has.
-RECORDED_WHEN_CHANGED = (
-    "algo", "epo", "control", "optim", "eval", "train.max_skipped", "train.rows_tokens", "train.rows_policy_tokens",
-    "rollout.slots", "rollout.lanes", "rollout.ahead", "rollout.block", "rollout.dtype", "rollout.cache_dtype",
-    "rollout.devices", "rollout.temperature", "rollout.resample", "model.path", "model.remat",
-)  # fmt: skip
-
-
-# ... of these sections. The optimizers count updates, the controller's scale is part of the state, the best success is that on
-# the last split.
-_NEVER_CHANGED = (
-    "algo.name", "algo.epochs", "algo.mini_batches", "algo.released_mini_turns", "algo.released_micro_turns",
-    "algo.kl_controller", "eval.splits",
-)  # fmt: skip
+RESUME_MAY_CHANGE = tuple(key for key, treatment in _ON_RESUME.items() if treatment == "free")
 
 
 # {key: (the run's value, the new one)}
@@ -185,10 +169,11 @@ def _changes(config: ConfigDict, saved: ConfigDict, overridden: set[str], workdi
     now, then = flatten(config), flatten(saved)
     changes = {}
     for key in sorted(now.keys() | then.keys()):
-        if key in RESUME_MAY_CHANGE or now.get(key) == then.get(key):
+        treatment = _ON_RESUME.get(key, "fixed")
+        if treatment == "free" or now.get(key) == then.get(key):
             continue
         differs = f"--resume: config.{key}={now.get(key)!r} differs from the run's {then.get(key)!r}"
-        if not {key, key.partition(".")[0]} & {*RECORDED_WHEN_CHANGED} or key in _NEVER_CHANGED:
+        if treatment == "fixed":
             raise UserError(
                 f"{differs}, which it keeps, as its shapes or what it has saved depend on it; leave it out (and --config), or "
                 f"begin a new run with --config.init_from.run={workdir}."

@@ -1,23 +1,22 @@
 """Run folders of earlier versions, read as if this one had written them.
 
-config.json says in `version` which version of the format wrote it; without one it is 1. When a key of the config, or a field of
-`TrainState`, is added, removed or renamed, add it here; docs/architecture.md says how.
+config.json says in `version` which version of the format wrote it; without one it is 1. When a key of the config is removed or
+renamed, or a field of `TrainState` is added, add it here; docs/architecture.md explains how.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from epo_jax.settings.config import ENV_SECTIONS
+from epo_jax.settings.config import settings_of
+from epo_jax.settings.table import SETTINGS
 
 VERSION = 2
 
-# Keys added after a version, with the value that reproduces what that version did, or a function to it from the other keys.
+# Keys added after a version (`Setting.added`), with the value that reproduces what that version did, or a function to it from the
+# other keys.
 KEYS_ADDED: dict[int, dict[str, Any]] = {
-    1: {
-        "init_from.run": "", "init_from.step": -1, "init_from.state": "weights",
-        "warm_start.lost": True,
-        "algo.old_log_prob": "sampler",
-    },
+    version: {setting.key: setting.added[1] for setting in SETTINGS if setting.added and setting.added[0] == version}
+    for version in range(1, VERSION)
 }
 
 # Keys removed after a version: the key that took its place, or None if nothing did.
@@ -32,7 +31,7 @@ STATE_ADDED: dict[str, Callable[[Any], Any]] = {}
 def upgrade(keys: dict[str, Any], version: int) -> tuple[dict[str, Any], list[str]]:
     """The keys of a config.json of `version`, by dotted name, as those of today, and a sentence on each that has gone."""
     keys, told = {key: value for key, value in keys.items() if key != "version"}, []
-    env = ENV_SECTIONS.get(keys.get("env.name"), dict)()
+    known = {setting.key for setting in settings_of(keys.get("env.name", ""))}
     for before in range(version, VERSION):
         for old, new in KEYS_REMOVED.get(before, {}).items():
             if old in keys:
@@ -42,6 +41,6 @@ def upgrade(keys: dict[str, Any], version: int) -> tuple[dict[str, Any], list[st
                 else:
                     keys[new] = value
         for key, value in KEYS_ADDED.get(before, {}).items():
-            if key not in keys and (not key.startswith("env.") or key[4:] in env):
+            if key not in keys and key in known:
                 keys[key] = value(keys) if callable(value) else value
     return keys, told

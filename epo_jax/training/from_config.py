@@ -1,47 +1,35 @@
-"""From a config to what the train step is given: objective, coefficients, and its static config."""
-
+"""From a config to what the train step takes: objective, coefficients, and its static config."""
 
 import jax
 import numpy as np
 
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.settings.config import flatten
+from epo_jax.settings.table import SETTINGS
 from epo_jax.training.optim import OptimConfig
 from epo_jax.training.state import LearnerConfig
 
 
 def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
-    """The objective of the arm that `algo.name` names, with the config's choices and coefficients."""
-    algo, epo = config.algo, config.epo
+    """The objective of the method that `algo.name` names, with the config's choices and coefficients."""
+    values = flatten(config)
+    hyper = Hyper(**{setting.traced: values[setting.key] for setting in SETTINGS if setting.traced})
+    choices = {setting.static: values[setting.key] for setting in SETTINGS if setting.static}
+    if not config.algo.kl_coef:
+        choices["kl"] = "none"
     objective = ObjectiveConfig(
-        gae_scope=algo.gae_scope,
-        whiten=algo.whiten,
-        format_penalty_place=algo.format_penalty_place,
-        aggregation=algo.aggregation,
-        kl=algo.kl_kind if algo.kl_coef else "none",
-        kl_place=algo.kl_place,
-        kl_controller=algo.kl_controller,
+        **choices,
         recompute_old_log_prob=_recomputes_old_log_prob(config),
-        truncated_importance=algo.importance_cap > 0,
-        penalty=epo.penalty,
-        penalty_scope=epo.scope,
-        history=epo.history,
-        history_index=epo.history_index,
-        phase=epo.phase,
-        turn_gate=epo.turn_gate,
-        nucleus=config.control.nucleus,
-        entropy_aggregation=epo.aggregation,
+        truncated_importance=config.algo.importance_cap > 0,
         num_trajectories=config.rollout.groups * config.rollout.group_size,
         max_turns=config.env.max_turns,
         max_tokens=config.agent.max_tokens,
         turn_tokens=config.agent.response_tokens,
-        mini_turns=algo.released_mini_turns,
-        micro_turns=algo.released_micro_turns,
+        mini_turns=config.algo.released_mini_turns,
+        micro_turns=config.algo.released_micro_turns,
     )
-    coefficients = {**config.control.to_dict(), **epo.to_dict(), **algo.to_dict(), "gamma": epo.gamma, "discount": algo.gamma}
-    coefficients["lr"] = config.optim.lr
-    hyper = Hyper(**{name: value for name, value in coefficients.items() if name in Hyper._fields})
-    objective, hyper = registry.arm(algo.name, objective, hyper)
+    objective, hyper = registry.arm(config.algo.name, objective, hyper)
     return objective, jax.tree.map(np.float32, hyper)
 
 

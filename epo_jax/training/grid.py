@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.settings.config import base_config, flatten, validate
+from epo_jax.settings.config import base_config, flatten
 from epo_jax.settings.sweep import COEFFICIENTS
+from epo_jax.settings.validate import validate
 from epo_jax.training.from_config import objective_and_hyper
 
 KINDS = ("grid", "list", "random")

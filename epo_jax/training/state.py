@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, init_params
-from epo_jax.models.value import CriticKind, init_critic
+from epo_jax.models.value import init_critic
 from epo_jax.objectives import entropy
 from epo_jax.objectives.loss import EntropyHistory, ObjectiveConfig
 from epo_jax.parallel import mesh
+from epo_jax.settings.table import CriticKind
 from epo_jax.training.optim import OptimConfig, make_optimizer
 
 

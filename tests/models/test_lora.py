@@ -11,7 +11,7 @@ import pytest
 from epo_jax.models import lora, weights
 from epo_jax.models.decoder import PROJECTIONS, DecoderConfig, Lora, bind, init_params
 from epo_jax.models.generate import extend, init_cache
-from epo_jax.settings.config import LORA_TARGETS
+from epo_jax.settings.table import LORA_TARGETS
 
 BASE = DecoderConfig(31, 24, 2, 4, 2, 8, 40, tie_embeddings=False)
 CONFIG = dataclasses.replace(BASE, lora=Lora(3, 6.0, ("q_proj", "v_proj", "o_proj", "down_proj")))

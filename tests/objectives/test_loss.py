@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from epo_jax.objectives import entropy, registry, spec
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
+from epo_jax.settings.table import Aggregation, HistoryMode, Penalty, PenaltyScope, Phase
 from tests import rounding
 from tests.objectives import transcription
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episode_keys, pack, trajectories
@@ -20,7 +21,8 @@ PAST = (0.7, 0.9)  # mean entropies of the steps before
 BASE = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, max_tokens=40)
 # Strong enough that every part of the loss matters, with a corridor narrow enough to be left on both sides.
 HYPER = Hyper(
-    lam=0.5, alpha=0.8, kappa_l=0.8, kappa_r=1.2, kl_coef=0.3, window=1.0, ema_decay=0.5, cov_fraction=0.3, peak_quantile=0.6
+    lam=0.5, alpha=0.8, kappa_l=0.8, kappa_r=1.2, kl_coef=0.3, window=1.0, ema_decay=0.5, cov_fraction=0.3, peak_quantile=0.6,
+    importance_cap=2.0,
 )
 few = settings(max_examples=8, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -153,10 +155,10 @@ def variant(name):
 
 def test_the_variants_hold_every_choice():
     choices = {
-        "aggregation": get_args(spec.Aggregation), "entropy_aggregation": get_args(spec.Aggregation),
+        "aggregation": get_args(Aggregation), "entropy_aggregation": get_args(Aggregation),
         "kl": set(get_args(spec.KLKind)) - {"full"},  # test_full_kl_takes_the_place_of_the_estimate
-        "ratio_scope": get_args(spec.Scope), "penalty": get_args(spec.Penalty), "phase": get_args(spec.Phase),
-        "penalty_scope": get_args(spec.PenaltyScope), "history": get_args(spec.HistoryMode),
+        "ratio_scope": get_args(spec.Scope), "penalty": get_args(Penalty), "phase": get_args(Phase),
+        "penalty_scope": get_args(PenaltyScope), "history": get_args(HistoryMode),
         "history_index": ("global", "turn"), "turn_gate": (False, True), "truncated_importance": (False, True),
         "token_control": registry.TOKEN_CONTROLS, "entropy_term": registry.ENTROPY_TERMS,
         "coefficient": registry.COEFFICIENTS,

@@ -1,15 +1,21 @@
 """The keys of a run: paper values, presets, and the values that are refused."""
 
+import dataclasses
 import re
 import runpy
 from pathlib import Path
-from typing import get_args
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from epo_jax.common.errors import UserError
-from epo_jax.objectives import spec
-from epo_jax.settings.config import _RANGES, CHOICES, base_config, flatten, validate
+from epo_jax.objectives import entropy, policy
+from epo_jax.settings.config import ENVIRONMENTS, base_config, flatten, settings_of
+from epo_jax.settings.hyper import Choices, Hyper
+from epo_jax.settings.table import SETTINGS
+from epo_jax.settings.validate import validate
+from epo_jax.training.from_config import objective_and_hyper
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,40 +127,66 @@ def test_group_of_one_suits_an_algorithm_with_a_critic():
     validate(config)
 
 
-def test_rules_name_keys_that_exist():
-    known = flatten(base_config("alfworld")).keys() | flatten(base_config("scienceworld")).keys()
-    ruled = {key for keys, _, _ in _RANGES for key in keys.split()} | CHOICES.keys()
-    assert ruled <= known, ruled - known
+@pytest.mark.parametrize("env", [*ENVIRONMENTS, "own"])
+def test_every_key_is_declared_once(env):
+    keys = [setting.key for setting in settings_of(env)]
+    assert len(keys) == len(set(keys)) and set(keys) == flatten(base_config(env)).keys()
+
+
+def test_an_environment_of_ones_own_brings_its_keys():
+    config = base_config("guess", workers=1, size=3)
+    assert config.env.to_dict() == {"name": "guess", "workers": 1, "max_turns": 50, "size": 3}
+    assert config.epo.alpha == 0.05 and config.agent.history_actions is False
+    validate(config)
 
 
 def test_every_key_is_read():
     """An option that nothing reads would deceive whoever sets it."""
-    sources = [path for path in (ROOT / "epo_jax").rglob("*.py") if path.name != "config.py"]
+    sources = [path for path in (ROOT / "epo_jax").rglob("*.py") if path.parent.name != "settings"]
     text = "\n".join(path.read_text() for path in sources)
     unread = []
-    for key in flatten(base_config("alfworld")).keys() | flatten(base_config("scienceworld")).keys():
-        section, _, leaf = key.rpartition(".")
+    for setting in SETTINGS:
+        section, _, leaf = setting.key.rpartition(".")
         # Per-split keys are read as f"{split}_games".
         leaf = re.escape(re.sub(r"^(train|valid_seen|valid_unseen)_", "{split}_", leaf))
-        attribute = rf"\b(?:{section or 'config'}|config|settings)\.{leaf}\b"
-        field = rf"^    {leaf}: (?:int|float|bool|str|Scalar)\b"  # model, optim and Hyper are read by field
-        if not re.search(rf"{attribute}|[\"']{leaf}[\"']|{field}", text, re.MULTILINE):
-            unread.append(key)
+        read = rf"\b(?:{section or 'config'}|config|settings|evaluation|kept)\.{leaf}\b"
+        field = rf"^    {leaf}: (?:int|float|bool|str)\b"  # model and optim are read by field
+        read = rf"{read}|[\"']{leaf}[\"']|{field}"
+        if setting.traced or setting.static:
+            read = rf"\b(?:hyper|self|objective|settings)\.{setting.traced or setting.static}\b"
+        if not re.search(read, text, re.MULTILINE):
+            unread.append(setting.key)
     assert not unread
 
 
-def test_choices_are_those_of_the_objectives():
-    offered = {
-        "algo.kl_kind": spec.KLKind,
-        "algo.aggregation": spec.Aggregation,
-        "epo.penalty": spec.Penalty,
-        "epo.scope": spec.PenaltyScope,
-        "epo.history": spec.HistoryMode,
-        "epo.phase": spec.Phase,
-        "epo.aggregation": spec.Aggregation,
-    }
-    for key, kind in offered.items():
-        unknown = set(CHOICES[key]) - set(get_args(kind))
-        assert not unknown, f"config.{key} offers {unknown}"
-        missing = set(get_args(kind)) - set(CHOICES[key]) - {"none"}
-        assert not missing, f"config.{key} lacks {missing}"
+def test_coefficients_and_choices_have_the_defaults_of_the_config():
+    objective, hyper = objective_and_hyper(base_config())
+    assert hyper == tuple(map(np.float32, Hyper())) and hyper._fields == Hyper._fields
+    for field, value in dataclasses.asdict(Choices()).items():
+        assert getattr(objective, field) == value, field
+    # Names that two sections share.
+    config = base_config()
+    config.algo.update(gamma=0.9, aggregation="seq-mean-token-sum")
+    objective, hyper = objective_and_hyper(config)
+    assert (hyper.discount, hyper.gamma) == (np.float32(0.9), 3.0)
+    assert (objective.aggregation, objective.entropy_aggregation) == ("seq-mean-token-sum", "trajectory")
+
+
+def test_coefficients_are_numbers_that_a_resumed_run_may_change():
+    for setting in SETTINGS:
+        if setting.traced:
+            assert isinstance(setting.default, (int, float)) and setting.resume == "recorded", setting.key
+
+
+def test_the_objectives_know_every_choice():
+    choices = {setting.key: setting.choices for setting in SETTINGS if setting.choices}
+    history = entropy.append(entropy.init_history(3), jnp.ones(1), jnp.ones(1))
+    one, index = jnp.ones((1, 2)), jnp.zeros((1, 2), jnp.int32)
+    found = [entropy.center(history, mode).value for mode in choices["epo.history"]]
+    found += [entropy.corridor_penalty(one, one, 0.5, 2.0, kind) for kind in choices["epo.penalty"]]
+    found += [entropy.phase_weight(kind, 1, 4) for kind in choices["epo.phase"]]
+    found += [policy.scope_mean(one, one, index, index, 1, 1, scope) for scope in choices["epo.scope"] if scope != "batch"]
+    found += [policy.kl_estimate(one, one, kind) for kind in choices["algo.kl_kind"] if kind != "full"]
+    for key in ("algo.aggregation", "epo.aggregation"):
+        found += [policy.token_weights(one, index, index, 1, 1, mode) for mode in choices[key]]
+    assert len(found) == 26 and all(np.isfinite(x).all() for x in found)

@@ -18,6 +18,7 @@ from epo_jax.objectives import entropy, registry, spec
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
 from epo_jax.rollout.trajectory import pack
+from epo_jax.settings.table import Aggregation, Penalty, PenaltyScope
 from epo_jax.training.state import init_state_on
 from epo_jax.training.step import batch_shardings, make_train_step
 from tests import tiny
@@ -50,8 +51,8 @@ def test_every_choice_is_tried():
     for field, values in {
         "estimator": registry.ESTIMATORS, "shaper": registry.SHAPERS, "token_control": registry.TOKEN_CONTROLS,
         "entropy_term": registry.ENTROPY_TERMS, "coefficient": registry.COEFFICIENTS, "ratio_scope": get_args(spec.Scope),
-        "penalty_scope": get_args(spec.PenaltyScope), "aggregation": get_args(spec.Aggregation), "kl": get_args(spec.KLKind),
-        "penalty": get_args(spec.Penalty),
+        "penalty_scope": get_args(PenaltyScope), "aggregation": get_args(Aggregation), "kl": get_args(spec.KLKind),
+        "penalty": get_args(Penalty),
     }.items():  # fmt: skip
         assert {getattr(objective, field) for objective in tried.values()} == set(values), field
     assert {overlay for arm in CASES for overlay in arm.split("+")[1:]} == set(registry.OVERLAYS)

@@ -13,7 +13,7 @@ from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.objectives import registry
-from epo_jax.objectives.loss import ObjectiveConfig
+from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 from epo_jax.rollout import prompts, scheduler
 from epo_jax.rollout.trajectory import pack
 from epo_jax.training import sft
@@ -60,7 +60,9 @@ def play(world, params, step):
 
 
 def learner(world, arm="grpo+epo", micro_rows=4, **changes):
-    objective, hyper = registry.arm(arm, ObjectiveConfig(num_trajectories=64, max_turns=2, kl="none"))
+    objective, hyper = registry.arm(
+        arm, ObjectiveConfig(num_trajectories=64, max_turns=2, kl="none"), Hyper(lr=1.0, critic_lr=1.0)
+    )
     optim = OptimConfig(3e-3, 90)
     critic = optim if objective.estimator == "gae" else None
     config = LearnerConfig(world[1], objective, optim, critic, objective.kl != "none", 1, micro_rows, 20, 1.0)
