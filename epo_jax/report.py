@@ -14,7 +14,9 @@ What is computed is computed here; page/ holds the page, which draws it.
 
 import argparse
 import datetime
+import functools
 import json
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -302,7 +304,7 @@ def turn_entropy(arm: Arm) -> dict[str, Any] | None:
     keys = {key for each in arm.runs for row in each.metrics for key in row if key.startswith("entropy_turn_")}
     turns = sorted(int(key.rpartition("_")[2]) for key in keys if key.rpartition("_")[2].isdigit())
     cells = [
-        [_binned(each.metrics, width, lambda row, turn=turn: row.get(f"entropy_turn_{turn}")) for each in arm.runs]
+        [_binned(each.metrics, width, operator.methodcaller("get", f"entropy_turn_{turn}")) for each in arm.runs]
         for turn in turns
     ]
     places = sorted({place for row in cells for binned in row for place in binned})
@@ -376,18 +378,22 @@ def choose_episodes(runs: Sequence[Run], megabytes: float, place: Callable[[Run]
     return chosen, sum(map(len, queues))
 
 
+def _measured(key: str, each: Run) -> bool:
+    return any(row.get(key) is not None for row in each.metrics)
+
+
 def lacking(runs: Sequence[Run]) -> list[str]:
     """A sentence for each thing that some runs lack."""
     has: dict[str, Callable[[Run], bool]] = {
         "a config (config.json), so each is an arm of its own": lambda each: bool(each.config),
         f"evaluations of {OOD} (eval.jsonl)": lambda each: bool(_evaluated(each, OOD)),
         f"evaluations of {IID} (eval.jsonl)": lambda each: bool(_evaluated(each, IID)),
-        "the corridor": lambda each: any(row.get("corridor_high") is not None for row in each.metrics),
+        "the corridor": functools.partial(_measured, "corridor_high"),
         "entropy by turn index": lambda each: any("entropy_turn_0" in row for row in each.metrics),
         "episodes to read (trajectories.jsonl)": lambda each: bool(each.episodes),
     }
     for key, *_ in CURVES:
-        has[f"the metric {key}"] = lambda each, key=key: any(row.get(key) is not None for row in each.metrics)
+        has[f"the metric {key}"] = functools.partial(_measured, key)
     told = []
     for what, holds in has.items():
         without = [each.name for each in runs if not holds(each)]

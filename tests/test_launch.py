@@ -53,11 +53,11 @@ def calls(clone):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_test_installs_then_lints_then_tests(clone):
+def test_test_installs_then_lints_then_checks_types_then_tests(clone):
     assert launch(clone, "test", "-k", "wilson").returncode == 0
     made = calls(clone)
     assert "-r requirements.txt" in made[0] and "--editable ." in made[1]
-    assert made[2:] == ["check .", "-m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile -k wilson"]
+    assert made[2:] == ["check .", "-m mypy", "-m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile -k wilson"]
 
 
 def test_numerics_runs_tests_that_are_there_with_the_instructions_of_an_old_cpu(clone):

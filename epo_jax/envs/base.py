@@ -76,7 +76,8 @@ def to_fields(observation: Observation) -> dict[str, Any]:
 
 def from_fields(fields: dict[str, Any]) -> Observation:
     """The observation that was written as `fields`. Raises TypeError for fields that it does not have."""
-    return Observation(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Observation(**values)
 
 
 @dataclasses.dataclass(frozen=True)

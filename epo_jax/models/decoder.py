@@ -11,6 +11,7 @@ Axes: B rows, S slots, T tokens, C cache length, D width, H query heads, K key/v
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +232,7 @@ class Decoder(nnx.Module):
 
         self.embedding = table()
         if stacked:
-            self.layers = nnx.vmap(lambda r: Block(config, rngs=r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
+            self.layers: Any = nnx.vmap(lambda r: Block(config, rngs=r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
         else:
             self.layers = nnx.List(Block(config, rngs=rngs) for _ in range(config.num_layers))
         self.final_norm = nnx.Param(jnp.ones((config.d_model,), jnp.float32))
@@ -267,7 +268,8 @@ class Decoder(nnx.Module):
             def layer(x, weights, window=window):
                 with jax.named_scope("block"):
                     block = nnx.merge(graph, weights)
-                    return block.output(x, packed_attention(*block.qkv(x, rope), segment_ids, window)), None
+                    q, k, v = block.qkv(x, rope)
+                    return block.output(x, packed_attention(q, k, v, segment_ids, window)), None
 
             if c.remat != "none":
                 layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=length <= _UNROLL_LAYERS)

@@ -185,7 +185,8 @@ def _config(path: Path, reader, tensors: dict) -> DecoderConfig:
 
     width, heads = value("embedding_length"), value("attention.head_count")
     head_dim, theta = value("attention.key_length", width // heads), value("rope.freq_base", 10_000.0)
-    kind, scaling = value("rope.scaling.type", "none"), {}
+    kind = value("rope.scaling.type", "none")
+    scaling: dict[str, Any] = {}
     if kind in ("linear", "yarn"):
         scaling = {"rope_type": kind, "factor": value("rope.scaling.factor")}
         if kind == "yarn":

@@ -42,7 +42,7 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
         if stated.get(key, only) != only:
             raise UserError(f"{path}: {key}={stated[key]!r} is not supported (only {only!r} is); choose another model.")
 
-    def positive(key: str, kind: type, value):
+    def positive(key: str, kind: type[int] | type[float], value):
         if not isinstance(value, (int, kind)) or isinstance(value, bool) or value <= 0:
             raise UserError(f"{path}: {key}={value!r} must be a positive {'whole ' * (kind is int)}number.")
         return kind(value)

@@ -23,7 +23,7 @@ class Members(NamedTuple):
     own: Params
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]  # hides tuple.count
         return jax.tree.leaves(self.own)[0].shape[0]
 
 

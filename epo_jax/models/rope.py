@@ -5,13 +5,14 @@ transformers' `modeling_rope_utils`, in float32 like it.
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 # The keys that each type reads, with the value of a key that may be left out; `...` marks one that may not.
-SCALINGS = {
+SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": ...},
     "llama3": {

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
@@ -64,7 +65,8 @@ def _settings(path: Path) -> dict:
 def _stored_frame(path: Path) -> tuple[ChatFrame, tuple[str, ...]]:
     """The frame that `ChatTokenizer.save` wrote, and the names of the model's own files."""
     try:
-        stated = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stated: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
         return ChatFrame(**{key: value for key, value in stated.items() if key != "files"}), tuple(stated.get("files", ()))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(

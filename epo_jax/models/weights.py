@@ -8,6 +8,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +185,8 @@ def save_params(
 
     `params` are without adapters (`lora.merge`); `more` keys go into config.json.
     """
-    sources = {tensor_names(key)[0]: (array, None) for key, array in params.items() if key != "layers"}
+    sources: dict[str, tuple[Any, int | None]] = {}
+    sources |= {tensor_names(key)[0]: (array, None) for key, array in params.items() if key != "layers"}
     for key, array in params["layers"].items():
         sources |= {name: (array, layer) for layer, name in enumerate(tensor_names(key, config.num_layers))}
 

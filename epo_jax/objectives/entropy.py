@@ -102,7 +102,7 @@ def corridor_penalty(
     return jax.lax.stop_gradient(1.0 - ((entropy > low) & (entropy < high)).astype(entropy.dtype))
 
 
-def phase_weight(kind: Phase, step: Step, total: int, gamma: Scalar = 3.0) -> Float[Array, ""]:
+def phase_weight(kind: Phase, step: Step | Scalar, total: int, gamma: Scalar = 3.0) -> Float[Array, ""]:
     """beta_k, the weight of the smoothing term at RL step k of `total`.
 
     `exponential` (eq. 6): 1 + exp(-gamma k / floor(total/2)), from 2 towards 1. `constant`: 1 (the paper's W/O DW).

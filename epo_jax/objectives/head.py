@@ -132,7 +132,7 @@ def _head(top_p, unused, chunks, embedding, labels, temperature):
 
 def _head_forward(top_p, unused, chunks, embedding, labels, temperature):
     log_prob, entropy, log_z = jax.lax.map(
-        lambda chunk: _statistics(top_p, unused, embedding, *chunk, temperature), (chunks, labels)
+        lambda chunk: _statistics(top_p, unused, embedding, chunk[0], chunk[1], temperature), (chunks, labels)
     )
     return (log_prob, entropy), (chunks, embedding, labels, temperature, log_z, entropy)
 

@@ -77,7 +77,7 @@ class EntropyHistory(NamedTuple):
 
     values: Float[Array, "K I"]
     observed: Float[Array, "K I"]
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count
 
 
 class Episodes(NamedTuple):

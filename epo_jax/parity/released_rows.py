@@ -15,7 +15,7 @@ What the release's sampler does wrong (finished episodes play on and count in th
 objective's and not reproduced.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def _row_advantages(rows, by_turn, episodes, reward, turn_mask, hyper, objective
                 rewards, steps * rows.live, mask, anchor, group, trajectory, hyper.gigpo_weight, normalise=False
             )
         case name:
-            base = "grpo" if name == "dr_grpo" else name
+            base: Any = "grpo" if name == "dr_grpo" else name
             advantage = released.outcome_advantage(base, rewards, mask, group, trajectory, normalise=name == "grpo")
     return advantage, advantage
 

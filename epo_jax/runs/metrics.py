@@ -48,7 +48,7 @@ class MetricWriter:
             if superseded:
                 with open(path.with_suffix(".superseded.jsonl"), "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(row) + "\n" for row in superseded)
-            keep_rows(path, lambda row, last=last: row["step"] <= last)
+            keep_rows(path, _no_later_than(last))
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Without a thread of its own, as in `SummaryWriter`, which a full disk would end without a word.
         self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
@@ -109,6 +109,10 @@ def read_rows(path: Path) -> list[Row]:
         if isinstance(row, dict) and "step" in row:
             rows.append(row)
     return rows
+
+
+def _no_later_than(last: int) -> Callable[[Row], bool]:
+    return lambda row: row["step"] <= last
 
 
 def keep_rows(path: Path, wanted: Callable[[Row], bool]) -> None:
@@ -198,7 +202,7 @@ def _scores(outcomes: Sequence[Outcome]) -> Row:
     episodes, turns = len(outcomes), sum(outcome.turns for outcome in outcomes)
     plays = episodes // max(len(won), 1)
     low, high = interval_of_plays(list(won.values()), plays)
-    row = {
+    row: Row = {
         "success": sum(won.values()) / max(episodes, 1),
         "low": low,
         "high": high,

@@ -54,7 +54,7 @@ def load(path: str, step: int | None, config: ConfigDict, devices: Mesh | None =
         config = ConfigDict(config.to_dict())
         config.model.path = path
         return Policy(*load_pretrained(config, devices), None, None)
-    return load_run(Path(path), read_config(path), step, devices, base)
+    return load_run(Path(path), read_config(Path(path)), step, devices, base)
 
 
 def load_run(

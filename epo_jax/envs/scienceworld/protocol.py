@@ -135,7 +135,7 @@ class ScienceWorld:
             **self._told(),
         )
 
-    def _told(self) -> dict[str, tuple[str, ...]]:
+    def _told(self) -> dict[str, Any]:
         """The hints, as fields of an observation."""
         if self._hints == "objects":
             return {"objects": self._episode.objects()}

@@ -12,7 +12,7 @@ import selectors
 import sys
 import time
 import weakref
-from typing import Any
+from typing import IO, Any, cast
 
 from epo_jax.common.errors import UserError
 from epo_jax.envs import base
@@ -209,7 +209,7 @@ class EnvPool:
         events = self._selector.select(None if limit == float("inf") else limit)
         for key, mask in events:
             worker: _Worker = key.data
-            if key.fileobj.closed:  # a worker replaced earlier in this round
+            if cast(IO[bytes], key.fileobj).closed:  # a worker replaced earlier in this round
                 continue
             if mask & selectors.EVENT_WRITE:
                 worker.flush()
