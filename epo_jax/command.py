@@ -18,23 +18,23 @@ A program is written as
 
 import argparse
 import contextlib
-import difflib
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from epo_jax.common import stopping
 from epo_jax.common.errors import Stopped, UserError, full_disk
 from epo_jax.common.files import expand_user, write_atomically
-from epo_jax.runs.folder import Command, _changes, check_workdir, read_config, refuse_other_program
-from epo_jax.settings.config import ENVIRONMENTS, base_config, flatten
+from epo_jax.runs.folder import Command, changes_of, check_workdir, read_config, refuse_other_program
+from epo_jax.settings.config import flatten
+from epo_jax.settings.describe import help_text
+from epo_jax.settings.flags import complete, read, take
 from epo_jax.settings.setting import Rule
-from epo_jax.settings.validate import validate
+from epo_jax.settings.table import SECTIONS, SWEEP
 
 
 def run(main: Callable[[list[str]], None]) -> int:
@@ -72,8 +72,11 @@ def run(main: Callable[[list[str]], None]) -> int:
         return code
 
 
+SETTINGS_ARE = "Settings, each an option --config.KEY=VALUE (docs/settings.md has their ranges and the paper's values)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """For programs without a config: what it refuses is told as everything else is, and `~` is a home folder in its paths."""
+    """For programs without a config: raises UserError for bad input, and reads `~` in paths as a home folder."""
 
     PATHS = "checkpoint", "out", "to", "workdir"
 
@@ -130,8 +133,8 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
 
     Args:
       argv: as sys.argv.
+      define: adds the program's own flags to the FlagValues that it is given.
       sweep: whether the config must have a section sweep, or must not.
-      define: adds the program's own flags to the FlagValues it is given.
 
     Raises:
       UserError: an unknown flag, preset or key, a value of the wrong type or out of range, an unusable folder.
@@ -139,10 +142,13 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "The run folder.", flag_values=values)
     flags.DEFINE_bool("resume", False, "Continue the run in --workdir.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
+    flags.DEFINE_bool("help", False, "List the options and the settings.", short_name="h", flag_values=values)
     if define is not None:
         define(values)
-    _read_flags(argv, values, _own_config(argv))
+    overridden = read(argv, values, _own_config(argv))
+    if values.help:
+        print(_help(values, sweep))
+        raise SystemExit(0)
     if not values.workdir:
         raise UserError("--workdir is missing; name the run folder, for example --workdir=runs/first.")
     if "://" in values.workdir:
@@ -152,160 +158,41 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
         )
     workdir = expand_user(values.workdir, "--workdir")
     check_workdir(workdir, values.resume)
-    config, changes = values.config, {}
-    if config is None:
-        raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
-    refuse_other_program(config, sweep)
-    absolute_paths(config)
-    validate(config)
+    if values.config is not None:
+        refuse_other_program(values.config, sweep)
+    config, changes = complete(values.config), {}
     if values.resume:
         saved = read_config(workdir)
         refuse_other_program(saved, sweep, f"--workdir={workdir}")
-        absolute_paths(saved)
-        overridden = {match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument))}
-        changes = _changes(config, saved, overridden, workdir)
+        changes = changes_of(config, complete(saved), overridden, workdir)
     return Command(config, workdir, values.resume, values, changes)
 
 
-def _own_config(argv: Sequence[str]) -> ConfigDict | None:
-    """The config of the run that is resumed, where the command line has none."""
-    resumes = any(re.fullmatch(r"--?resume(=(true|1|yes|y|t))?", argument, re.IGNORECASE) for argument in argv)
-    workdir = _argument(argv, "workdir")
-    if not resumes or not workdir or _argument(argv, "config") is not None or "://" in workdir:
-        return None
-    workdir = expand_user(workdir, "--workdir")
-    check_workdir(workdir, resume=True)
-    return read_config(workdir)
-
-
-def absolute_paths(config: ConfigDict) -> None:
-    """Makes the local paths of a config absolute, so that a run can be read from anywhere."""
-    for key in ("model.path", "env.data_dir", "checkpoint.folder", "init_from.run"):
-        section, _, leaf = key.partition(".")
-        path = config[section].get(leaf, "")
-        if path and "://" not in path:
-            local = expand_user(path, f"config.{key}")
-            if key != "model.path" or local.exists() or path.startswith("~"):  # else it is a name on the hub
-                config[section][leaf] = os.path.abspath(local)
-
-
 def parse_config(arguments: Sequence[str]) -> ConfigDict:
-    """The config that `--config=FILE.py[:preset]` and overrides of its keys come to, for programs without a run folder.
+    """The config of `--config=FILE.py[:preset]` with overrides of its keys, for programs without a run folder.
 
     Raises:
       UserError: as `parse`.
     """
     values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
-    _read_flags(["", *arguments], values)
-    if values.config is None:
-        raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
-    absolute_paths(values.config)
-    validate(values.config)
-    return values.config
+    read(["", *arguments], values)
+    return complete(values.config)
 
 
-def _read_flags(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict | None = None) -> None:
-    """Reads a command line into `values`, --config and its keys among them, which override those of `own` where it is given."""
-    argv = list(argv)
-    # For the flags' own types "None" is no number, and a text like any other.
-    without = [match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([^=]+)=None", argument))]
-    argv = [argument for argument in argv if not re.fullmatch(r"--?config\.[^=]+=None", argument)]
-    if own is None:
-        config_flags.DEFINE_config_file(
-            "config", None, "Config file and preset, as configs/alfworld.py:laptop.", flag_values=values, sys_argv=argv
-        )
-    source = _argument(argv, "config")
-    if source is not None:
-        _check_source(source)
-    try:
-        if own is not None:
-            config_flags.DEFINE_config_dict("config", own, "The run's config.", flag_values=values, sys_argv=argv)
-        rest = values(argv)[1:]
-    except (KeyError, AttributeError, TypeError) as error:
-        raise _unknown_key(error, argv, source, own) from None
-    except flags.Error as error:
-        if source is None and own is None and any(re.match(r"--?config\.", argument) for argument in argv):
-            raise UserError("--config must be given when its keys are overridden.") from None
-        raise UserError(_wrong_type(str(error), values) or _sentence(str(error))) from None
-    if without:
-        _set_none(values.config, without, source or "the run's config")
-    if values.help:
-        print(values.module_help("epo_jax.command") or values.get_help())
-        raise SystemExit(0)
-    if rest:
-        raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
-
-
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
-
-
-def _wrong_type(message: str, values: flags.FlagValues) -> str | None:
-    """The sentence for a key's value of another type, from absl's message; None if it is about something else."""
-    match = re.fullmatch(r"flag --config\.([\w.]+)=(.*?): .*", message, re.DOTALL)
-    if match is None or values["config"].value is None:
+def _own_config(argv: Sequence[str]) -> ConfigDict | None:
+    """The config of the run that is resumed, if the command line has none."""
+    resumes = any(re.fullmatch(r"--?resume(=(true|1|yes|y|t))?", argument, re.IGNORECASE) for argument in argv)
+    workdir, _ = take(argv, "workdir")
+    if not resumes or not workdir or take(argv, "config")[0] is not None or "://" in workdir:
         return None
-    usual = flatten(values["config"].value).get(match[1])
-    kind = _KINDS.get(type(usual))
-    return kind and f"--config.{match[1]}={match[2]} must be {kind}, such as {usual!r}."
+    folder = expand_user(workdir, "--workdir")
+    check_workdir(folder, resume=True)
+    return read_config(folder)
 
 
-def _set_none(config: ConfigDict | None, keys: list[str], source: str | None) -> None:
-    """Sets the keys that may be None. Raises UserError for the others."""
-    if config is None:
-        raise UserError("--config must be given when its keys are overridden.")
-    known = flatten(config)
-    may = known | (flatten(base_config(known["env.name"])) if known["env.name"] in ENVIRONMENTS else {})
-    for key in keys:
-        if key not in known:
-            raise UserError(f"config.{key} is not a key of {source}{_suggestion(key, known)}")
-        if may[key] is not None:
-            raise UserError(f"--config.{key}=None: the key needs a value; leave the option out for {known[key]!r}.")
-        config.update_from_flattened_dict({key: None})
-
-
-def _argument(argv: Sequence[str], name: str) -> str | None:
-    """The value of --NAME, if it is there."""
-    for position, argument in enumerate(argv):
-        if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL):
-            return match[1] if match[1] is not None else next(iter(argv[position + 1 :]), None)
-    return None
-
-
-def _check_source(source: str) -> None:
-    """ml_collections reports a missing file only at the first use of the config, and then at length."""
-    path = Path(source.split(":", 1)[0])
-    if not path.is_file():
-        found = ", ".join(sorted(str(near) for near in path.parent.glob("*.py") if near.name != "__init__.py"))
-        raise UserError(f"--config={source}: there is no file {path}" + (f"; there is {found}." if found else "."))
-
-
-def _unknown_key(error: Exception, argv: Sequence[str], source: str | None, own: ConfigDict | None) -> UserError:
-    """A sentence for an override of a key that the config does not have."""
-    if source is None and own is None:
-        return UserError("--config must be given when its keys are overridden.")
-    if own is not None:
-        source, known = "the run's config", flatten(own)
-    else:
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=[])
-        values(["", f"--config={source}"])
-        known = flatten(values.config)
-    for argument in argv:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            if match[1] not in known:
-                return UserError(f"config.{match[1]} is not a key of {source}{_suggestion(match[1], known)}")
-    return UserError(_sentence(str(error)))
-
-
-def _suggestion(key: str, known: Iterable[str]) -> str:
-    """The end of a sentence: the nearest key by spelling, else one of the same name in another section."""
-    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    return f"; did you mean config.{near[0]}?" if near else "."
-
-
-def _sentence(text: str) -> str:
-    """A library's message on one line."""
-    text = " ".join(text.split()).replace(" ?", "?").rstrip(".")
-    return text if text.endswith("?") else text + "."
+def _help(values: flags.FlagValues, sweep: bool) -> str:
+    """The options of a program, and the settings: the defaults, or those of --config."""
+    options = [values[name] for name in sorted(values) if "." not in name and len(name) > 1]
+    lines = [f"  --{option.name}{'' if option.boolean else '=...'}\n      {option.help}" for option in options]
+    sections = (*SECTIONS, SWEEP) if sweep else SECTIONS
+    return "\n".join(["Options", *lines, "", SETTINGS_ARE, help_text(sections, flatten(values.config or {}))])

@@ -17,7 +17,16 @@ from pathlib import Path
 
 import jax
 
-from epo_jax.command import ArgumentParser, add_base_option, check_output, number_type, parse_config, run, write_output
+from epo_jax.command import (
+    SETTINGS_ARE,
+    ArgumentParser,
+    add_base_option,
+    check_output,
+    number_type,
+    parse_config,
+    run,
+    write_output,
+)
 from epo_jax.common.errors import UserError
 from epo_jax.envs.base import SPLITS, environment
 from epo_jax.envs.workers.pool import EnvPool
@@ -27,7 +36,9 @@ from epo_jax.rollout.scheduler import check_devices
 from epo_jax.runs.folder import read_config
 from epo_jax.runs.metrics import evaluation_table, plain
 from epo_jax.runs.policies import is_run, load
+from epo_jax.settings.describe import help_text
 from epo_jax.settings.setting import COUNT, NOT_NEGATIVE, SEED, SHARE_ABOVE_0
+from epo_jax.settings.table import SECTIONS
 from epo_jax.training.evaluation import evaluate
 
 
@@ -84,7 +95,8 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what is left for the config."""
     parser = ArgumentParser(prog="python -m epo_jax.evaluate", description=__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                            formatter_class=argparse.RawDescriptionHelpFormatter,
+                            epilog=f"{SETTINGS_ARE}\n{help_text(SECTIONS, {})}")  # fmt: skip
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
     parser.add_argument("--step", type=number_type(int, NOT_NEGATIVE),
                         help="RL steps of the run's checkpoint; the newest if left out")  # fmt: skip

@@ -77,6 +77,23 @@ def test_a_program_adds_its_own_flags(tmp_path):
     assert command.flags.split == "train"
 
 
+def test_help_lists_the_settings_with_the_values_of_the_config(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(["main", "--help"], lambda values: flags.DEFINE_string("split", None, "Which split.", flag_values=values))
+    told = capsys.readouterr().out
+    for text in ("--split=...\n      Which split.", "epo.lam=0.001", "env.train_games=3553", "env.level=L1"):
+        assert text in told
+    with pytest.raises(SystemExit):
+        parse(["sweep", SMOKE, "--config.epo.lam=0.25", "-h"], sweep=True)
+    told = capsys.readouterr().out
+    assert "epo.lam=0.25" in told and "env.train_games=12" in told and "sweep.kind=grid" in told and "env.level" not in told
+
+
+def test_the_last_of_several_configs_counts_wherever_it_is(tmp_path):
+    command = parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25", "--config", "configs/scienceworld.py:smoke"))
+    assert (command.config.env.name, command.config.epo.lam) == ("scienceworld", 0.25)
+
+
 @pytest.mark.parametrize(
     ("rest", "message"),
     [

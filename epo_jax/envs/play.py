@@ -8,6 +8,7 @@ An answer is one line. In the tagged style a line without tags is taken for an a
 line is an answer too; the end of input (Ctrl-D) stops the game.
 """
 
+import argparse
 import difflib
 import json
 import sys
@@ -20,6 +21,8 @@ from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Environment, Observation, Task, environment
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.settings.config import ENVIRONMENTS, base_config
+from epo_jax.settings.describe import help_text
+from epo_jax.settings.table import SECTIONS
 
 FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # enough to look at, and made in seconds
 
@@ -87,7 +90,10 @@ def play(
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="python -m epo_jax.envs.play", description=__doc__.partition("\n")[0])
+    keys = help_text([section for section in SECTIONS if section.name == "env"], {})
+    parser = ArgumentParser(prog="python -m epo_jax.envs.play", description=__doc__,
+                            epilog=f"Keys for --option, without env.\n{keys}",
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--env", required=True, help="alfworld, scienceworld, toy, or a module of your own")
     parser.add_argument("--split", default="train", choices=SPLITS)
     parser.add_argument("--task", default="", help="its id, or how the id begins; by default the first of the split")

@@ -160,7 +160,7 @@ def refuse_other_program(config: ConfigDict, sweep: bool, what: str = "--config"
         raise UserError(f"{what} has a section sweep, so it is for python -m epo_jax.sweep; take a config without one for a run.")
 
 
-def _changes(config: ConfigDict, saved: ConfigDict, overridden: set[str], workdir: Path) -> Changes:
+def changes_of(config: ConfigDict, saved: ConfigDict, overridden: set[str], workdir: Path) -> Changes:
     """What `config` changes of a run for good.
 
     Raises:

@@ -1,0 +1,5 @@
+"""Prints docs/settings.md."""
+
+from epo_jax.settings.describe import markdown
+
+print(markdown(), end="")

@@ -1,0 +1,123 @@
+"""A config from the command line: --config=FILE.py[:preset], and --config.section.key=value for single keys."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from epo_jax.common.errors import UserError
+from epo_jax.common.files import expand_user
+from epo_jax.settings.config import flatten
+from epo_jax.settings.table import SETTINGS
+from epo_jax.settings.validate import validate
+
+_ABOUT = "Config file and preset, for example configs/alfworld.py:laptop; --config.KEY=VALUE overrides a key."
+_OPTIONAL = {setting.key for setting in SETTINGS if setting.default is None}
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
+
+
+def read(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict | None = None) -> set[str]:
+    """Parses a command line into `values`, the config among them.
+
+    Args:
+      argv: as sys.argv.
+      values: the flags of the program. It gets `config`: the config with overrides, or None.
+      own: the config that is overridden if there is no --config.
+
+    Returns:
+      The keys that the command line overrides.
+
+    Raises:
+      UserError: an unknown flag, file, preset or key, or a value of another type.
+    """
+    source, argv = take(argv, "config")
+    config, name = (own, "the run's config") if source is None else (_load(source), source)
+    known = {} if config is None else flatten(config)
+    keys = {match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument))}
+    if keys and config is None:
+        raise UserError("--config must be given when its keys are overridden.")
+    for key in sorted(keys):
+        if not any(each == key or each.startswith(f"{key}.") for each in known):
+            raise UserError(f"config.{key} is not a key of {name}{_suggestion(key, known)}")
+    # The flags would read "None" as a text, or refuse it as a number.
+    emptied = [match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([^=]+)=None", argument))]
+    argv = [argument for argument in argv if not re.fullmatch(r"--?config\.[^=]+=None", argument)]
+    if config is None:
+        flags.DEFINE_string("config", None, _ABOUT, flag_values=values)
+    else:
+        config_flags.DEFINE_config_dict("config", config, _ABOUT, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        raise UserError(_wrong_type(str(error), known) or _sentence(str(error))) from None
+    if rest:
+        raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
+    for key in emptied:
+        if known[key] is not None and key not in _OPTIONAL:
+            raise UserError(f"--config.{key}=None: the key needs a value; leave the option out for {known[key]!r}.")
+        values.config.update_from_flattened_dict({key: None})
+    return keys
+
+
+def take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The last value of --NAME=VALUE or --NAME VALUE, or None, and the other arguments."""
+    value, others, arguments = None, [], iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+        else:
+            value = next(arguments, None) if match[1] is None else match[1]
+    return value, others
+
+
+def complete(config: ConfigDict | None) -> ConfigDict:
+    """The config with absolute paths, so that the run can be used from anywhere. Raises UserError if it is missing or invalid."""
+    if config is None:
+        raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
+    for key in ("model.path", "env.data_dir", "checkpoint.folder", "init_from.run"):
+        section, _, leaf = key.partition(".")
+        path = config[section].get(leaf, "")
+        if path and "://" not in path:
+            local = expand_user(path, f"config.{key}")
+            if key != "model.path" or local.exists() or path.startswith("~"):  # else it is a name on the hub
+                config[section][leaf] = os.path.abspath(local)
+    validate(config)
+    return config
+
+
+def _load(source: str) -> ConfigDict:
+    """The config of FILE.py[:preset]."""
+    path = Path(source.split(":", 1)[0])
+    if not path.is_file():  # ml_collections would report that at the first use of the config, and at length
+        found = ", ".join(sorted(str(near) for near in path.parent.glob("*.py") if near.name != "__init__.py"))
+        raise UserError(f"--config={source}: there is no file {path}" + (f"; there is {found}." if found else "."))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, _ABOUT, flag_values=values, sys_argv=[])
+    values(["", f"--config={source}"])
+    return values.config
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    """The end of a sentence: the nearest key by spelling, or else one of the same name in another section."""
+    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return f"; did you mean config.{near[0]}?" if near else "."
+
+
+def _wrong_type(message: str, known: Mapping[str, Any]) -> str | None:
+    """The sentence for a value of another type, from absl's message; None if that is about something else."""
+    match = re.fullmatch(r"flag --config\.([\w.]+)=(.*?): .*", message, re.DOTALL)
+    kind = match and _KINDS.get(type(known.get(match[1])))
+    return f"--config.{match[1]}={match[2]} must be {kind}, such as {known[match[1]]!r}." if match and kind else None
+
+
+def _sentence(text: str) -> str:
+    """A library's message on one line."""
+    text = " ".join(text.split()).replace(" ?", "?").rstrip(".")
+    return text if text.endswith("?") else text + "."
