@@ -77,7 +77,7 @@ def programs(row: int, options) -> dict:
     from configs import alfworld
     from epo_jax import main
     from epo_jax.models import generate
-    from epo_jax.models.decoder import DecoderConfig, init_params, unstack
+    from epo_jax.models.decoder import DecoderConfig, init_params, param_axes, unstack
     from epo_jax.parallel import mesh
     from epo_jax.training.state import abstract_state_on
     from epo_jax.training.step import batch_shardings, make_train_step
@@ -114,14 +114,14 @@ def programs(row: int, options) -> dict:
     _, train = compiled("train step", make_train_step(learner, on).lower(state, rows, hyper))
 
     weights = jax.eval_shape(lambda k: jax.tree.map(lambda x: x.astype(model.dtype), init_params(model, k)), jax.random.key(0))
-    weights = placed(weights, mesh.shardings(on, weights, without="fsdp"))
+    weights = placed(weights, mesh.shardings(on, weights, param_axes(model), without="fsdp"))
     with mesh.inside(on):
         program, unstacking = compiled("unstacking", unstack.lower(model, weights))
     weights = placed(jax.eval_shape(functools.partial(unstack, model), weights), program.output_shardings)
     shards = mesh.row_shards(on)
     slots = -(-config.rollout.slots // (config.rollout.lanes * shards)) * shards
     cache = jax.eval_shape(lambda: generate.init_cache(model, slots, config.agent.max_tokens))
-    cache = placed(cache, mesh.shardings(on, cache))
+    cache = placed(cache, mesh.shardings(on, cache, generate.cache_axes(cache)))
     ints, floats = np.ones(slots, np.int32), np.ones(slots, np.float32)
     with mesh.inside(on):
         lowered = generate.decode.lower(

@@ -22,7 +22,7 @@ from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import environment
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import attention, lora
-from epo_jax.models.decoder import decoder_config, with_adapters
+from epo_jax.models.decoder import decoder_config, param_axes, with_adapters
 from epo_jax.models.tokenizer import load_tokenizer
 from epo_jax.parallel import hosts, mesh
 from epo_jax.rollout import prompts, scheduler
@@ -130,7 +130,7 @@ def train(command: Command, stop: StopRequest) -> None:
     if not resumed:
         if not config.model.path and not config.init_from.run:
             params = blank_params(config, model, tokenizer)
-            params = mesh.place(params, mesh.shardings(devices, params))
+            params = mesh.place(params, mesh.shardings(devices, params, param_axes(model)))
         if hosts.is_first():
             tokenizer.save(workdir / "tokenizer")
         print(f"{sum(p.size for p in jax.tree.leaves(params)):,} parameters, {tokenizer.vocab_size} tokens of vocabulary")
@@ -142,7 +142,8 @@ def train(command: Command, stop: StopRequest) -> None:
         if config.model.lora_rank and not model.lora:
             model = with_adapters(model, config.model)
             adapters = lora.init_adapters(model, keys.key(config.seed, "adapters"))
-            params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters)))
+            _, axes = lora.split(param_axes(model))
+            params = lora.join(params, mesh.place(adapters, mesh.shardings(devices, adapters, axes)))
 
     # ---------------------------------------------------------------- learner
     learner = learner_config(config, model, objective, mesh.row_shards(devices))

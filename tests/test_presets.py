@@ -6,7 +6,7 @@ import functools
 import jax
 import pytest
 
-from epo_jax.models.decoder import decoder_config, init_params, with_adapters
+from epo_jax.models.decoder import decoder_config, init_params, param_axes, with_adapters
 from epo_jax.parallel import mesh
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training import sft
@@ -51,7 +51,7 @@ def test_every_preset_can_be_trained_on_eight_devices(file, name, shape):
 
     optim = cloning_optim(config)
     params = jax.eval_shape(functools.partial(init_params, plain), jax.random.key(0))
-    params = mesh.abstract(params, mesh.shardings(on, params))
+    params = mesh.abstract(params, mesh.shardings(on, params, param_axes(plain)))
     opt_state = jax.eval_shape(make_optimizer(optim).init, params)
     wide = jax.ShapeDtypeStruct((mesh.row_shards(on), config.train.rows_tokens), "int32")
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(wide.shape, x.dtype), batch.by_row())

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from epo_jax.common.errors import UserError
@@ -35,8 +34,8 @@ def packed_attention(
 ) -> Float[Array, "B T H d"]:
     """Attention among the tokens of packed rows, by the kernel of the platform; on a mesh each device has rows and heads."""
     kernel = {"gpu": gpu_attention, "tpu": tpu_attention}.get(mesh.platform(), blocked_attention)
-    heads = P(mesh.ROWS, None, "tensor")
-    attend = mesh.locally(functools.partial(kernel, window=window), (heads, heads, heads, P(mesh.ROWS)), heads)
+    queries, keys = ("rows", "row_tokens", "heads", "head_dim"), ("rows", "row_tokens", "kv_heads", "head_dim")
+    attend = mesh.locally(functools.partial(kernel, window=window), (queries, keys, keys, ("rows", "row_tokens")), queries)
     return attend(q, k, v, segment_ids)
 
 

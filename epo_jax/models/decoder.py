@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 from epo_jax.common.vocabulary import IdRanges
@@ -28,7 +27,16 @@ from epo_jax.parallel import mesh
 
 Params = dict
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Projection of a layer -> the logical axes (epo_jax/parallel/mesh.py) of its input and output.
+PROJECTIONS = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv_heads"),
+    "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
 
 # What a layer keeps for its backward pass; the rest is computed again. "none" keeps everything, the others less and less.
 REMAT_POLICIES = {
@@ -50,7 +58,7 @@ class Lora:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] = tuple(PROJECTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,18 +114,23 @@ class DecoderConfig:
         """The window of each layer, None where it sees all."""
         return [window or None for window in self.windows or (0,) * self.num_layers]
 
+    def axis_sizes(self) -> dict[str, int]:
+        """The length of each logical axis of the parameters."""
+        return {
+            "vocab": self.vocab_size,
+            "embed": self.d_model,
+            "hidden": self.d_model,
+            "heads": self.num_heads * self.head_dim,
+            "kv_heads": self.num_kv_heads * self.head_dim,
+            "head_dim": self.head_dim,
+            "mlp": self.d_ff,
+            "rank": self.lora.rank if self.lora else 0,
+        }
+
     def projection_sizes(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) of each projection of a layer."""
-        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (self.d_model, heads),
-            "k_proj": (self.d_model, kv_heads),
-            "v_proj": (self.d_model, kv_heads),
-            "o_proj": (heads, self.d_model),
-            "gate_proj": (self.d_model, self.d_ff),
-            "up_proj": (self.d_model, self.d_ff),
-            "down_proj": (self.d_ff, self.d_model),
-        }
+        sizes = self.axis_sizes()
+        return {name: (sizes[rows], sizes[columns]) for name, (rows, columns) in PROJECTIONS.items()}
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -137,34 +150,39 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        sizes = c.projection_sizes()
+        sizes = c.axis_sizes()
 
         def normal(rows, columns):
-            return nnx.Param(rows**-0.5 * jax.random.normal(rngs.params(), (rows, columns), jnp.float32))
+            shape = sizes[rows], sizes[columns]
+            return nnx.Param(shape[0] ** -0.5 * jax.random.normal(rngs.params(), shape, jnp.float32), axes=(rows, columns))
 
-        def constant(value, *shape):
-            return nnx.Param(jnp.full(shape, value, jnp.float32))
+        def constant(value, *axes):
+            return nnx.Param(jnp.full([sizes[axis] for axis in axes], value, jnp.float32), axes=axes)
 
-        for name, size in sizes.items():
+        for name, axes in PROJECTIONS.items():
             # Those that write to the residual stream start at zero: an untrained block is the identity.
-            setattr(self, name, constant(0.0, *size) if name in ("o_proj", "down_proj") else normal(*size))
+            setattr(self, name, constant(0.0, *axes) if name in ("o_proj", "down_proj") else normal(*axes))
         biased = "q_proj k_proj v_proj " * c.qkv_bias + "o_proj " * c.o_bias + "gate_proj up_proj down_proj" * c.mlp_bias
         for name in biased.split():
-            setattr(self, _bias(name), constant(0.0, sizes[name][1]))
+            # A bias of the residual stream is whole on every device.
+            columns = PROJECTIONS[name][1]
+            setattr(self, _bias(name), constant(0.0, "hidden" if columns == "embed" else columns))
         for name in c.lora.targets if c.lora else ():
-            setattr(self, f"{name}_lora_a", normal(sizes[name][0], c.lora.rank))
-            setattr(self, f"{name}_lora_b", constant(0.0, c.lora.rank, sizes[name][1]))
-        self.input_norm = constant(1.0, c.d_model)
-        self.post_attention_norm = constant(1.0, c.d_model)
+            rows, columns = PROJECTIONS[name]
+            setattr(self, f"{name}_lora_a", normal(rows, "rank"))
+            setattr(self, f"{name}_lora_b", constant(0.0, "rank", columns))
+        self.input_norm = constant(1.0, "hidden")
+        self.post_attention_norm = constant(1.0, "hidden")
         if c.qk_norm:
-            self.q_norm = constant(1.0, c.head_dim)
-            self.k_norm = constant(1.0, c.head_dim)
+            self.q_norm = constant(1.0, "head_dim")
+            self.k_norm = constant(1.0, "head_dim")
 
     def project(self, name: str, x: Float[Array, "N in"]) -> Float[Array, "N out"]:
-        """x W + b, and the adapter's share where there is one."""
+        """x W + b, plus the output of the adapter if there is one."""
 
         def weight(key):
-            return mesh.at_use(key, getattr(self, key)[...].astype(x.dtype))
+            param = getattr(self, key)
+            return mesh.at_use(param[...].astype(x.dtype), *param.axes)
 
         y = x @ weight(name)
         if hasattr(self, _bias(name)):
@@ -172,13 +190,14 @@ class Block(nnx.Module):
         lora = self.config.lora
         if lora and name in lora.targets:
             y = y + (lora.alpha / lora.rank) * ((x @ weight(f"{name}_lora_a")) @ weight(f"{name}_lora_b"))
-        # Devices along "tensor" hold either columns of the product or parts of its sum, which is then shared out by tokens.
-        return mesh.constrain(y, mesh.AXES) if name in ("o_proj", "down_proj") else mesh.constrain(y, mesh.ROWS, "tensor")
+        # Devices along "tensor" hold columns of the product, or terms of its sum, which are then reduce-scattered over tokens.
+        columns = PROJECTIONS[name][1]
+        return mesh.constrain(y, "residual_tokens") if columns == "embed" else mesh.constrain(y, "tokens", columns)
 
     def qkv(self, x: Float[Array, "N D"], rope) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H d], rotated keys and values [B T K d] of the N = B * T tokens of `rope`'s shape."""
         c = self.config
-        x = mesh.constrain(rms_norm(x, self.input_norm[...], c.norm_eps), mesh.ROWS)
+        x = mesh.constrain(rms_norm(x, self.input_norm[...], c.norm_eps), "tokens")
         q, k, v = (
             self.project(name, x).reshape(*rope[0].shape[:2], -1, c.head_dim) for name in ("q_proj", "k_proj", "v_proj")
         )
@@ -189,7 +208,7 @@ class Block(nnx.Module):
     def output(self, x: Float[Array, "N D"], attended: Float[Array, "B T H d"]) -> Float[Array, "N D"]:
         """Adds the attention output and the MLP to the residual stream."""
         x = x + self.project("o_proj", attended.reshape(x.shape[0], -1))
-        y = mesh.constrain(rms_norm(x, self.post_attention_norm[...], self.config.norm_eps), mesh.ROWS)
+        y = mesh.constrain(rms_norm(x, self.post_attention_norm[...], self.config.norm_eps), "tokens")
         gated = jax.nn.silu(self.project("gate_proj", y)) * self.project("up_proj", y)
         return x + self.project("down_proj", gated)
 
@@ -204,7 +223,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, 
     On a mesh a device looks up the tokens of its `fsdp` group, those that are words of its own, in the columns that it
     keeps; then the rows are added up and put together where their tokens are. No table is ever put together.
     """
-    if not mesh.divides(mesh.AXES, tokens.shape[0]):
+    if not mesh.divides("residual_tokens", tokens.shape[0]):
         return table[tokens]
 
     def own(table, tokens):
@@ -213,7 +232,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, 
         found = jax.lax.psum_scatter(found, "tensor", scatter_dimension=1, tiled=True)
         return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)[0]
 
-    return mesh.locally(own, (P("tensor", "fsdp"), P(mesh.ROWS)), P(mesh.AXES))(table, tokens)
+    return mesh.locally(own, (("vocab", "embed"), ("tokens",)), ("residual_tokens",))(table, tokens)
 
 
 class Decoder(nnx.Module):
@@ -227,15 +246,15 @@ class Decoder(nnx.Module):
         self.config = config
 
         def table():
-            scale = config.d_model**-0.5
-            return nnx.Param(scale * jax.random.normal(rngs.params(), (config.vocab_size, config.d_model), jnp.float32))
+            shape = config.vocab_size, config.d_model
+            return nnx.Param(shape[1] ** -0.5 * jax.random.normal(rngs.params(), shape, jnp.float32), axes=("vocab", "embed"))
 
         self.embedding = table()
         if stacked:
             self.layers: Any = nnx.vmap(lambda r: Block(config, rngs=r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
         else:
             self.layers = nnx.List(Block(config, rngs=rngs) for _ in range(config.num_layers))
-        self.final_norm = nnx.Param(jnp.ones((config.d_model,), jnp.float32))
+        self.final_norm = nnx.Param(jnp.ones((config.d_model,), jnp.float32), axes=("hidden",))
         if not config.tie_embeddings:
             self.lm_head = table()
 
@@ -276,7 +295,7 @@ class Decoder(nnx.Module):
             weights = jax.tree.map(lambda a, i=start, n=length: a[i : i + n] if n < c.num_layers else a, stacked)
             x, _ = jax.lax.scan(layer, x, weights, unroll=length if length <= _UNROLL_LAYERS else 1)
             start += length
-        return mesh.constrain(rms_norm(x, self.final_norm[...], c.norm_eps), mesh.ROWS).reshape(*tokens.shape, -1)
+        return mesh.constrain(rms_norm(x, self.final_norm[...], c.norm_eps), "tokens").reshape(*tokens.shape, -1)
 
     def extend(
         self,
@@ -314,6 +333,14 @@ class Decoder(nnx.Module):
 def init_params(config: DecoderConfig, key: Array) -> Params:
     """Fresh parameters as a nested dict of float32 arrays; arrays under `layers` have a leading axis L."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+def param_axes(config: DecoderConfig) -> PyTree[mesh.Axes]:
+    """The logical axes of each array of `init_params`."""
+    _, abstract = _skeleton(config, stacked=True)
+    axes = jax.tree.map(lambda param: param.axes, abstract, is_leaf=lambda x: isinstance(x, nnx.Param))
+    axes = nnx.to_pure_dict(axes)
+    return axes | {"layers": {name: ("layers", *of_layer) for name, of_layer in axes["layers"].items()}}
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

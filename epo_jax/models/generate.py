@@ -33,6 +33,12 @@ class Cache(NamedTuple):
     hidden: Float[Array, "S D"]
 
 
+def cache_axes(cache: Cache) -> Cache:
+    """The logical axes of each array of a cache."""
+    layers = tuple(kv_cache.AXES[: len(layer)] for layer in cache.layers)
+    return Cache(layers, lengths=("slots",), hidden=("slots", "hidden"))
+
+
 class Sampling(NamedTuple):
     """The distribution that each slot samples from: softmax(logits / temperature), truncated to the `top_k` likeliest
     tokens and then to the fewest of them that hold `top_p` of the mass (ties with the last one stay), and renormalised.

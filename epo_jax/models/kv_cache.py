@@ -12,8 +12,13 @@ from jaxtyping import Array, Float, Int
 # (keys, values), or with int8 (keys, values, scales of the keys, scales of the values)
 LayerCache = tuple[Array, ...]
 
-# The axis of positions in each of them.
-_POSITION_AXES = (3, 2, 2, 2)
+# The logical axes (epo_jax/parallel/mesh.py) of each of them.
+AXES = (
+    ("slots", "kv_heads", "head_dim", "positions"),
+    ("slots", "kv_heads", "positions", "head_dim"),
+    ("slots", "kv_heads", "positions"),
+    ("slots", "kv_heads", "positions"),
+)
 
 
 def init_layer(slots: int, heads: int, width: int, capacity: int, dtype: str) -> LayerCache:
@@ -55,7 +60,7 @@ def take(layer: LayerCache, slots: Int[Array, " R"], capacity: int) -> LayerCach
         missing = [(0, max(capacity - x.shape[a], 0) if a == axis else 0) for a in range(x.ndim)]
         return jax.lax.slice_in_dim(jnp.pad(x, missing), 0, capacity, axis=axis)
 
-    return tuple(fit(x, axis) for x, axis in zip(layer, _POSITION_AXES, strict=False))
+    return tuple(fit(x, axes.index("positions")) for x, axes in zip(layer, AXES, strict=False))
 
 
 def copy(layer: LayerCache, source: Int[Array, " R"], target: Int[Array, " R"], columns: int) -> LayerCache:
@@ -65,7 +70,7 @@ def copy(layer: LayerCache, source: Int[Array, " R"], target: Int[Array, " R"], 
         part = (*[slice(None)] * (axis - 1), slice(columns))
         return x.at[(target, *part)].set(x.at[(source, *part)].get(mode="clip"), mode="drop")
 
-    return tuple(one(x, axis) for x, axis in zip(layer, _POSITION_AXES, strict=False))
+    return tuple(one(x, axes.index("positions")) for x, axes in zip(layer, AXES, strict=False))
 
 
 def _quantised(x: Float[Array, "R T K d"]) -> tuple[Int[Array, "R T K d"], Float[Array, "R T K"]]:

@@ -8,18 +8,28 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.parallel.mesh import Axes
 from epo_jax.settings.table import CriticKind
 
 
 def init_critic(kind: CriticKind, policy: Params) -> Params:
-    """A critic that starts from a copy of its share of the policy and predicts 0 everywhere."""
+    """A critic that starts from a copy of its part of the policy and predicts 0 everywhere."""
+    value = jnp.zeros(policy["final_norm"].shape, jnp.float32)
+    return {"decoder": jax.tree.map(jnp.copy, _decoder(kind, policy)), "value": value}
+
+
+def critic_axes(kind: CriticKind, policy: PyTree[Axes]) -> PyTree[Axes]:
+    """The logical axes of each array of `init_critic`, from those of the policy."""
+    return {"decoder": _decoder(kind, policy), "value": ("hidden",)}
+
+
+def _decoder(kind: CriticKind, policy: PyTree) -> PyTree:
     base, adapters = lora.split(policy)
-    own = {"own": base, "lora": adapters, "trunk": {}}[kind]
-    return {"decoder": jax.tree.map(jnp.copy, own), "value": jnp.zeros(policy["final_norm"].shape, jnp.float32)}
+    return {"own": base, "lora": adapters, "trunk": {}}[kind]
 
 
 def values(

@@ -55,3 +55,28 @@ class TokenBatch(NamedTuple):
     def by_row(self) -> "TokenBatch":
         """The arrays that have rows; None in place of the others."""
         return self._replace(rows=None, returns=None, group=None, anchor=None, episode=None, seed=None)
+
+
+_OF_TOKENS, _OF_POLICY_TOKENS = ("mini_batches", "rows", "row_tokens"), ("mini_batches", "rows", "row_policy_tokens")
+
+# The logical axes (epo_jax/parallel/mesh.py) of each array.
+BATCH_AXES = TokenBatch(
+    tokens=_OF_TOKENS,
+    positions=_OF_TOKENS,
+    segment_ids=_OF_TOKENS,
+    rows=("mini_batches",),
+    index=_OF_POLICY_TOKENS,
+    label=_OF_POLICY_TOKENS,
+    policy_mask=_OF_POLICY_TOKENS,
+    trajectory=_OF_POLICY_TOKENS,
+    turn=_OF_POLICY_TOKENS,
+    reward=_OF_POLICY_TOKENS,
+    valid=_OF_POLICY_TOKENS,
+    behaviour_log_prob=_OF_POLICY_TOKENS,
+    behaviour_entropy=_OF_POLICY_TOKENS,
+    returns=("trajectories",),
+    group=("trajectories",),
+    anchor=("trajectories", "turns"),
+    episode=("trajectories",),
+    seed=(),
+)

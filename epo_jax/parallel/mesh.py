@@ -1,21 +1,20 @@
-"""The mesh of devices that a run is spread over, and where every array lies on it.
+"""The device mesh of a run, and how arrays are sharded over it.
 
-Three axes, any of which may be 1:
+The mesh has three axes, any of which may be 1:
 
-    data     rows of the batch; the weights are copied
-    fsdp     rows of the batch too; each device keeps a slice of every weight and of its optimiser state, and the slices of a
-             layer are put together where the layer is computed
-    tensor   heads, hidden units and words; between layers, tokens
+    data     rows of a batch; parameters are replicated
+    fsdp     rows of a batch too; every parameter and its optimizer state are sharded, and a layer's weights are all-gathered
+             where the layer is computed
+    tensor   heads, hidden units and vocabulary; between layers, tokens
 
-`RULES` places every array of `TrainState`, `TokenBatch` and the sampler's `Cache` by its name. What lies where between them
-is said by the code that computes it (`constrain`, `at_use`, `locally`); without a mesh, or on a mesh of one device, these do
-nothing.
+A parameter, a batch or a cache names the logical axes of its arrays where it is defined ("vocab", "rows"). `RULES` maps
+logical axes to mesh axes: it is the only table to change for another layout. Code that runs on the devices names the logical
+axes of what it computes (`constrain`, `at_use`, `locally`); without a mesh, or on a mesh of one device, these do nothing.
 """
 
 import contextlib
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -28,59 +27,66 @@ from epo_jax.common.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# The axes that share the rows of a batch, and the slots of a lane.
+# Mesh axes over which the rows of a batch and the slots of a cache are sharded.
 ROWS = ("data", "fsdp")
 
-# Name of an array -> the mesh axes of its own axes; the first rule that matches the whole name holds. Arrays under `layers` have
-# the axis of layers in front. What is named nowhere is replicated, unless it is a parameter (`spec_of`).
-RULES: tuple[tuple[str, P], ...] = (
+# The logical axes of an array, in order; None is a whole axis without a name.
+Axes = tuple[str | None, ...]
+
+# Logical axis -> mesh axes over which it is sharded.
+RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
-    ("embedding|lm_head", P("tensor", "fsdp")),
-    ("(q|k|v|gate|up)_proj", P(None, "fsdp", "tensor")),
-    ("(o|down)_proj", P(None, "tensor", "fsdp")),
-    ("(q|k|v|gate|up)_bias", P(None, "tensor")),
-    # adapters are cut as the weight next to them, never along their rank
-    ("(q|k|v|gate|up)_proj_lora_a", P(None, "fsdp", None)),
-    ("(q|k|v|gate|up)_proj_lora_b", P(None, None, "tensor")),
-    ("(o|down)_proj_lora_a", P(None, "tensor", None)),
-    ("(o|down)_proj_lora_b", P(None, None, "fsdp")),
-    ("(o|down)_bias|.*_norm|value", P()),
-    # TokenBatch
-    ("tokens|positions|segment_ids|index|label|policy_mask|trajectory|turn", P(None, ROWS)),
-    ("reward|valid|behaviour_log_prob|behaviour_entropy", P(None, ROWS)),
-    ("rows|returns|group|anchor|episode|seed", P()),
-    # Cache
-    ("layers", P(ROWS, "tensor")),
-    ("lengths|hidden", P(ROWS)),
-)
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",  # the side of a matrix that is as wide as the residual stream
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "rank": None,  # adapters are sharded like the weight next to them, never along their rank
+    "hidden": None,  # vectors as wide as the residual stream, and hidden states
+    "head_dim": None,
+    # batches
+    "mini_batches": None,
+    "rows": ROWS,
+    "row_tokens": None,
+    "row_policy_tokens": None,
+    "trajectories": None,
+    "turns": None,
+    # caches
+    "slots": ROWS,
+    "positions": None,
+    # activations; the rows of a batch are flattened to tokens
+    "tokens": ROWS,
+    "residual_tokens": AXES,  # of the residual stream, between the blocks' matrix products
+}
 
 
 def make_mesh(data: int = 0, fsdp: int = 0, tensor: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of these sizes over all `devices`, or as many as they ask for, the same number of every process.
+    """A mesh of these sizes over `devices` (all by default).
 
-    A size below 1 is automatic. `tensor` is then 1. On TPUs the rest goes to `fsdp`, on GPUs as much of it as one process
-    has, where the links are fast, and what is left to `data`. A CPU is one device of each process, all in `data`: more are
-    made up for tests, which name the sizes.
+    A size below 1 is automatic. `tensor` is then 1. On TPUs the remaining devices go to `fsdp`; on GPUs as many of them go to
+    `fsdp` as one process has, where links are fast, and the rest to `data`. A CPU counts as one device per process, in `data`:
+    only tests simulate more, and they name the sizes. Every process contributes the same number of devices.
 
     Raises:
-        UserError: there are not enough devices, or they cannot be shared out like this.
+        UserError: there are too few devices, or the processes cannot contribute equal numbers.
     """
     devices = list(jax.devices() if devices is None else devices)
     processes = sorted({d.process_index for d in devices})
-    own = [[d for d in devices if d.process_index == process] for process in processes]
+    by_process = [[d for d in devices if d.process_index == process] for process in processes]
     if devices[0].platform == "cpu" and (data < 1 or fsdp < 1):
         limit = max(data, 1) * max(fsdp, 1) * max(tensor, 1) // len(processes)
-        own = [of_process[: max(1, limit)] for of_process in own]
-    available = sum(map(len, own))
-    shape = _shape((data, fsdp, tensor), available, len(own[0]), devices[0].platform)
+        by_process = [of_process[: max(1, limit)] for of_process in by_process]
+    available = sum(map(len, by_process))
+    shape = _shape((data, fsdp, tensor), available, len(by_process[0]), devices[0].platform)
     size = math.prod(shape)
-    asked = ", ".join(f"config.mesh.{axis}={n}" for axis, n in zip(AXES, (data, fsdp, tensor), strict=True))
     if size > available or size % len(processes) or size < 1:
+        sizes = ", ".join(f"config.mesh.{axis}={n}" for axis, n in zip(AXES, (data, fsdp, tensor), strict=True))
         raise UserError(
-            f"{asked} cannot be made of {available} {devices[0].platform} devices in {len(processes)} processes; "
+            f"{sizes} cannot be made of {available} {devices[0].platform} devices in {len(processes)} processes; "
             "choose sizes whose product is their number, or 0 for automatic ones."
         )
-    chosen = [d for of_process in own for d in of_process[: size // len(processes)]]
+    chosen = [d for of_process in by_process for d in of_process[: size // len(processes)]]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
@@ -95,113 +101,8 @@ def _shape(sizes: tuple[int, int, int], available: int, per_process: int, platfo
     return data, fsdp, tensor
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Devices, or groups of them along `tensor`, that rows are dealt to."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def rule(name: str) -> P:
-    """The mesh axes along which the array of this name lies.
-
-    Raises:
-        UserError: no rule matches the name.
-    """
-    for pattern, spec in RULES:
-        if re.fullmatch(pattern, name):
-            return spec
-    raise UserError(f"No rule of epo_jax/parallel/mesh.py places an array named {name!r}; add one to RULES.")
-
-
-def spec_of(path: tuple) -> P:
-    """The mesh axes of the array at a key path of `jax.tree_util`, by the last key that is a name.
-
-    Parameters are entries of dicts, and so is what an optimizer keeps for each of them: optax stores moments in trees of the
-    parameters' form. Any other array is the field of a tuple, replicated unless a rule names it: counts, coefficients.
-
-    Raises:
-        UserError: no rule matches a parameter.
-    """
-    for key in reversed(path):
-        if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str):
-            return rule(key.key)
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            return next((spec for pattern, spec in RULES if re.fullmatch(pattern, key.name)), P())
-    return rule("")
-
-
-def shardings(mesh: Mesh, tree: PyTree, without: str | None = None) -> PyTree[NamedSharding]:
-    """Where each array of `tree` lies; arrays may be abstract. `without` names an axis along which all are copied instead.
-
-    Raises:
-        UserError: no rule matches an array, or an axis of one cannot be shared out equally.
-    """
-
-    def of(path, leaf) -> NamedSharding:
-        spec = _without(spec_of(path), without)
-        for length, axes in zip(leaf.shape, spec, strict=False):
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
-                if length % mesh.shape[axis]:
-                    raise UserError(
-                        f"config.mesh.{axis}={mesh.shape[axis]} does not divide the {length} of "
-                        f"{jax.tree_util.keystr(path)} {list(leaf.shape)}; choose a divisor."
-                    )
-        return NamedSharding(mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def abstract(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes, types and places of arrays, which may be abstract themselves; nothing is computed."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)
-
-
-def place(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:
-    """Arrays of the host, the same in every process, as arrays over the mesh; each process copies what its devices hold."""
-
-    def of(x, sharding: NamedSharding) -> Array:
-        if sharding.is_fully_addressable:
-            return jax.device_put(x, sharding)
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-
-    return jax.tree.map(of, tree, shardings)
-
-
-def on_this_host(tree: PyTree) -> PyTree:
-    """Arrays that lie on a mesh, put together along "fsdp": on the same mesh, or where it spans several processes on the
-    devices that it has of this one, which then work without the others. All processes must call this together."""
-    mesh = mesh_of(tree)
-    if mesh is None:
-        return tree
-    if processes(mesh) == 1:
-        return jax.device_put(tree, shardings(mesh, tree, without="fsdp"))
-    devices = sorted(mesh.devices.flat, key=lambda device: device.process_index)
-    own = [device for device in devices if device.process_index == jax.process_index()]
-    # The parts along "tensor" in one process, and a copy in each.
-    everywhere, here = (
-        Mesh(np.array(some).reshape(-1, 1, mesh.shape["tensor"]), AXES, axis_types=(AxisType.Auto,) * 3)
-        for some in (devices, own)
-    )
-    copies = jax.device_put(tree, shardings(everywhere, tree, without="fsdp"))
-
-    def of(x: Array) -> Array:
-        parts = [part.data for part in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(here, x.sharding.spec), parts)
-
-    return jax.tree.map(of, copies)
-
-
-def processes(mesh: Mesh) -> int:
-    """How many processes have devices of it."""
-    return len({device.process_index for device in mesh.devices.flat})
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
 def check(mesh: Mesh, model, row_tokens: int) -> None:
-    """Raises UserError unless every device gets equal parts of a `DecoderConfig` and whole heads of it."""
+    """Raises UserError unless the mesh shards a `DecoderConfig` equally, in whole heads."""
     per_process = mesh.size // processes(mesh)
     for axis, of, length in (
         ("tensor", "devices of each process, which samples with its own", per_process),
@@ -214,27 +115,143 @@ def check(mesh: Mesh, model, row_tokens: int) -> None:
             raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} must divide the {length} {of}; choose a divisor.")
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Number of shards of a batch's rows."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def processes(mesh: Mesh) -> int:
+    """Number of processes whose devices are in the mesh."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def devices_in_use() -> str:
-    """A line about the devices that JAX has found.
+    """A line that describes the devices JAX has found.
 
     Raises:
-        UserError: it finds none of the platform that JAX_PLATFORMS names.
+        UserError: there is no device of the platform that JAX_PLATFORMS names.
     """
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:
-        wanted = os.environ.get("JAX_PLATFORMS", "")
+        platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise UserError(
-            f"JAX_PLATFORMS={wanted!r}: JAX finds no such device ({reason}); install JAX for it (pip install 'jax[cuda12]' or "
+            f"JAX_PLATFORMS={platforms!r}: JAX finds no such device ({reason}); install JAX for it (pip install 'jax[cuda12]' or "
             "'jax[tpu]'), or unset the variable."
         ) from None
     kind, platform = devices[0].device_kind, devices[0].platform
     return f"device: {len(devices)} x {kind}" + (f" ({platform})" if platform not in kind.lower() else "")
 
 
+def spec(*axes: str | None, without: str | None = None) -> P:
+    """The mesh axes of an array with these logical axes, `without` one of them.
+
+    Raises:
+        ValueError: `RULES` has no such logical axis.
+    """
+
+    def of(name: str | None) -> str | tuple[str, ...] | None:
+        if name is None:
+            return None
+        if name not in RULES:
+            raise ValueError(f"RULES in epo_jax/parallel/mesh.py has no logical axis {name!r}; add it.")
+        return RULES[name]
+
+    return _without(P(*map(of, axes)), without)
+
+
+def _without(spec: P, axis: str | None) -> P:
+    def remaining(axes):
+        if isinstance(axes, tuple):
+            return tuple(a for a in axes if a != axis) or None
+        return None if axes == axis else axes
+
+    return P(*map(remaining, spec))
+
+
+def shardings(mesh: Mesh, tree: PyTree, axes: PyTree[Axes], without: str | None = None) -> PyTree[NamedSharding]:
+    """The sharding of each array of `tree`, which may be abstract, by its logical `axes`.
+
+    Args:
+        axes: a pytree like `tree` whose leaves are tuples, one name for each axis of the array.
+        without: a mesh axis over which all arrays are replicated instead.
+
+    Raises:
+        UserError: a mesh axis does not divide the array's axis that it shards.
+        ValueError: an array has no logical axes, or not as many as dimensions, or one that `RULES` does not name.
+    """
+
+    def of(path, leaf, names: Axes) -> NamedSharding:
+        where = f"{jax.tree_util.keystr(path)} {list(leaf.shape)}"
+        if len(names) != len(leaf.shape):
+            raise ValueError(f"{where} has the logical axes {names}; name one for each dimension.")
+        placed = spec(*names, without=without)
+        for length, sharded_over in zip(leaf.shape, placed, strict=True):
+            for axis in (sharded_over,) if isinstance(sharded_over, str) else sharded_over or ():
+                if length % mesh.shape[axis]:
+                    raise UserError(
+                        f"config.mesh.{axis}={mesh.shape[axis]} does not divide the {length} of {where}; choose a divisor."
+                    )
+        return NamedSharding(mesh, placed)
+
+    return jax.tree_util.tree_map_with_path(of, tree, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of which every device has a copy."""
+    return NamedSharding(mesh, P())
+
+
+def abstract(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree[jax.ShapeDtypeStruct]:
+    """`tree`, which may be abstract, as shapes, types and shardings; computes nothing."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
+
+
+def place(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:
+    """Copies arrays of the host, equal in all processes, to the mesh; each process copies its devices' shards."""
+
+    def of(x, sharding: NamedSharding) -> Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(of, tree, shardings)
+
+
+def on_this_host(tree: PyTree) -> PyTree:
+    """Arrays on a mesh, all-gathered over "fsdp".
+
+    On a mesh of several processes the result is on this process's devices alone, which then compute without the others. All
+    processes must call this together.
+    """
+    mesh = mesh_of(tree)
+    if mesh is None:
+        return tree
+
+    def gathered(onto: Mesh) -> PyTree:
+        return jax.device_put(tree, jax.tree.map(lambda x: NamedSharding(onto, _without(x.sharding.spec, "fsdp")), tree))
+
+    if processes(mesh) == 1:
+        return gathered(mesh)
+    devices = sorted(mesh.devices.flat, key=lambda device: device.process_index)
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    # Each process has all shards along "tensor", once or several times.
+    everywhere, here = (
+        Mesh(np.array(some).reshape(-1, 1, mesh.shape["tensor"]), AXES, axis_types=(AxisType.Auto,) * 3)
+        for some in (devices, local)
+    )
+
+    def of(x: Array) -> Array:
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(here, x.sharding.spec), shards)
+
+    return jax.tree.map(of, gathered(everywhere))
+
+
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """The run's mesh that arrays lie on, where it has several devices."""
+    """The run's mesh on which arrays are placed; None if that is a single device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.mesh.axis_names == AXES:
@@ -248,57 +265,57 @@ def inside(mesh: Mesh | None):
 
 
 def _current() -> jax.sharding.AbstractMesh | None:
-    # The members of a sweep have a mesh of other axes, each of whose devices computes alone.
+    # A sweep's members have a mesh with another axis, each of whose devices computes alone.
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.size == 1 or mesh.axis_names != AXES else mesh
 
 
 def platform() -> str:
-    """What a function that is being traced will run on."""
+    """The platform for which a function is being traced."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def divides(axes: str | tuple[str, ...] | None, length: int) -> bool:
-    """Whether an array's axis of this length can lie along these mesh axes of the mesh that is traced for; False without one."""
-    mesh = _current()
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return mesh is not None and length % math.prod(mesh.shape[name] for name in names) == 0
+def divides(axis: str, length: int) -> bool:
+    """Whether the current mesh can shard a logical axis of this length; False without a mesh."""
+    return _current() is not None and _divides(spec(axis), (length,))
 
 
-def constrain(x: Array, *spec) -> Array:
-    """`x` with its axes laid along these mesh axes, where they divide it; missing ones are whole."""
-    if _current() is None or not all(divides(axes, length) for axes, length in zip(spec, x.shape, strict=False)):
+def _divides(placed: P, shape: tuple[int, ...]) -> bool:
+    sizes = _current().shape
+    names = [(axes,) if isinstance(axes, str) else axes or () for axes in placed]
+    return all(length % math.prod(sizes[name] for name in of) == 0 for of, length in zip(names, shape, strict=False))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """`x` sharded by its logical axes where the mesh divides all of them; missing ones are whole."""
+    return _constrain(x, spec(*axes))
+
+
+def at_use(weight: Array, *axes: str | None) -> Array:
+    """A weight with these logical axes, all-gathered over `fsdp`; its gradient is reduce-scattered over it."""
+    return _constrain(weight, spec(*axes, without="fsdp"))
+
+
+def _constrain(x: Array, placed: P) -> Array:
+    if _current() is None or not _divides(placed, x.shape):
         return x
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return jax.lax.with_sharding_constraint(x, placed)
 
 
-def as_stored(tree: PyTree) -> PyTree:
-    """Every array laid out by its rule."""
+def as_stored(tree: PyTree, axes: PyTree[Axes]) -> PyTree:
+    """Arrays sharded as `shardings` shards them."""
     if _current() is None:
         return tree
-    return jax.tree_util.tree_map_with_path(lambda path, x: jax.lax.with_sharding_constraint(x, spec_of(path)), tree)
+    return jax.tree.map(lambda x, names: jax.lax.with_sharding_constraint(x, spec(*names)), tree, axes)
 
 
-def at_use(name: str, weight: Array) -> Array:
-    """A weight, one layer's alone, put together along `fsdp`; its gradient is summed and cut along it."""
-    spec = _without(rule(name), "fsdp")
-    return constrain(weight, *spec[max(len(spec) - weight.ndim, 0) :])
+def locally(function: Callable, in_axes: tuple[Axes, ...], out_axes: Axes, mesh_axes: tuple[str, ...] = AXES) -> Callable:
+    """`function`, called on every device with the device's shards along `mesh_axes` of arguments with these logical axes.
 
-
-def locally(function: Callable, in_specs, out_specs, axes: tuple[str, ...] = AXES) -> Callable:
-    """`function`, called on every device with its own part along the mesh axes `axes`; the compiler sees to the others."""
+    XLA partitions the function along the other mesh axes.
+    """
     if _current() is None:
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)
-
-
-def _without(spec: P, axis: str | None) -> P:
-    """`spec` without `axis`."""
-
-    def cut(axes):
-        if isinstance(axes, tuple):
-            return tuple(a for a in axes if a != axis) or None
-        return None if axes == axis else axes
-
-    return P(*map(cut, spec))
+    in_specs = tuple(spec(*axes) for axes in in_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=spec(*out_axes), axis_names=set(mesh_axes), check_vma=False)

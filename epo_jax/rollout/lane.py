@@ -150,7 +150,9 @@ class Lane:
         return self._placed(self._call(self._compute.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity)))
 
     def _placed(self, cache: generate.Cache) -> generate.Cache:
-        return cache if self._on is None else jax.device_put(cache, mesh.shardings(self._on, cache))
+        if self._on is None:
+            return cache
+        return jax.device_put(cache, mesh.shardings(self._on, cache, generate.cache_axes(cache)))
 
     def _make_room(self, tokens: int) -> None:
         capacity = capacity_for(tokens, self._max_tokens)

@@ -471,7 +471,7 @@ def _sampled_from(params: Params, model: DecoderConfig, devices: int) -> Params:
         params = mesh.on_this_host(params)
     elif devices > 1:
         check_devices(devices)
-        params = jax.device_put(params, mesh.shardings(mesh.make_mesh(devices, 1, 1, jax.local_devices()), params))
+        params = jax.device_put(params, mesh.replicated(mesh.make_mesh(devices, 1, 1, jax.local_devices())))
     return unstack(model, params)
 
 

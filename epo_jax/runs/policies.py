@@ -13,7 +13,7 @@ from epo_jax.common.errors import UserError
 from epo_jax.common.files import expand_user
 from epo_jax.common.vocabulary import unused_ids
 from epo_jax.models import hf_config, hub, lora, weights
-from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, with_adapters
+from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, param_axes, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.parallel import mesh
 from epo_jax.rollout import prompts
@@ -71,7 +71,7 @@ def load_run(
     model = decoder_of_run(folder, config, tokenizer)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     if devices is not None:
-        params = mesh.abstract(params, mesh.shardings(devices, params))
+        params = mesh.abstract(params, mesh.shardings(devices, params, param_axes(model)))
     base, params = lora.split(params) if model.lora else ({}, params)
     with checkpoint.open_reader(checkpoint.place(folder, config.checkpoint.folder)) as manager:
         step = manager.latest_step() if step is None else step
@@ -88,7 +88,8 @@ def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer,
     model = fit_vocabulary(hf_config.read_config(folder, config.model.dtype, config.model.remat), tokenizer, folder)
     _check_context(config, tokenizer, model, folder)
     shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    return tokenizer, model, weights.load_params(folder, model, mesh.shardings(devices, shapes) if devices else None)
+    shardings = mesh.shardings(devices, shapes, param_axes(model)) if devices else None
+    return tokenizer, model, weights.load_params(folder, model, shardings)
 
 
 def _check_context(config, tokenizer: ChatTokenizer, model: DecoderConfig, folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from epo_jax.models.decoder import Params
 from epo_jax.parallel import mesh
@@ -18,7 +18,7 @@ from epo_jax.parallel import mesh
 
 def in_micro_batches(x: Array, micro_rows: int) -> Array:
     """[R, ...] as [R / micro_rows, micro_rows, ...], each micro-batch shared out by its rows."""
-    return mesh.constrain(x.reshape(-1, micro_rows, *x.shape[1:]), None, mesh.ROWS)
+    return mesh.constrain(x.reshape(-1, micro_rows, *x.shape[1:]), None, "rows")
 
 
 def over_micro_batches(fn: Callable, rows, live: Int[Array, ""], micro_rows: int, start):
@@ -44,14 +44,19 @@ def in_rows(fn: Callable, inputs, live: Int[Array, ""], micro_rows: int):
     return jax.tree.map(lambda x: x.reshape(inputs.label.shape), out)
 
 
-def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int):
+def summed_gradients(
+    loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int, axes: PyTree[mesh.Axes]
+):
     """(gradient, sums, maxima) of `loss(params, micro_batch) -> (loss, (sums, maxima))` over a mini-batch: gradients and metric
-    sums are added up, of metric maxima the largest is kept (-inf where there is no row)."""
+    sums are added up, of metric maxima the largest is kept (-inf where there is no row).
+
+    `axes` are the logical axes of the parameters, by which the gradient is sharded.
+    """
     gradient = jax.grad(loss, has_aux=True)
 
     def found(params, micro):
         summand, (sums, maxima) = gradient(params, micro)
-        return (mesh.as_stored(summand), sums), maxima
+        return (mesh.as_stored(summand, axes), sums), maxima
 
     shapes = jax.eval_shape(found, params, jax.tree.map(lambda x: x[:micro_rows], rows))
     (zeros, sums), maxima = (
@@ -63,13 +68,13 @@ def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""],
         added, largest = found(params, micro)
         return jax.tree.map(jnp.add, carry[0], added), jax.tree.map(jnp.maximum, carry[1], largest)
 
-    start = (mesh.as_stored(zeros), sums), maxima
+    start = (mesh.as_stored(zeros, axes), sums), maxima
     (summed, sums), maxima = over_micro_batches(body, rows, live, micro_rows, start)
     return summed, sums, maxima
 
 
 def gradient_by_slopes(
-    statistics: Callable, loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int
+    statistics: Callable, loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int, axes: PyTree[mesh.Axes]
 ):
     """`summed_gradients` of a loss in which tokens of different rows meet, as where an episode has a mean and its turns lie in
     many rows: any split into micro-batches gives the same.
@@ -84,5 +89,5 @@ def gradient_by_slopes(
         inputs, slopes = micro
         return optax.tree.vdot(slopes, statistics(params, inputs)), ({}, {})
 
-    gradient, _, _ = summed_gradients(sloped, params, (rows.inputs, slopes), live, micro_rows)
+    gradient, _, _ = summed_gradients(sloped, params, (rows.inputs, slopes), live, micro_rows, axes)
     return gradient, sums, maxima

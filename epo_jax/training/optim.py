@@ -1,12 +1,13 @@
 """The optimiser, and one update that leaves things as they are where there is nothing sound to learn."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from epo_jax.models.decoder import Params
 
@@ -49,6 +50,25 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     else:
         update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
     return optax.chain(_clip(config.clip_norm), update)
+
+
+def like_parameters(
+    config: OptimConfig, opt_state: optax.OptState, of_params: PyTree, of_other: Callable[[Array], Any]
+) -> PyTree:
+    """A tree like the optimizer's state that follows the parameters.
+
+    Args:
+        of_params: a tree like the parameters, whose entries take the places of their moments.
+        of_other: gives what takes the place of any other array of the state, such as the number of updates.
+    """
+
+    def of(moment, of_param):  # a transformation of some parameters has masks in place of the others' moments
+        return moment if isinstance(moment, optax.MaskedNode) else of_param
+
+    return optax.tree_utils.tree_map_params(
+        make_optimizer(config), of, opt_state, of_params,
+        transform_non_params=of_other, is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
 
 
 def _clip(limit: float) -> optax.GradientTransformation:

@@ -18,13 +18,13 @@ from jaxtyping import Array, Float
 from epo_jax.common import keys
 from epo_jax.envs import agent
 from epo_jax.envs.base import Demonstration, Observation
-from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.decoder import DecoderConfig, Params, bind, param_axes
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
 from epo_jax.rollout.prompts import RolloutConfig, next_prompt
 from epo_jax.rollout.trajectory import Trajectory, pack
-from epo_jax.training.optim import OptimConfig, make_optimizer
+from epo_jax.training.optim import OptimConfig, like_parameters, make_optimizer
 from epo_jax.training.step import head_statistics
 
 
@@ -85,7 +85,7 @@ def cloning_loss(
     answer, action = (
         jnp.zeros_like(follows).at[rows, batch.index].max(x) for x in (batch.policy_mask, batch.policy_mask * batch.valid)
     )
-    head = mesh.at_use("lm_head", module.output_embedding())
+    head = mesh.at_use(module.output_embedding(), "vocab", "embed")
     log_prob, _ = head_statistics(model, hidden.reshape(-1, hidden.shape[-1]), head, labels, 1.0, None)
     prompt = follows * (1.0 - answer)
     on_actions = -(log_prob * action).sum() / jnp.maximum(action.sum(), 1.0)
@@ -99,14 +99,16 @@ def make_cloning_step(
 ) -> Callable:
     """(params, opt_state, rows) -> (params, opt_state, action cross-entropy in nats), jitted, the first two donated, over the
     devices of a mesh."""
-    optimizer = make_optimizer(optim)
+    optimizer, axes = make_optimizer(optim), param_axes(model)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, rows):
         with mesh.inside(on):
             gradient, on_actions = jax.grad(lambda p: cloning_loss(model, p, rows, prompt_weight), has_aux=True)(params)
-            updates, opt_state = optimizer.update(mesh.as_stored(gradient), opt_state, params)
-            return mesh.as_stored(optax.apply_updates(params, updates)), mesh.as_stored(opt_state), on_actions
+            updates, opt_state = optimizer.update(mesh.as_stored(gradient, axes), opt_state, params)
+            params = mesh.as_stored(optax.apply_updates(params, updates), axes)
+            of_state = like_parameters(optim, opt_state, axes, lambda x: (None,) * x.ndim)
+            return params, mesh.as_stored(opt_state, of_state), on_actions
 
     return step
 

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from epo_jax.models import lora
-from epo_jax.models.decoder import DecoderConfig, Params, init_params
-from epo_jax.models.value import init_critic
+from epo_jax.models.decoder import DecoderConfig, Params, init_params, param_axes
+from epo_jax.models.value import critic_axes, init_critic
 from epo_jax.objectives import entropy
 from epo_jax.objectives.loss import EntropyHistory, ObjectiveConfig
 from epo_jax.parallel import mesh
 from epo_jax.settings.table import CriticKind
-from epo_jax.training.optim import OptimConfig, make_optimizer
+from epo_jax.training.optim import OptimConfig, like_parameters, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,34 @@ def init_state_on(config: LearnerConfig, params: Params, on: Mesh) -> TrainState
     return make(config, params)
 
 
+def state_axes(config: LearnerConfig) -> TrainState:
+    """The logical axes of each array of the state. An optimizer's moments have those of their parameters."""
+
+    def whole(x) -> mesh.Axes:
+        return (None,) * x.ndim
+
+    state, policy = abstract_state(config), param_axes(config.model)
+    base, params = lora.split(policy) if config.model.lora else ({}, policy)
+    critic, critic_opt_state = {}, ()
+    if config.critic_optim:
+        critic = critic_axes(config.critic, policy)
+        critic_opt_state = like_parameters(config.critic_optim, state.critic_opt_state, critic, whole)
+    return TrainState(
+        step=(),
+        params=params,
+        opt_state=like_parameters(config.optim, state.opt_state, params, whole),
+        critic=critic,
+        critic_opt_state=critic_opt_state,
+        reference=policy if config.reference and not config.model.lora else {},
+        history=jax.tree.map(whole, state.history),
+        kl_scale=(),
+        base=base,
+    )
+
+
 def state_shardings(config: LearnerConfig, on: Mesh) -> TrainState:
-    """Where each array of the state lies."""
-    return mesh.shardings(on, abstract_state(config))
+    """The sharding of each array of the state."""
+    return mesh.shardings(on, abstract_state(config), state_axes(config))
 
 
 def abstract_state_on(config: LearnerConfig, on: Mesh) -> TrainState:

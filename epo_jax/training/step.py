@@ -18,7 +18,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from epo_jax.common import keys
@@ -26,7 +25,7 @@ from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, bind
 from epo_jax.models.value import values
 from epo_jax.objectives import entropy
-from epo_jax.objectives.batch import TokenBatch
+from epo_jax.objectives.batch import BATCH_AXES, TokenBatch
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.objectives.loss import Episodes, Estimate, Hyper, LossRows, epo_loss, estimate, loss_rows, record, smoothing_terms
 from epo_jax.objectives.policy import adaptive_kl_coef, kl_estimate
@@ -35,7 +34,7 @@ from epo_jax.parallel import mesh
 from epo_jax.parity import released_rows
 from epo_jax.training.micro_batches import gradient_by_slopes, in_rows, summed_gradients
 from epo_jax.training.optim import guarded_update
-from epo_jax.training.state import LearnerConfig, TrainState, state_shardings
+from epo_jax.training.state import LearnerConfig, TrainState, state_axes, state_shardings
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -60,8 +59,8 @@ class Rows(NamedTuple):
 
 
 def batch_shardings(on: Mesh) -> TokenBatch:
-    """Where each array of a batch lies."""
-    return TokenBatch(*(NamedSharding(on, mesh.rule(name)) for name in TokenBatch._fields))
+    """The sharding of each array of a batch."""
+    return TokenBatch(*(NamedSharding(on, mesh.spec(*axes)) for axes in BATCH_AXES))
 
 
 def first_epoch(batch: TokenBatch, config: LearnerConfig) -> TokenBatch:
@@ -110,8 +109,8 @@ def head_inputs(
     module = bind(model, params)
     hidden = module(rows.tokens, rows.positions, rows.segment_ids)
     chosen = jnp.take_along_axis(hidden, rows.index[..., None], axis=1)
-    head = mesh.at_use("lm_head", module.output_embedding())
-    return mesh.constrain(chosen.reshape(-1, chosen.shape[-1]), mesh.ROWS), head
+    head = mesh.at_use(module.output_embedding(), "vocab", "embed")
+    return mesh.constrain(chosen.reshape(-1, chosen.shape[-1]), "tokens"), head
 
 
 def policy_statistics(
@@ -139,7 +138,7 @@ def head_statistics(
         head = head.astype(hidden.dtype)
         return fused_log_prob_entropy(hidden, head, label, temperature, top_p=top_p, unused=model.unused_ids)
 
-    flat = mesh.locally(own, (P(mesh.ROWS), P(), P(mesh.ROWS)), P(mesh.ROWS), mesh.ROWS)(hidden, head, label.ravel())
+    flat = mesh.locally(own, (("tokens",), (), ("tokens",)), ("tokens",), mesh.ROWS)(hidden, head, label.ravel())
     return tuple(x.reshape(label.shape) for x in flat)
 
 
@@ -157,8 +156,8 @@ def head_divergence(
         head, ref_head = head.astype(hidden.dtype), ref_head.astype(ref_hidden.dtype)
         return fused_full_kl(hidden, head, ref_hidden, ref_head, temperature, unused=model.unused_ids)
 
-    specs = P(mesh.ROWS), P(), P(mesh.ROWS), P()
-    return mesh.locally(own, specs, P(mesh.ROWS), mesh.ROWS)(hidden, head, ref_hidden, ref_head)
+    axes = ("tokens",), (), ("tokens",), ()
+    return mesh.locally(own, axes, ("tokens",), mesh.ROWS)(hidden, head, ref_hidden, ref_head)
 
 
 def inputs_of(batch: TokenBatch, m: Int[Array, ""]) -> Inputs:
@@ -206,6 +205,7 @@ def make_train_step(config: LearnerConfig, on: Mesh | None = None) -> TrainStep:
 def step_function(config: LearnerConfig) -> TrainStep:
     """One RL step as a pure function."""
     objective, micro_rows = config.objective, config.micro_rows
+    axes = state_axes(config)
     plain_model = dataclasses.replace(config.model, lora=None)
 
     def per_policy_token(fn: Callable, batch: TokenBatch):
@@ -345,11 +345,12 @@ def step_function(config: LearnerConfig) -> TrainStep:
 
             policy = lora.join(state.base, params)
             if config.episode_policy_tokens and objective.episode_means:
-                gradient, metrics, maxima = gradient_by_slopes(statistics, loss_of, params, rows, live, micro_rows)
+                gradient, metrics, maxima = gradient_by_slopes(statistics, loss_of, params, rows, live, micro_rows, axes.params)
             else:
                 gradient, metrics, maxima = summed_gradients(
-                    lambda params, micro: loss_of(statistics(params, micro.inputs), micro.loss), params, rows, live, micro_rows
-                )
+                    lambda params, micro: loss_of(statistics(params, micro.inputs), micro.loss),
+                    params, rows, live, micro_rows, axes.params,
+                )  # fmt: skip
             metrics["entropy_change"] = metrics["entropy"] - (weighted.mean_weight * known["old_entropy"]).sum()
             params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(
                 config.optim, gradient, opt_state, params, hyper.lr, state.step, tokens
@@ -362,7 +363,7 @@ def step_function(config: LearnerConfig) -> TrainStep:
                     total = hyper.value_coef * (micro.loss.mean_weight * loss).sum()
                     return total, ({"value_loss": total, "value_clip_fraction": (micro.loss.mean_weight * clipped).sum()}, {})
 
-                gradient, critic_metrics, _ = summed_gradients(critic_objective, critic, rows, live, micro_rows)
+                gradient, critic_metrics, _ = summed_gradients(critic_objective, critic, rows, live, micro_rows, axes.critic)
                 critic, critic_opt_state, _, skipped = guarded_update(
                     config.critic_optim, gradient, critic_opt_state, critic, hyper.critic_lr, state.step, tokens
                 )

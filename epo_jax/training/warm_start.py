@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from epo_jax.common.errors import UserError
 from epo_jax.models.decoder import Params
 from epo_jax.parallel import mesh
-from epo_jax.training.optim import OptimConfig, make_optimizer
+from epo_jax.training.optim import OptimConfig, like_parameters, make_optimizer
 from epo_jax.training.sft import Cloning
 
 
@@ -31,9 +31,13 @@ def restore(folder: Path, params: Params, optim: OptimConfig) -> Cloning | None:
     saved = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     if not saved:
         return None
-    like = jax.eval_shape(lambda p: {"params": p, "opt_state": make_optimizer(optim).init(p)}, params)
-    on, one = mesh.mesh_of(params), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = mesh.abstract(like, mesh.shardings(on, like) if on else jax.tree.map(lambda _: one, like))
+    on, opt_state = mesh.mesh_of(params), jax.eval_shape(make_optimizer(optim).init, params)
+    whole = mesh.replicated(on) if on else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda x: x.sharding if on else whole, params)
+    like = {
+        "params": mesh.abstract(params, placed),
+        "opt_state": mesh.abstract(opt_state, like_parameters(optim, opt_state, placed, lambda _: whole)),
+    }
     where = _place(folder, max(saved))
     try:
         with ocp.StandardCheckpointer() as checkpointer:

@@ -16,7 +16,7 @@ import pytest
 from epo_jax.common.errors import UserError
 from epo_jax.common.vocabulary import unused_ids
 from epo_jax.models import generate
-from epo_jax.models.decoder import init_params
+from epo_jax.models.decoder import init_params, param_axes
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.parallel import mesh
@@ -133,7 +133,7 @@ def test_the_sampler_with_its_head_cut_over_devices():
     """Each device masks its own rows: the unused ids begin inside the third device's."""
     on = mesh.make_mesh(1, 1, 4)
     placed = jax.device_put(wide_params(), mesh.replicated(on))
-    placed["embedding"] = jax.device_put(placed["embedding"], jax.sharding.NamedSharding(on, mesh.rule("embedding")))
+    placed["embedding"] = jax.device_put(placed["embedding"], jax.sharding.NamedSharding(on, mesh.spec("vocab", "embed")))
     _, wanted = sampled(PADDED, wide_params(), 1.0, 0, 1.0)
     _, found = sampled(PADDED, placed, 1.0, 0, 1.0)
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
@@ -155,7 +155,7 @@ def gradient(config, embedding, hyper, batch, on=None):
     """(gradient, metrics) of the first update of a policy with this embedding, held near a reference policy."""
     on = on or mesh.make_mesh(1, 1, 1)
     policy, reference = (fresh(config.model, jax.random.key(seed)) | {"embedding": table} for seed, table in enumerate(embedding))
-    placed = [jax.device_put(x, mesh.shardings(on, x)) for x in (policy, reference)]
+    placed = [jax.device_put(x, mesh.shardings(on, x, param_axes(config.model))) for x in (policy, reference)]
     state = init_state_on(config, placed[0], on)._replace(reference=placed[1])
     given = jax.device_put(batch, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
     state, metrics = make_train_step(config, on)(state, *given)

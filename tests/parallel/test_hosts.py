@@ -33,7 +33,7 @@ def main(argv):
     with hosts.joined(values):
         weights = {"lm_head": np.arange(32, dtype=np.float32).reshape(4, 8)}
         on = mesh.make_mesh(1, 2, 2)
-        spread = mesh.place(weights, mesh.shardings(on, weights))
+        spread = mesh.place(weights, mesh.shardings(on, weights, {"lm_head": ("vocab", "embed")}))
         here = mesh.on_this_host(spread)["lm_head"]
         assert here.sharding.device_set == set(jax.local_devices()) and not here.is_fully_replicated
         np.testing.assert_array_equal(here, weights["lm_head"])

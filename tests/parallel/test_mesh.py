@@ -10,18 +10,16 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from epo_jax.common.errors import UserError
-from epo_jax.models.decoder import DecoderConfig, Lora, init_params
-from epo_jax.models.generate import Cache
-from epo_jax.objectives.batch import TokenBatch
+from epo_jax.models.decoder import DecoderConfig, Lora, init_params, param_axes
+from epo_jax.models.generate import cache_axes, init_cache
 from epo_jax.parallel import mesh
 from epo_jax.settings.config import base_config
 from epo_jax.training.batch import step_batch
 from epo_jax.training.optim import OptimConfig
 from epo_jax.training.sft import warm_start
-from epo_jax.training.state import abstract_state, init_state_on, state_shardings
+from epo_jax.training.state import init_state_on, state_shardings
 from epo_jax.training.step import batch_shardings, make_train_step
 from tests import tiny
 from tests.rollout.test_windows import EPISODE_TOKENS, pack_split, split
@@ -59,7 +57,7 @@ def programs():
 
 def start(on):
     params = fresh(MODEL, jax.random.key(0))
-    return init_state_on(learner()[0], jax.device_put(params, mesh.shardings(on, params)), on)
+    return init_state_on(learner()[0], jax.device_put(params, mesh.shardings(on, params, param_axes(MODEL))), on)
 
 
 def three_updates(shape):
@@ -103,7 +101,7 @@ def test_the_releases_mini_batches_are_those_of_one_device():
     found = []
     for on in (None_mesh(), mesh.make_mesh(2, 2, 2)):
         params = fresh(MODEL, jax.random.key(0))
-        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params, param_axes(config.model))), on)
         placed = mesh.place(packed, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
         state, metrics = make_train_step(config, on)(state, *placed)
         found.append((jax.tree.map(np.asarray, state.params), metrics))
@@ -175,16 +173,18 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted():
     assert metrics["skipped_updates"] == 0.0
 
 
-# Of each of these, everything of a train step that sums over devices: both heads of a full KL, a critic, tied or not, adapters
-# whose rank the devices do not divide; turns in one row or in rows of their own; both optimizers of a config.
+# Together these cover everything in a train step that sums over devices: both heads of a full KL, every critic, tied heads or
+# not, adapters whose rank the devices do not divide, turns in one row or in rows of their own, both optimizers.
 KINDS = {
     "window": (dict(tie_embeddings=True), dict(critic="own", episode_policy_tokens=EPISODE_TOKENS), True, (8, 1, 1)),
     "chat": (dict(tie_embeddings=False, lora=Lora(3, 6.0)), dict(critic="lora"), False, (1, 8, 1)),
+    "trunk": (dict(tie_embeddings=False, lora=Lora(3, 6.0)), dict(critic="trunk"), True, (2, 2, 2)),
 }
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, bound", [("window", "float32", 1e-5), ("window", "bfloat16", 2**-8), ("chat", "bfloat16", 2**-8)]
+    "kind, dtype, bound",
+    [("window", "float32", 1e-5), ("window", "bfloat16", 2**-8), ("chat", "bfloat16", 2**-8), ("trunk", "float32", 1e-5)],
 )
 def test_an_update_is_that_of_one_device_in_each_type(kind, dtype, bound):
     """The gradients of policy and critic in one rounding of the type, relative to their norm. XLA aborts the process where it
@@ -198,9 +198,9 @@ def test_an_update_is_that_of_one_device_in_each_type(kind, dtype, bound):
     )  # fmt: skip
     batch = pack_split([split(t) for t in tiny.episodes(0)], 1, MICRO_ROWS) if kind == "window" else batch_of_chats()
     found = []
-    for on in (None_mesh(), mesh.make_mesh(*shape), mesh.make_mesh(2, 2, 2)):
+    for on in (None_mesh(), *(mesh.make_mesh(*sizes) for sizes in {shape, (2, 2, 2)})):
         params = fresh(config.model, jax.random.key(0))
-        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params, param_axes(config.model))), on)
         placed = mesh.place(batch, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
         state, metrics = make_train_step(config, on)(state, *placed)
         assert metrics["skipped_updates"] == 0
@@ -219,7 +219,7 @@ def test_no_rounding_decides_the_sign_of_a_divergence():
         config, hyper = tiny.learner("grpo+kl_cov", micro_rows, kl="abs", cov_fraction=0.5, cov_coef=coef, kl_coef=coef)
         on = mesh.make_mesh(*shape)
         params = tiny.as_params()
-        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+        state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params, param_axes(config.model))), on)
         batch = tiny.batched(tiny.episodes(0), 1, 8)
         placed = mesh.place(batch, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
         found.append(first_moments(make_train_step(config, on)(state, *placed)[0].opt_state))
@@ -237,7 +237,7 @@ def test_a_warm_start_is_that_of_one_device(muon, dtype, bound):
     model, found = dataclasses.replace(MODEL, dtype=dtype, tie_embeddings=False, qkv_bias=False), []
     for on in (None_mesh(), mesh.make_mesh(8, 1, 1), mesh.make_mesh(2, 2, 2)):
         params = fresh(model, jax.random.key(0))
-        params = jax.device_put(params, mesh.shardings(on, params))
+        params = jax.device_put(params, mesh.shardings(on, params, param_axes(model)))
         optim = OptimConfig(1e-2, 3, muon=muon)
         *_, (params, _, _, cross_entropy) = warm_start(params, tiny.episodes(0), model, optim, ROW, 3, 0.3, 0)
         found.append((jax.tree.map(np.asarray, params), cross_entropy))
@@ -250,42 +250,83 @@ def test_a_warm_start_is_that_of_one_device(muon, dtype, bound):
         assert max(jax.tree.leaves(apart)) < bound * 1e-2 * 3, apart
 
 
+# How the parameters of every family of decoders, of adapters and of a critic are sharded.
+PARAMETERS = {
+    "embedding|lm_head": ("tensor", "fsdp"),
+    "(q|k|v|gate|up)_proj": (None, "fsdp", "tensor"),
+    "(o|down)_proj": (None, "tensor", "fsdp"),
+    "(q|k|v|gate|up)_bias": (None, "tensor"),
+    "(q|k|v|gate|up)_proj_lora_a": (None, "fsdp"),
+    "(q|k|v|gate|up)_proj_lora_b": (None, None, "tensor"),
+    "(o|down)_proj_lora_a": (None, "tensor"),
+    "(o|down)_proj_lora_b": (None, None, "fsdp"),
+    "(o|down)_bias|(input|post_attention|final|q|k)_norm|value": (),
+}
+
+
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
-@pytest.mark.parametrize("arm", ["grpo+epo", "ppo+epo"])
-@pytest.mark.parametrize("lora", [None, Lora(2, 4.0)])
-def test_every_array_of_every_state_has_a_rule(arm, lora, muon):
-    config, _ = tiny.learner(arm)
+@pytest.mark.parametrize(
+    "lora, critic",
+    [(None, None), (None, "own"), (None, "trunk"), (Lora(2, 4.0), None), *((Lora(2, 4.0), c) for c in ("own", "lora", "trunk"))],
+    ids=str,
+)
+def test_every_array_of_a_state_is_sharded_like_its_parameter(lora, critic, muon):
+    config, _ = tiny.learner("ppo+epo" if critic else "grpo+epo")
     model = dataclasses.replace(MODEL, lora=lora, tie_embeddings=False, o_bias=True, mlp_bias=True, qk_norm=True)
-    config = dataclasses.replace(config, model=model, reference=True, optim=dataclasses.replace(config.optim, muon=muon))
-    found = state_shardings(config, mesh.make_mesh(2, 2, 2))
-    shapes = {name: x.shape for name, x in by_name(abstract_state(config).params).items()}
-    expected = by_name(jax.tree.map(lambda s: s.spec, found.params))
-    moments = by_name(jax.tree.map(lambda s: s.spec, found.opt_state))
-    adams, others = 0, 0
-    for name, spec in moments.items():
-        parameter = next((p for p in expected if name.endswith(p)), None)
-        assert spec == (expected[parameter] if parameter else P()), name
-        adams, others = adams + (parameter is not None), others + (parameter is None)
-    matrices = sum(len(shape) == 3 for shape in shapes.values())
-    assert adams == 2 * len(expected) - muon * matrices and others >= 2  # Muon keeps one moment of a matrix
-    assert not (jax.tree.leaves(found.reference) and lora)
+    optim = dataclasses.replace(config.optim, muon=muon)
+    config = dataclasses.replace(config, model=model, reference=True, optim=optim)
+    if critic:
+        config = dataclasses.replace(config, critic=critic, critic_optim=optim)
+    state = state_shardings(config, mesh.make_mesh(2, 2, 2))
+    for name, spec in specs((state.params, state.base, state.reference, state.critic)).items():
+        (expected,) = (axes for pattern, axes in PARAMETERS.items() if re.fullmatch(pattern, re.findall(r"\w+", name)[-1]))
+        assert spec == expected, name
+    assert bool(state.reference) == (lora is None) and bool(state.critic) == bool(critic)
+    for params, opt_state in ((state.params, state.opt_state), (state.critic, state.critic_opt_state)):
+        expected, moments, others = specs(params), 0, 0
+        for name, spec in specs(opt_state).items():
+            parameter = next((p for p in expected if name.endswith(p)), None)
+            assert spec == (expected[parameter] if parameter else ()), name
+            moments, others = moments + (parameter is not None), others + (parameter is None)
+        # Muon has one moment of a matrix; AdamW has two of everything.
+        assert moments == 2 * len(expected) - muon * sum("_proj" in name for name in expected)
+        assert others >= 2 or not expected
 
 
-def by_name(tree) -> dict:
-    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+def specs(shardings) -> dict[str, tuple]:
+    """Name of each array -> the mesh axes of its axes, up to the last one that is sharded."""
+    found = {}
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
+        axes = list(sharding.spec)
+        while axes and axes[-1] is None:
+            axes.pop()
+        found[jax.tree_util.keystr(path)] = tuple(axes)
+    return found
 
 
-@pytest.mark.parametrize("field", [*TokenBatch._fields, *Cache._fields])
-def test_every_array_of_a_batch_and_of_a_cache_has_a_rule(field):
-    mesh.rule(field)
+def test_batches_are_sharded_over_rows_and_caches_over_slots_and_heads():
+    on, rows = mesh.make_mesh(2, 2, 2), ("data", "fsdp")
+    whole = {"rows", "returns", "group", "anchor", "episode", "seed"}
+    for name, spec in specs(batch_shardings(on)._asdict()).items():
+        assert spec == (() if name[2:-2] in whole else (None, rows)), name
+    for dtype in (None, "int8"):
+        cache = jax.eval_shape(functools.partial(init_cache, MODEL, 8, 32, dtype))
+        placed = mesh.shardings(on, cache, cache_axes(cache))
+        assert set(specs(placed.layers).values()) == {(rows, "tensor")}
+        assert set(specs((placed.lengths, placed.hidden)).values()) == {(rows,)}
 
 
-def test_an_array_without_a_rule_is_an_error():
-    with pytest.raises(UserError, match="'router'"):
-        mesh.shardings(None_mesh(), {"layers": {"router": np.zeros((2, 4, 4))}})
+def test_an_array_that_nothing_places_is_an_error():
+    axes, on = param_axes(MODEL), None_mesh()
+    params = jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0))
+    with pytest.raises(ValueError, match="router"):
+        mesh.shardings(on, params | {"router": np.zeros((4, 4))}, axes)
+    with pytest.raises(ValueError, match=r"\['router'\] \[4, 4\] has the logical axes \('embed',\); name one for each dimension"):
+        mesh.shardings(on, {"router": np.zeros((4, 4))}, {"router": ("embed",)})
+    with pytest.raises(ValueError, match="no logical axis 'experts'"):
+        mesh.shardings(on, {"router": np.zeros((4, 4))}, {"router": ("embed", "experts")})
     with pytest.raises(UserError, match=r"config.mesh.tensor=8 does not divide the 12 of \['lm_head'\]"):
-        mesh.shardings(mesh.make_mesh(1, 1, 8), {"lm_head": np.zeros((12, 8))})
+        mesh.shardings(mesh.make_mesh(1, 1, 8), {"lm_head": np.zeros((12, 8))}, {"lm_head": ("vocab", "embed")})
     with pytest.raises(UserError, match="must divide the 4 key/value heads"):
         mesh.check(mesh.make_mesh(1, 1, 8), MODEL, 64)
 

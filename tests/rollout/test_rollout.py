@@ -12,7 +12,7 @@ from epo_jax.common.errors import UserError
 from epo_jax.envs import agent, base, toy
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import generate
-from epo_jax.models.decoder import DecoderConfig, init_params
+from epo_jax.models.decoder import DecoderConfig, init_params, param_axes
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.parallel import mesh
 from epo_jax.rollout import lane, prompts, scheduler
@@ -224,7 +224,7 @@ def test_a_mesh_samples_the_same_as_one_device(wander, stirred, monkeypatch):
     on = mesh.make_mesh(1, 2, 2)
     settings = dataclasses.replace(CHAT, max_turns=2)
     want = wander(settings, params=params)[0]
-    spread = jax.device_put(params, mesh.shardings(on, params))
+    spread = jax.device_put(params, mesh.shardings(on, params, param_axes(model)))
     same_but_for_rounding(want, wander(settings, params=spread)[0])
 
     # In bfloat16 a draw may fall on the next token; up to there it is one episode.

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from epo_jax.common.errors import UserError
-from epo_jax.models.decoder import DecoderConfig, init_params
+from epo_jax.models.decoder import DecoderConfig, init_params, param_axes
 from epo_jax.objectives.loss import ObjectiveConfig
 from epo_jax.parallel import mesh
 from epo_jax.runs import checkpoint, versions
@@ -60,7 +60,7 @@ def test_a_state_goes_to_a_mesh_of_another_shape(tmp_path):
     config = LearnerConfig(model, ObjectiveConfig(), OPTIM, None, False, 1, 1, 5, 1.0)
     on = mesh.make_mesh(1, 8, 1)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+    state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params, param_axes(config.model))), on)
     with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
         checkpoint.save(manager, state)
         manager.wait_until_finished()

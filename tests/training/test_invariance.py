@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from epo_jax.models.decoder import param_axes
 from epo_jax.objectives import entropy, registry, spec
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
@@ -165,7 +166,7 @@ def test_devices_change_nothing(arm):
     config, hyper, fields = config_of(arm, "window")
     on = mesh.make_mesh(8, 1, 1)
     params = tiny.as_params()
-    state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params)), on)
+    state = init_state_on(config, jax.device_put(params, mesh.shardings(on, params, param_axes(config.model))), on)
     state = state._replace(**jax.device_put(fields, jax.tree.map(lambda _: mesh.replicated(on), fields)))
     placed = mesh.place(batch, batch_shardings(on)), jax.device_put(hyper, mesh.replicated(on))
     sharded = make_train_step(config, on)(state, *placed)
