@@ -25,6 +25,7 @@ TPU_ROWS = 128
 _MASKED = -1e30
 
 
+@jax.named_scope("attention")
 def packed_attention(
     q: Float[Array, "B T H d"],
     k: Float[Array, "B T K d"],
@@ -168,6 +169,7 @@ def _blocked_backward(window, residuals, g):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
+@jax.named_scope("attention")
 def cached_attention(
     q: Float[Array, "S T H d"],
     keys: Float[Array, "S K d C"],

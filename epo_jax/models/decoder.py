@@ -194,6 +194,7 @@ class Block(nnx.Module):
         columns = PROJECTIONS[name][1]
         return mesh.constrain(y, "residual_tokens") if columns == "embed" else mesh.constrain(y, "tokens", columns)
 
+    @jax.named_scope("attention")
     def qkv(self, x: Float[Array, "N D"], rope) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H d], rotated keys and values [B T K d] of the N = B * T tokens of `rope`'s shape."""
         c = self.config
@@ -205,9 +206,14 @@ class Block(nnx.Module):
             q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
         return rotate(q, rope), rotate(k, rope), v
 
-    def output(self, x: Float[Array, "N D"], attended: Float[Array, "B T H d"]) -> Float[Array, "N D"]:
-        """Adds the attention output and the MLP to the residual stream."""
-        x = x + self.project("o_proj", attended.reshape(x.shape[0], -1))
+    @jax.named_scope("attention")
+    def attention_output(self, x: Float[Array, "N D"], attended: Float[Array, "B T H d"]) -> Float[Array, "N D"]:
+        """Adds the attention output to the residual stream."""
+        return x + self.project("o_proj", attended.reshape(x.shape[0], -1))
+
+    @jax.named_scope("mlp")
+    def mlp(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """Adds the MLP to the residual stream."""
         y = mesh.constrain(rms_norm(x, self.post_attention_norm[...], self.config.norm_eps), "tokens")
         gated = jax.nn.silu(self.project("gate_proj", y)) * self.project("up_proj", y)
         return x + self.project("down_proj", gated)
@@ -217,6 +223,7 @@ def _bias(projection: str) -> str:
     return projection.replace("proj", "bias")
 
 
+@jax.named_scope("embed")
 def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
     """Rows of the embedding.
 
@@ -288,7 +295,8 @@ class Decoder(nnx.Module):
                 with jax.named_scope("block"):
                     block = nnx.merge(graph, weights)
                     q, k, v = block.qkv(x, rope)
-                    return block.output(x, packed_attention(q, k, v, segment_ids, window)), None
+                    x = block.attention_output(x, packed_attention(q, k, v, segment_ids, window))
+                    return block.mlp(x), None
 
             if c.remat != "none":
                 layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=length <= _UNROLL_LAYERS)
@@ -325,7 +333,8 @@ class Decoder(nnx.Module):
             with jax.named_scope("block"):
                 q, k, v = block.qkv(x, rope)
                 layer = kv_cache.append(layer, rows, write, k, v)
-                x = block.output(x, cached_attention(q, *kv_cache.read(layer, slots, x.dtype), positions, ends, window))
+                attended = cached_attention(q, *kv_cache.read(layer, slots, x.dtype), positions, ends, window)
+                x = block.mlp(block.attention_output(x, attended))
                 grown.append(layer)
         return rms_norm(x, self.final_norm[...], c.norm_eps).reshape(*tokens.shape, -1), tuple(grown)
 

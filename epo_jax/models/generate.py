@@ -235,10 +235,11 @@ def decode(
 
     def draw(live, i, cache, out):
         """Samples token i of the live slots; (slots that go on, the tokens, out)."""
-        with jax.named_scope("sample"):
+        with jax.named_scope("head"):
             # This orientation streams the [V, D] table once, as it is stored.
             logits = jnp.matmul(head, cache.hidden.T, preferred_element_type=jnp.float32).T
             logits = mask_unused(logits, config.unused_ids, axis=1)
+        with jax.named_scope("sample"):
             keys = jax.vmap(jax.random.fold_in)(row_keys, position + i)
             token, log_prob, entropy = sample(keys, logits, sampling)
         out = Generated(

@@ -28,6 +28,7 @@ def init_layer(slots: int, heads: int, width: int, capacity: int, dtype: str) ->
     return arrays
 
 
+@jax.named_scope("kv_cache")
 def append(
     layer: LayerCache, rows: Int[Array, "R 1"], columns: Int[Array, "R T"], k: Float[Array, "R T K d"], v: Float[Array, "R T K d"]
 ) -> LayerCache:
@@ -41,6 +42,7 @@ def append(
     return keys, values, *scales
 
 
+@jax.named_scope("kv_cache")
 def read(
     layer: LayerCache, slots: Int[Array, " R"] | None, dtype: jnp.dtype
 ) -> tuple[Float[Array, "R K d C"], Float[Array, "R K C d"]]:

@@ -7,6 +7,7 @@ transformers' `modeling_rope_utils`, in float32 like it.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -63,6 +64,7 @@ def frequencies(head_dim: int, theta: float, scaling: dict) -> tuple[np.ndarray,
     return ((1 - kept) * stretched + kept * plain).astype(np.float32), factor
 
 
+@jax.named_scope("rope")
 def rotary(
     positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: dict
 ) -> tuple[Float[Array, "B T 1 d"], Float[Array, "B T 1 d"]]:

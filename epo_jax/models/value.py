@@ -32,6 +32,7 @@ def _decoder(kind: CriticKind, policy: PyTree) -> PyTree:
     return {"own": base, "lora": adapters, "trunk": {}}[kind]
 
 
+@jax.named_scope("critic")
 def values(
     kind: CriticKind,
     config: DecoderConfig,
@@ -47,5 +48,6 @@ def values(
     if kind == "own":
         config = dataclasses.replace(config, lora=None)
     hidden = bind(config, lora.join(jax.lax.stop_gradient(shared), critic["decoder"]))(tokens, positions, segment_ids)
-    chosen = jnp.take_along_axis(hidden, index[..., None], axis=1).astype(jnp.float32)
-    return chosen @ critic["value"]
+    with jax.named_scope("value"):
+        chosen = jnp.take_along_axis(hidden, index[..., None], axis=1).astype(jnp.float32)
+        return chosen @ critic["value"]
