@@ -121,7 +121,7 @@ def test_adapters_in_peft_load_and_agree(base, adapters, tmp_path):
 
 
 def test_every_projection_can_be_a_target():
-    assert LORA_TARGETS == PROJECTIONS
+    assert LORA_TARGETS == tuple(PROJECTIONS)
     every = dataclasses.replace(BASE, lora=Lora(2, 4.0))
     found = lora.init_adapters(every, jax.random.key(0))["layers"]
     assert {key.rpartition("_lora_")[0] for key in found} == set(PROJECTIONS)
