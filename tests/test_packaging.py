@@ -1,7 +1,6 @@
 """What surrounds the code: package data, the workflow, templates, hooks, the citation and the changelog."""
 
 import re
-import subprocess
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -64,10 +63,18 @@ def test_moved_modules_of_the_changelog_are_where_it_says():
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{old} -> {new}"
 
 
+def headings(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
 def test_local_links_of_the_documents_lead_somewhere():
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.md"], cwd=ROOT, capture_output=True, text=True)
-    files = [ROOT / name for name in tracked.stdout.split()] or [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    for file in files:
-        for target in re.findall(r"\]\(([^)#\s]+)(#[^)]*)?\)", file.read_text()):
-            if not target[0].startswith(("http:", "https:", "mailto:")):
-                assert (file.parent / target[0]).exists(), f"{file.relative_to(ROOT)}: {target[0]}"
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert len(pages) > 10
+    for page in pages:
+        for path, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+            if not path.startswith(("http:", "https:", "mailto:")):
+                target = page.parent / path if path else page
+                assert target.exists(), f"{page.relative_to(ROOT)}: {path}"
+                assert not anchor or anchor in headings(target), f"{page.relative_to(ROOT)}: {path}#{anchor}"
