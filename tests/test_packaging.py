@@ -56,7 +56,7 @@ def test_citation_and_changelog_name_the_version_of_the_package():
 
 
 def test_moved_modules_of_the_changelog_are_where_it_says():
-    moved = re.findall(r"^\| `(epo_jax[\w.]+)` \| `(epo_jax[\w.]+)` \|", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    moved = re.findall(r"^\| `(epo_jax[\w.]+)`[^|]* \| `(epo_jax[a-z_.]+)` \|", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert len(moved) > 20
     for old, new in moved:
         path = ROOT / new.replace(".", "/")
