@@ -1,8 +1,9 @@
-"""How often the searching expert solves generated ALFWorld games, by task type, from the texts alone.
+"""Success of the searching expert on generated ALFWorld games, by task type.
 
     python benchmarks/alfworld_experts.py [games of each type and split]      40 of each by default: three minutes on one core
 
-Whole rooms, the paper's 50 turns, no fallback on the walkthrough, which knows the hidden state and always wins.
+The expert sees the texts alone. Rooms are complete and games have the paper's 50 turns. There is no fallback on the walkthrough,
+which is made from the hidden state and always wins.
 """
 
 import json
@@ -17,7 +18,7 @@ TURNS = 50
 
 
 def turns_needed(game: engine.Game, trajectory: dict) -> int | None:
-    """Actions until the expert has won, or None if it has not within the limit."""
+    """Actions until the expert wins, or None if it does not within the limit."""
     params = trajectory["pddl_params"]
     target = params["parent_target"] or params["toggle_target"]
     goal = experts.Goal(trajectory["task_type"], params["object_target"].lower(), target.lower())

@@ -1,4 +1,4 @@
-"""ALFWorld played at random whatever the policy says, so that every contender of a benchmark plays the same episodes."""
+"""ALFWorld with random actions in place of the policy's, so that all sides of a benchmark play the same episodes."""
 
 import dataclasses
 import random

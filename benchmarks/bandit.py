@@ -2,10 +2,10 @@
 
     python benchmarks/bandit.py
 
-A policy over V arms maximises r . p + lam * (H - beta * alpha * P(H)) by gradient ascent on its logits. Inside the
-corridor P = 0 and the optimum is the Boltzmann policy p ~ exp(r / lam); below it the hinge adds lam * beta * alpha * H,
-so the temperature becomes lam * (1 + beta * alpha); above it lam * (1 - beta * alpha). Where neither side's optimum
-lies on its own side, the policy rests on the edge between them. The indicator changes nothing: its gradient is zero.
+A policy over V actions maximizes r . p + lam * (H - beta * alpha * P(H)) by gradient ascent on its logits. Inside the
+corridor P = 0 and the optimum is the Boltzmann policy p ~ exp(r / lam). Below it the hinge adds lam * beta * alpha * H,
+so the temperature becomes lam * (1 + beta * alpha); above it, lam * (1 - beta * alpha). If the optimum of neither side
+is on that side, the policy settles on the edge between them. The indicator changes nothing: its gradient is zero.
 """
 
 import functools
@@ -28,7 +28,7 @@ REWARD = jnp.zeros(ARMS).at[0].set(1.0)
 
 
 def boltzmann_entropy(reward: Float[Array, " V"], temperature: float) -> Float[Array, ""]:
-    """Entropy (nats) of the policy that maximises r . p + temperature * H."""
+    """Entropy (nats) of the policy that maximizes r . p + temperature * H."""
     return log_prob_entropy_from_logits(reward, jnp.zeros((), jnp.int32), temperature)[1]
 
 

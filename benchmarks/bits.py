@@ -1,11 +1,11 @@
-"""What fewer bits cost while sampling: `scheduler.dtype` and `scheduler.cache_dtype` against the learner's own arithmetic.
+"""Error of sampling with fewer bits: `rollout.dtype` and `rollout.cache_dtype` against the learner's arithmetic.
 
     python -m benchmarks.bits --model=runs/first             the agent of a run, on an RL step's episodes
     python -m benchmarks.bits --model=FOLDER_OR_GGUF         any model, on 16 short episodes of ALFWorld
 
-The same episodes are sampled with each choice, and their tokens scored by the learner's forward in float32. Printed are, in nats
+Each choice samples the same episodes, and the learner's forward pass scores their tokens in float32. The output is, in nats
 over the policy tokens: the mean and the largest difference of the two log-probabilities and of the two entropies, the
-divergence of sampler and learner that the samples estimate (k3), and the extremes of the ratio that PPO would clip.
+divergence of sampler and learner estimated from the samples (k3), and the extremes of the ratio that PPO would clip.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""What checkpointing adds to an RL step: the laptop preset's train step with and without a save after each, in turn.
+"""Time that checkpointing adds to an RL step of the laptop preset.
 
     python benchmarks/checkpoint.py                               # 6 rounds of 5 updates with and 5 without; about 4 minutes
     python benchmarks/checkpoint.py --rollout=20                  # as a share of a step whose rollout takes 20 seconds
     python benchmarks/checkpoint.py --rounds=1 --updates=1 --rows=4             # a quick look
 
-A save returns once the arrays are copied; the rest is written while the next steps run, which it slows. So what counts is the
-time from the first update to the end of the last one, saves and what is left of their writing included. Rounds go A B B A.
+Updates with a save after each alternate with updates without. A save returns once the arrays are copied; the rest is written
+while the next steps run, which slows them. The measured time therefore goes from the first update to the end of the last one and of its
+save. Rounds go A B B A.
 """
 
 import argparse

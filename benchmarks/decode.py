@@ -1,11 +1,11 @@
-"""Decode against what a device's memory and arithmetic allow, and prefill.
+"""Speed of decode, relative to the bound of memory and arithmetic, and of prefill.
 
     python benchmarks/decode.py                                                             # 16 rows of SmolLM2-135M's shape
     python benchmarks/decode.py --model=qwen2.5-3b --dtype=bfloat16 --slots=128 --context=1024           # for a GPU
 
 The bound of a decode step is the longer of two times: to read the weights and the whole cache once, and to do the arithmetic,
-both at rates measured here: a sum over 512 MB and a product of large matrices. A step is what one more token of every row costs;
-a call is `generate.decode` with a block of --block tokens, with what it does once, and without the host's part of a turn.
+at the measured rates of a sum over 512 MB and a product of large matrices. A step is one more token in every row; a call is
+`generate.decode` with a block of --block tokens, including its fixed costs and without the host's part of a turn.
 """
 
 import argparse

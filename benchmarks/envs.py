@@ -1,13 +1,13 @@
-"""The worker pool against the released code's scheme: start-up, resets, steps and memory of N environments, side by side.
+"""The worker pool against the reference implementation's scheme: start-up, resets, steps and memory of N environments.
 
     python benchmarks/envs.py scienceworld --stock=4 --ours=4,64
     python benchmarks/envs.py alfworld --stock=8 --ours=8,64
 
-The released scheme is one process for each environment, all of them stepped in lock-step, every valid action listed at each
-step (`stock_env.py`); on ScienceWorld each has a Java process with the default heap. Ours is the pool with two workers, or more
-where two cannot hold that many; the objects in reach (ScienceWorld) or the admissible commands (ALFWorld) are listed at each
-step, and determinism is on. Both play groups of 8 on the same task by the same random actions; on ALFWorld their transcripts are
-compared. 64 of the stock environments do not fit in every memory, so numbers of environments are given apart: compare per
+The reference implementation has one process for each environment, steps all of them in lock-step and lists every valid action at
+each step (`stock_env.py`); on ScienceWorld each has a Java process with the default heap. The pool has two workers, or more if
+two cannot hold that many; it lists the objects in reach (ScienceWorld) or the admissible commands (ALFWorld) at each step, and is
+deterministic. Both play groups of 8 on the same task with the same random actions; on ALFWorld their transcripts are
+compared. 64 of the stock environments do not fit in every memory, so each side has its own number of environments: compare per
 environment.
 """
 

@@ -1,11 +1,10 @@
-"""The same run on one process and on several, all on this machine: what they learn must agree.
+"""The same run on one process and on several, all on this machine: their parameters must agree.
 
     python -m benchmarks.hosts                      # 1, 2 and 4 processes
     python -m benchmarks.hosts --processes 1 2 --config=configs/alfworld.py:smoke --config.train.rows_tokens=1024
 
-Other options than these go to epo_jax.main.
-Each count trains two RL steps in a folder of its own, its processes on loopback with a CPU device each. Prints the seconds and
-the largest difference of a parameter from that of the first count.
+Other options go to epo_jax.main. Each number of processes trains two RL steps in its own folder, with processes on loopback and a
+CPU device each. The output is the seconds and the largest difference of a parameter from the first run.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from tests.processes import Processes, apart, learnt
 
-# Adam divides by the size of a gradient, and so makes much of the rounding of one that is nearly 0.
+# Adam divides by the size of a gradient, and so amplifies the rounding of one that is nearly 0.
 OPTIONS = "--config.optim.lr=3e-4", "--config.warm_start.steps=3"
 
 

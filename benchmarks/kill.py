@@ -1,12 +1,12 @@
-"""A run that is killed again and again must come to the same end as one that is left alone, bit for bit.
+"""A run that is killed repeatedly must end like an uninterrupted one, bit for bit.
 
     python benchmarks/kill.py --count=20
 
-A tiny run of the toy game, with a checkpoint after every RL step. In turn it is killed (SIGKILL) at a moment drawn over its
-whole length, killed while a checkpoint is being written, and asked to stop (SIGTERM); each time it is resumed. Then the final
-state, what the checkpoint remembers of the host, and the rows of metrics.jsonl, eval.jsonl and trajectories.jsonl are compared
-with those of a run that was left alone, all but the times. A run that reached its end before all kills were spent is compared
-and followed by another. Exit code 0 if nothing differed.
+The run is tiny, plays the toy game and saves a checkpoint after every RL step. In turn it is killed (SIGKILL) at a random moment,
+killed while a checkpoint is being written, and stopped (SIGTERM); each time it is resumed. Then its final
+state, the host state in the checkpoint, and the rows of metrics.jsonl, eval.jsonl and trajectories.jsonl are compared
+with those of an uninterrupted run, times aside. If a run ends before all kills are used up, it is compared, and another
+begins. The exit code is 0 if nothing differs.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def get_config():
 
 
 def ending(folder: Path) -> dict:
-    """All that two runs must agree on: the newest checkpoint's arrays and memory, and the rows without times."""
+    """Everything that two runs must agree on: arrays and host state of the newest checkpoint, and the rows without times."""
     import jax
     import orbax.checkpoint as ocp
 

@@ -1,9 +1,9 @@
-"""Some figures of a report as one PNG, for a document: what the page shows in a browser, and nothing around it.
+"""Writes selected figures of a report as one PNG, for a document.
 
     python -m benchmarks.report_figures report.html pilot.png "Success, OOD" "Entropy of sampled tokens"
 
-Figures are named by the beginnings of their titles; "corridors" is the row of all arms' corridors, "turns" that of the maps of
-entropy by turn. Needs Chromium.
+Arguments are beginnings of the titles of figures; "corridors" is the row of the corridors of all arms, "turns" that of the maps
+of entropy by turn. Needs Chromium.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.browser import Browser, find
 
-# Leaves the legend and the figures that are asked for, and tells where they are.
+# Keeps the legend and the requested figures, and returns their positions.
 KEEP = """(titles => {
     const named = (f, title) => f.closest(`#${CSS.escape(title)}`) || f.querySelector('figcaption').textContent.startsWith(title);
     const figures = [...document.querySelectorAll('#curves figure')].filter(f => titles.some(title => named(f, title)));

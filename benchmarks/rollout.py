@@ -1,17 +1,17 @@
-"""Multi-turn rollout, side by side: ours, and transformers' generate with whole and with continued prompts.
+"""Speed of multi-turn rollout: this package, and transformers' generate with whole and with continued prompts.
 
     python -m benchmarks.rollout                                 all of them: 32 ALFWorld episodes of up to 15 turns
     python -m benchmarks.rollout --only=ours --turns=5           one of them, shorter
     python -m benchmarks.rollout --run=runs/first                an RL step's rollout of a run's agent instead
     python -m benchmarks.rollout --only=record                   writes episodes.json for benchmarks/rollout_tunix.py
 
-A model of SmolLM2-135M's shape with random weights, float32, plays the real engine. What it says is not what is played
-(benchmarks/alfworld_random.py), and how much it says at each turn is drawn by seed, 8 to 40 tokens, so every contender reads and
-writes the same number of tokens in the same episodes. transformers needs torch, which this project does not install.
+A model of SmolLM2-135M's shape with random weights, float32, plays the real engine. Its answers are replaced by random actions
+(benchmarks/alfworld_random.py), and the length of each answer is drawn by seed, 8 to 40 tokens, so all sides read and
+write the same number of tokens in the same episodes. transformers needs torch, which this project does not install.
 
 ours        `scheduler.collect`: the cache lives across turns; lanes of slots work while others wait for their environments
-whole       one batch in lock-step, the whole conversation again at each turn, as long as the longest answer (the authors' way)
-continued   the same with the cache kept: only new tokens are read, still in lock-step and padded to one length
+whole       one batch in lock-step; each turn reads the whole conversation again, as in the reference implementation
+continued   the same with a cache that lives across turns: only new tokens are read, in lock-step and padded to one length
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""google-tunix's sampler on the episodes of benchmarks/rollout.py, in a virtual environment of its own.
+"""google-tunix's sampler on the episodes of benchmarks/rollout.py, in its own virtual environment.
 
     python -m venv tunix && tunix/bin/pip install google-tunix
     python -m benchmarks.rollout --only=record && tunix/bin/python benchmarks/rollout_tunix.py episodes.json
 
-Lock-step, the whole conversation again at each turn, as its agentic rollout calls it; the environment's time is left out. Played
-twice, since each new prompt length is compiled: the second time counts.
+Episodes advance in lock-step, and each turn reads the whole conversation again, as in tunix's agentic rollout. The time of the
+environment is left out. Everything is played twice, since each new prompt length is compiled: the second time counts.
 """
 
 import json

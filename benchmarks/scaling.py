@@ -4,10 +4,10 @@
     python benchmarks/scaling.py             # every row, each compiled in a process of its own; minutes a row
     python benchmarks/scaling.py --layers=2 --only="Qwen2.5-3B v5e-16" --out=/tmp/quick.md
 
-A run's largest programs are compiled ahead of time for a slice that is not there, from abstract shapes: the train step (on the
-paper preset's rows), the unstacking of the weights and one block of decode (on one lane's slots, at full context). Nothing is
-allocated, no weights are read, and a program that the chip cannot hold is refused by its compiler. With --on=cpu they are
-compiled for as many fake CPU devices instead, whose memory is laid out and scheduled otherwise.
+The largest programs of a run are compiled ahead of time, from abstract shapes and without a slice: the train step (on the
+rows of the paper preset), the unstacking of the weights and one block of decode (on the slots of one lane, at full context).
+Nothing is allocated, no weights are read, and the compiler refuses a program that does not fit the chip. With --on=cpu the
+programs are compiled for as many fake CPU devices instead, whose memory layout and schedule differ.
 """
 
 import argparse
@@ -250,7 +250,7 @@ def main() -> int:
     for row, (name, slice_name, _, shape) in enumerate(ROWS):
         if options.only in ("", f"{name} {slice_name}"):
             fake = f"--xla_force_host_platform_device_count={math.prod(shape)}"
-            # libtpu asks the cloud where it runs, unless it is told.
+            # Without these variables libtpu queries the cloud for its location.
             told = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
             told |= {"XLA_FLAGS": fake, "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
             command = [sys.executable, __file__, f"--row={row}", f"--on={options.on}", f"--layers={options.layers}"]

@@ -1,4 +1,4 @@
-"""Long proofs of the environments: equal observations whatever the processes, and whatever happens to them.
+"""Long tests of the environments: equal observations for any processes, and after any fault of theirs.
 
     python benchmarks/soak.py determinism scienceworld     30 tasks x 2 variations, random actions; 1 worker and 2
     python benchmarks/soak.py determinism alfworld         120 games: the expert's actions, then random ones
@@ -6,7 +6,7 @@
     python benchmarks/soak.py faults alfworld --count=160  random kills and stops of workers and their Java processes
     python benchmarks/soak.py hostile scienceworld         10,000 hostile actions
 
-Each prints what it did and ends with exit code 0 if all held. EPO_JAX_DATA names a folder that keeps games and gold actions.
+Each test prints what it did and ends with exit code 0 if it passed. EPO_JAX_DATA is the folder of games and gold actions.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One stock environment behind JSON lines, as the released code runs them: a process for each, all valid actions at each step.
+"""One stock environment behind JSON lines, run as in the reference implementation: one process, all valid actions at each step.
 
     python benchmarks/stock_env.py alfworld|scienceworld
 

@@ -1,12 +1,13 @@
-"""A sweep against the same runs one after another, and what its members cost in memory.
+"""A sweep against the same runs one after another: time, and memory of its members.
 
     python benchmarks/sweep.py                                  # 8 members of the laptop model, 20 RL steps; about 1.5 hours
     python benchmarks/sweep.py --members=2 --steps=2 --preset=smoke                   # a quick look
     python benchmarks/sweep.py --lora=FOLDER                    # peak memory of 8 LoRA members over a model against that of 1
 
-Members differ in the weight of the entropy term. Everything is a process of its own with nothing cached but the games, so that
-start-up, warm start and compilation count: once for the sweep, once for each run. Also told: how far each member's parameters
-are from those of the run with the same coefficients. `--runs=2` measures two of the runs and takes the others to be like them.
+Members differ in the weight of the entropy term. The sweep and each run are processes of their own, with nothing cached except
+the games, so that start-up, behavior cloning and compilation count: once for the sweep, once for each run. The output includes the
+distance of each member's parameters from those of the run with the same coefficients. `--runs=2` measures two of the runs
+and assumes that the others take as long.
 """
 
 import argparse

@@ -1,19 +1,19 @@
-"""One training step of a 135 M model: ours, ours with naive logits, and transformers on torch, side by side.
+"""One training step of a 135 M model: this package, its decoder with naive logits, and transformers on torch.
 
     python benchmarks/train_step.py                      # SmolLM2-135M's shape, 4 x 512 tokens, a quarter of them the policy's
     python benchmarks/train_step.py --layers=2 --tokens=128 --steps=1 --rounds=1      # a quick look
     python benchmarks/train_step.py --dtype=bfloat16 --rows=32 --tokens=2048 --steps=10                     # for a GPU
 
-The step is forward, backward and AdamW; weights and their moments are float32, --dtype is what products are computed in. The
-loss is -mean(A log p) - 0.01 mean(entropy) over the policy tokens. All sides read the same weights and tokens and must print the
-same losses, to the rounding of --dtype. Each side of each round is a process of its own, so that its peak memory is its own;
+The step is forward, backward and AdamW; weights and their moments are float32, and --dtype is the dtype of products. The
+loss is -mean(A log p) - 0.01 mean(entropy) over the policy tokens. All sides use the same weights and tokens and must print the
+same losses, to the rounding of --dtype. Each side of each round runs in its own process, so that its peak memory is its own;
 rounds go A B C A B C, and medians are reported. Needs torch.
 
-    ours            this repository: fused head on policy tokens, --remat of each layer
-    naive           our decoder, nothing recomputed, logits of every token as an array
-    torch           transformers as it comes: SDPA attention, logits of every token; on a GPU compiled, under autocast
+    ours            this package: fused head on policy tokens, --remat of each layer
+    naive           the same decoder, nothing recomputed, logits of every token as an array
+    torch           transformers by default: SDPA attention, logits of every token; on a GPU compiled, under autocast
     torch-gathered  the same with the head applied to policy tokens only
-    torch-remat     torch-gathered with every layer computed again in the backward pass
+    torch-remat     torch-gathered with every layer recomputed in the backward pass
 """
 
 import argparse
