@@ -5,8 +5,8 @@
     python benchmarks/checkpoint.py --rounds=1 --updates=1 --rows=4             # a quick look
 
 Updates with a save after each alternate with updates without. A save returns once the arrays are copied; the rest is written
-while the next steps run, which slows them. The measured time therefore goes from the first update to the end of the last one and of its
-save. Rounds go A B B A.
+while the next steps run, which slows them. The measured time therefore goes from the first update to the end of the last one and
+of its save. Rounds go A B B A.
 """
 
 import argparse

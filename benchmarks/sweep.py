@@ -5,8 +5,8 @@
     python benchmarks/sweep.py --lora=FOLDER                    # peak memory of 8 LoRA members over a model against that of 1
 
 Members differ in the weight of the entropy term. The sweep and each run are processes of their own, with nothing cached except
-the games, so that start-up, behavior cloning and compilation count: once for the sweep, once for each run. The output includes the
-distance of each member's parameters from those of the run with the same coefficients. `--runs=2` measures two of the runs
+the games, so that start-up, behavior cloning and compilation count: once for the sweep, once for each run. The output includes
+the distance of each member's parameters from those of the run with the same coefficients. `--runs=2` measures two of the runs
 and assumes that the others take as long.
 """
 

@@ -1,6 +1,8 @@
-"""Draws the curves of a run again, from its files.
+"""Draws the curves of a run again.
 
-    python -m epo_jax.figures runs/first      writes runs/first/figures/*.png
+    python -m epo_jax.figures runs/first
+
+writes runs/first/figures/*.png from the run's metrics.jsonl and eval.jsonl.
 """
 
 import sys

@@ -34,7 +34,9 @@ class Stopped(Exception):
 
 
 def explain(error: BaseException, otherwise: str) -> str:
-    """"(REASON); WHAT TO DO" for an error of a library: the machine's own error if there is one behind it.
+    """The end of a message, "(REASON); WHAT TO DO", for an error of a library.
+
+    The reason is an error of the machine (memory, disk, ...) if there is one in the chain.
 
     Args:
         otherwise: what to do if the machine is not at fault, so that the file itself must be.
@@ -64,7 +66,7 @@ def full_disk(error: BaseException) -> str | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" (nearest: 'NAME')" for the name of `known` that `name` may be a slip of, else ""."""
+    """The end of a message, " (nearest: 'NAME')", if `name` resembles one of `known`, else ""."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (nearest: {near[0]!r})" if near else ""
 

@@ -1,6 +1,8 @@
 """Tiny random checkpoints with every odd feature of their families, and the logits that transformers computes from them.
 
-    python tests/models/reference.py    writes reference_logits.npz; needs torch, which nothing else here does
+    python tests/models/reference.py
+
+writes reference_logits.npz. Only this script needs torch.
 """
 
 import json
