@@ -1,13 +1,19 @@
-"""docs/method.md names code and config keys: they must exist, and none may be missing."""
+"""The documents name config keys, commands, files and code: they must exist, and docs/method.md may miss none of its own."""
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 from epo_jax.objectives import registry
 from epo_jax.settings.config import base_config, flatten
+from epo_jax.settings.table import SETTINGS
 
-TEXT = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+TEXT = (ROOT / "docs" / "method.md").read_text()
 NAMES = re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", TEXT)
 MODULES = ("advantages", "controls", "entropy", "head", "loss", "policy", "registry", "released_rows", "value")
 
@@ -33,3 +39,20 @@ def test_every_coefficient_and_every_arm_is_explained():
     assert keys - mechanics <= set(NAMES), keys - mechanics - set(NAMES)
     for arm in (*registry.BASES, *registry.OVERLAYS):
         assert f"`{arm}`" in TEXT, arm
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_of_commands_exist(page):
+    known = {setting.key for setting in SETTINGS}
+    swept = {f"sweep.over.{setting.key}" for setting in SETTINGS if setting.traced}
+    named = set(re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)*)", page.read_text()))
+    assert named <= known | swept | {"sweep.over"}, named - known - swept
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_files_of_commands_exist(page):
+    text = page.read_text()
+    for module in re.findall(r"python -m ((?:epo_jax|benchmarks)[a-z_.]*[a-z])", text):
+        assert importlib.util.find_spec(module), module
+    for path in re.findall(r"(?:python |`|\./)((?:benchmarks|configs|launch|epo_jax)/[\w/.-]*\w)", text):
+        assert (ROOT / path).exists(), path
