@@ -28,9 +28,10 @@ from epo_jax.envs import agent, base
 from epo_jax.envs.alfworld import protocol as alfworld
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import init_params
-from epo_jax.models.tokenizer import train_tokenizer
+from epo_jax.models.tokenizer import ChatTokenizer, train_tokenizer
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.lane import Sampler
+from epo_jax.rollout.episode import LiveEpisode
+from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.tasks import step_episodes
 
 SHAPE = MODELS["smollm2-135m"]
@@ -54,11 +55,18 @@ def words():
     return train_tokenizer([*texts, *[instructions] * 20], 2048), tasks
 
 
-class Scripted(scheduler._Rollout):
-    """Our rollout with the benchmark's answer lengths."""
+class Scripted(LiveEpisode):
+    """An episode whose turns have the benchmark's lengths."""
 
-    def budget_of(self, live):
-        return answer_length(live.episode.id, len(live.trajectory.actions))
+    @property
+    def turn_budget(self):
+        return answer_length(self.episode.id, len(self.trajectory.actions))
+
+
+class Unstopped(ChatTokenizer):
+    """A tokenizer without a token that ends a turn."""
+
+    stop_ids = (-1,)
 
 
 def ours(args, tokenizer, tasks):
@@ -67,14 +75,14 @@ def ours(args, tokenizer, tasks):
         slots=args.slots, max_turns=args.turns, max_tokens=4096, max_policy_tokens=4096, response_tokens=LONGEST,
         style="tagged", lanes=args.lanes, block=args.block,
     )  # fmt: skip
-    sampler = Sampler(jax.random.key(1), (-1,), prompts.SamplingConfig(1.0), min(args.block, LONGEST))
+    scheduler.LiveEpisode = Scripted
     episodes = [scheduler.Episode(i, tasks[i]) for i in range(args.episodes)]
+    player = scheduler.Player(episodes, Unstopped(tokenizer.backend, tokenizer.frame, tokenizer.roles), jax.random.key(1))
     for name in ("compiling", "ours"):
         with EnvPool("alfworld_random", OPTIONS, 2) as pool:
-            played, player = Scripted(pool, args.model, config), scheduler._Player(0, tokenizer, episodes)
-            played.enter([player], params, sampler)
-            played.run()
-        stats, trajectories = played.stats, played.trajectories(player)
+            (trajectories,), stats = scheduler.collect(
+                [player], params, pool, args.model, config, prompts.SamplingConfig(1.0)
+            )
         report(name, stats.seconds, trajectories, {
             "prefill": stats.prefill_seconds, "decode": stats.decode_seconds, "waiting for environments": stats.env_wait_seconds,
         }, f"{stats.prompt_tokens} tokens read; prefill and decode are summed over lanes that overlap")  # fmt: skip
@@ -108,7 +116,7 @@ def hugging_face(args, tokenizer, tasks, keep_cache: bool):
         return torch.zeros(len(ids), dtype=torch.bool)
 
     clock = transformers.StoppingCriteriaList([note_time])
-    trajectories = [scheduler.Trajectory(task=tasks[i]) for i in range(args.episodes)]
+    trajectories = [Trajectory(task=tasks[i]) for i in range(args.episodes)]
     read = [0] * args.episodes
     spent = dict.fromkeys(("prefill", "decode", "environment"), 0.0)
     started = time.perf_counter()

@@ -147,11 +147,10 @@ def batch(config, learner):
     import numpy as np
 
     from epo_jax.objectives.batch import TokenBatch
-    from epo_jax.training.batch import contexts
+    from epo_jax.training.batch import batch_shape
 
     n, minis = config.rollout.groups * config.rollout.group_size, config.algo.mini_batches
-    most, per_row = contexts(config)
-    rows = -(-(n // minis) * most // (per_row * learner.micro_rows)) * learner.micro_rows
+    rows = batch_shape(config, minis, learner.micro_rows).rows(n)
     floating = ("policy_mask", "reward", "valid", "behaviour_log_prob", "behaviour_entropy", "returns")
     shapes = dict.fromkeys(TokenBatch._fields, (minis, rows, config.train.rows_policy_tokens))
     shapes |= dict.fromkeys(("tokens", "positions", "segment_ids"), (minis, rows, config.train.rows_tokens))

@@ -18,7 +18,8 @@ from epo_jax.envs.base import SPLITS, Observation, Task, environment
 from epo_jax.models.decoder import unstack
 from epo_jax.parallel import mesh
 from epo_jax.rollout import prompts
-from epo_jax.rollout.lane import Lane, Programs, Sampler, Turn
+from epo_jax.rollout.episode import Turn
+from epo_jax.rollout.lane import Lane, Programs, Sampler
 from epo_jax.runs.policies import Policy, load
 from epo_jax.settings.config import base_config
 from epo_jax.settings.setting import COUNT, NOT_NEGATIVE, SEED, SHARE_ABOVE_0

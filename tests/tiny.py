@@ -12,7 +12,8 @@ from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.value import init_critic
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
-from epo_jax.rollout.trajectory import Trajectory, pack
+from epo_jax.rollout.packing import BatchShape, pack
+from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.optim import OptimConfig
 from epo_jax.training.state import LearnerConfig, init_state
 from epo_jax.training.step import Inputs, make_train_step, policy_statistics
@@ -67,7 +68,7 @@ def episodes(seed: int, uniform: tuple[int, ...] = ()) -> list[Trajectory]:
 
 
 def batched(trajectories, mini_batches=2, rows_multiple=2):
-    return pack(trajectories, ROW, POLICY, TURNS, mini_batches, rows_multiple)
+    return pack(trajectories, BatchShape(ROW, POLICY, TURNS, mini_batches, rows_multiple))
 
 
 def inputs(batch, mini: int = 0) -> Inputs:

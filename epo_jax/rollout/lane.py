@@ -17,6 +17,7 @@ from epo_jax.models import generate, members
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.members import Members
 from epo_jax.parallel import mesh
+from epo_jax.rollout.episode import Answer, Turn
 from epo_jax.rollout.prompts import SamplingConfig
 
 # Every compiled shape is a choice from these: columns of an extend, tokens a row has room for, and rows (all of the lane's,
@@ -27,28 +28,6 @@ SMALLEST_LANE = 4
 
 # A call of a compiled program costs about as much as this many tokens more.
 _CALL_TOKENS = 64
-
-
-class Turn(NamedTuple):
-    """What a row is to do: read `prompt`, emptied first where `fresh`, then sample up to `budget` tokens.
-
-    `position` tokens of turn `turn` of episode `episode` are sampled already; the three seed the sampling.
-    """
-
-    prompt: list[int]
-    fresh: bool
-    episode: int
-    turn: int
-    position: int
-    budget: int
-
-
-class Answer(NamedTuple):
-    """What a row sampled: ids, and for each its log-probability and the entropy of its distribution, nats."""
-
-    tokens: list[int]
-    log_prob: list[float]
-    entropy: list[float]
 
 
 class Programs:

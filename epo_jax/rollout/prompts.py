@@ -1,12 +1,17 @@
 """The settings of a rollout, and the prompts that they make of what was seen: one function for sampling and for cloning."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 from epo_jax.common.errors import UserError
 from epo_jax.envs import agent
 from epo_jax.envs.base import Observation
-from epo_jax.models.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from epo_jax.models.tokenizer import ChatTokenizer
 
 
 @dataclasses.dataclass(frozen=True)

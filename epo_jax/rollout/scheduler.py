@@ -1,13 +1,13 @@
-"""The turn scheduler: episodes in, trajectories out. Host side; owns no maths.
+"""The turn scheduler: episodes in, trajectories out.
 
-Slots are split over lanes (lane.py), each with its own cache, its own share of the episodes and its own turns: while
-one lane's actions are being played by the environment processes, the turns of others are being decoded, and a slow
-environment holds up its own lane only. Inside a lane, a row whose turn ended sends its action off at once while longer
-turns go on in the next block; a finished episode leaves its row at once and the next one, whose reset was sent ahead, takes
-it; and when there is none left, a lane shrinks to half its rows whenever half would do.
+A slot is an environment that plays an episode; a row is a row of a lane's cache. Slots are split over lanes (lane.py), each
+with its own cache, its own episodes and its own turns. While the environments of one lane play its actions, other lanes decode
+their turns, and a slow environment holds up its own lane only. Inside a lane, a row whose turn ended submits its action at
+once; longer turns go on in the next block. A finished episode leaves its row at once for the next one, whose environment was
+reset ahead. If no episode is left to begin, a lane shrinks to half its rows whenever half is enough.
 
-What a lane does next depends on what its episodes did and said, never on when. So the same episodes give the same
-trajectories, bit for bit, whatever the workers' number and delays.
+What a lane does next depends on what its episodes did, never on when. So the same episodes give the same trajectories, bit for
+bit, whatever the number of workers and their delays.
 """
 
 import collections
@@ -24,40 +24,31 @@ import jax
 import jax.numpy as jnp
 
 from epo_jax.common.errors import UserError
-from epo_jax.envs import agent
-from epo_jax.envs.base import Observation, Task
+from epo_jax.envs.base import Observation
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, unstack
 from epo_jax.models.members import Members
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.parallel import hosts, mesh
-from epo_jax.rollout.lane import SMALLEST_LANE, Answer, Lane, Programs, Sampler, Turn
-from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig, next_prompt
+from epo_jax.rollout.episode import Answer, Episode, LiveEpisode, Turn
+from epo_jax.rollout.lane import SMALLEST_LANE, Lane, Programs, Sampler
+from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig
 from epo_jax.rollout.trajectory import Trajectory
 
-# Lanes of a device at work at the same time. More would not be quicker: one works while another is being read and answered.
+# Lanes of a device at work at the same time. More would not be faster: one computes while the host prepares another.
 _THREADS = 2
 
-# Seconds between looks at the environments while the device is at work and a lane waits for them.
-_LOOK = 0.001
-
-
-@dataclasses.dataclass(frozen=True)
-class Episode:
-    """One episode to play: `id` seeds its sampling, `group` says which episodes share its task."""
-
-    id: int
-    task: Task
-    group: int = 0
+# Seconds between polls of the environments while the device computes and a lane waits for observations.
+_POLL_SECONDS = 0.001
 
 
 @dataclasses.dataclass
 class RolloutStats:
-    """Where the wall time of a rollout went (seconds), and what came of it.
+    """Wall time of a rollout, in seconds, and counts.
 
-    `prefill_seconds` and `decode_seconds` are summed over lanes, which overlap. `env_wait_seconds` is the time in which no
-    lane had anything to do but wait for its environments.
+    `prefill_seconds` and `decode_seconds` are summed over lanes, which overlap. `env_wait_seconds` is the time in which all
+    lanes waited for their environments.
     """
 
     seconds: float = 0.0
@@ -73,119 +64,118 @@ class RolloutStats:
         return RolloutStats(*(a + b for a, b in pairs))
 
 
-@dataclasses.dataclass
-class _Live:
-    """An episode that occupies a row.
+class _Slot(NamedTuple):
+    """A slot of the pool and the episode that it plays."""
 
-    Attributes:
-        place: (its member, its index among that member's trajectories).
-        tokenizer: its member's.
-        handle: the pool's slot that plays it.
-        first: what it saw after the reset.
-        prompt: ids not in the cache yet, to be read next.
-        fresh: the row must be emptied before it reads them.
-        answer: the turn's tokens so far, with their statistics.
-    """
-
-    episode: Episode
-    place: tuple[int, int]
-    tokenizer: ChatTokenizer
-    handle: int
-    trajectory: Trajectory
-    first: Observation | None = None
-    prompt: list[int] = dataclasses.field(default_factory=list)
-    fresh: bool = True
-    answer: Answer = dataclasses.field(default_factory=lambda: Answer([], [], []))
-    policy_tokens: int = 0
+    number: int
+    episode: LiveEpisode
 
 
 class _LaneEpisodes:
-    """A lane and its episodes: those in its rows, and of each member those whose reset is sent ahead and the queue.
+    """A lane and its episodes.
 
-    Its rows come in multiples of `shards`. `waiting` holds the handles whose observations the next turns need, `later` those
-    that may still come after them.
+    Attributes:
+        shards: the rows of each member come in multiples of this.
+        rows: the slot of each row; None if the row is empty.
+        queues: for each member, episodes that have not begun.
+        ahead: for each member, slots that were reset before a row is free.
+        needed: numbers of the slots whose observations the next turns wait for.
+        deferred: numbers of the slots whose observations may come after the next turns.
     """
 
-    def __init__(self, lane: Lane, shards: int, players: list["_Player"], hands: list[list[tuple[int, Episode]]]):
-        self.lane, self.shards, self.players = lane, shards, players
-        self.rows: list[_Live | None] = [None] * (lane.members * lane.size)
-        self.queues = [collections.deque(hand) for hand in hands]
-        self.ahead: list[collections.deque[_Live]] = [collections.deque() for _ in hands]
-        self.waiting: set[int] = set()
-        self.later: set[int] = set()
+    def __init__(self, lane: Lane, shards: int, queues: Sequence[Sequence[LiveEpisode]]):
+        self.lane, self.shards = lane, shards
+        self.rows: list[_Slot | None] = [None] * (lane.members * lane.size)
+        self.queues = [collections.deque(queue) for queue in queues]
+        self.ahead: list[collections.deque[_Slot]] = [collections.deque() for _ in queues]
+        self.needed: set[int] = set()
+        self.deferred: set[int] = set()
+
+    def next_turns(self) -> dict[int, Turn]:
+        """The next turn of every row whose episode has one."""
+        turns = {row: slot.episode.next_turn() for row, slot in enumerate(self.rows) if slot is not None}
+        return {row: turn for row, turn in turns.items() if turn is not None}
+
+    def shrink(self) -> None:
+        """Halves the lane while half its rows hold every member's episodes and no episode waits for a row."""
+        before = size = self.lane.size
+        rows = [range(first, first + size) for first in range(0, len(self.rows), size)]
+        full = [[row for row in of_member if self.rows[row] is not None] for of_member in rows]
+        most = max(map(len, full))
+        if most and not any(self.queues) and not any(self.ahead):
+            while size % (2 * self.shards) == 0 and size // 2 >= max(most, SMALLEST_LANE):
+                size //= 2
+        if size < before:
+            keep = []
+            for of_member, live in zip(rows, full, strict=True):
+                keep += (live + [row for row in of_member if row not in live])[:size]
+            self.lane.keep(keep)
+            self.rows = [self.rows[row] for row in keep]
 
 
-class _Player(NamedTuple):
-    """A player with its number and, in a run of several processes, its share of the episodes."""
-
-    number: int
-    tokenizer: ChatTokenizer
-    episodes: list[Episode]
-
-
-def _deal(episodes: list[Episode], lanes: int) -> list[list[tuple[int, Episode]]]:
-    """Deals episodes, with their places, to lanes in equal shares; neighbours of one group stay together where they can."""
+def _assign(episodes: Sequence[LiveEpisode], lanes: int) -> list[list[LiveEpisode]]:
+    """Assigns episodes to lanes in equal shares; neighbors of one group stay together if they can."""
     share = -(-len(episodes) // lanes)
-    hands: list[list[tuple[int, Episode]]] = [[] for _ in range(lanes)]
-    for _, members in itertools.groupby(enumerate(episodes), key=lambda pair: pair[1].group):
-        members = list(members)
-        while members:
-            # The emptiest lane; one of them always has room, since no share is exceeded.
-            hand = min(hands, key=len)
-            room = share - len(hand)
-            hand += members[:room]
-            members = members[room:]
-    return hands
+    assignments: list[list[LiveEpisode]] = [[] for _ in range(lanes)]
+    for _, group in itertools.groupby(episodes, key=lambda live: live.episode.group):
+        group = list(group)
+        while group:
+            # The emptiest lane always has room, since no lane exceeds its share.
+            assignment = min(assignments, key=len)
+            room = share - len(assignment)
+            assignment += group[:room]
+            group = group[room:]
+    return assignments
 
 
-class _Rollout:
-    """The state of one `collect` call. Every `enter` brings lanes that some policies share; `run` plays them all."""
+class _Scheduler:
+    """The state of one rollout: `add_lanes` brings lanes that some policies share, `run` plays all of them."""
 
     def __init__(self, pool: EnvPool, model: DecoderConfig, config: RolloutConfig):
-        self.pool, self.config = pool, config
-        self.model = model if config.dtype is None else dataclasses.replace(model, dtype=config.dtype)
+        self.pool, self.model, self.config = pool, model, config
         self.programs = Programs()
-        self.done: dict[tuple[int, int], Trajectory] = {}
-        self.inbox: dict[int, Observation] = {}
-        self.under_way = 0  # requests that the pool has not answered
         self.stats = RolloutStats()
-        self.wanted: list[int] = []  # tokens of first prompts with their answers that had no room
-        self.lanes: collections.deque[_LaneEpisodes] = collections.deque()  # that have not begun
+        self.lanes: collections.deque[_LaneEpisodes] = collections.deque()  # lanes that have not begun
         self.devices: set[jax.Device] = set()
-        self.open = self.threads = 0  # lanes that may have begun and not ended, and those at work at the same time
-        self.free_handles: list[int] = []
-        self.handles = itertools.count()
+        self.open_lanes = 0  # lanes that may have begun and not ended
+        self.threads = 0  # lanes that may compute at the same time
+        self.inbox: dict[int, Observation] = {}  # by slot
+        self.requests = 0  # resets and steps that the pool has not answered
+        self.free_slots: list[int] = []
+        self.new_slots = itertools.count()
 
-    def enter(self, players: list[_Player], params: Params | Members, sampler: Sampler) -> None:
-        """Deals the players' episodes to lanes of their own. `params`, unstacked, and the sampler's keys are one policy's, or the
-        members' in the order of `players`."""
-        config = self.config
-        slots = min(config.slots, max(len(player.episodes) for player in players))
-        lanes = max(1, min(config.lanes, slots))
-        on = mesh.mesh_of(params)
-        # Rows that devices share come in multiples of these.
+    def add_lanes(self, episodes: Sequence[Sequence[LiveEpisode]], params: Params | Members, sampler: Sampler) -> None:
+        """Assigns episodes, one list for each member, to lanes of their own.
+
+        Args:
+            params: unstacked, of one policy or, in the order of `episodes`, of the members; the sampler's keys alike.
+        """
+        config, on = self.config, mesh.mesh_of(params)
         shards = mesh.row_shards(on) if on else 1
+        slots = min(config.slots, max(map(len, episodes)))
+        lanes = max(1, min(config.lanes, slots))
         size = -(-slots // (lanes * shards)) * shards
-        for hands in zip(*(_deal(player.episodes, lanes) for player in players), strict=True):
-            if any(hands):
+        for queues in zip(*(_assign(of_member, lanes) for of_member in episodes), strict=True):
+            if any(queues):
                 lane = Lane(self.model, params, size, config.max_tokens, sampler, self.programs, config.cache_dtype, on)
-                self.lanes.append(_LaneEpisodes(lane, shards, players, list(hands)))
-        self.stop_tokens = sampler.stop_tokens
-        here = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
-        self.devices |= here
-        # Programs that span devices must reach all of them in one order.
-        apart = max(1, len(self.devices)) if len(here) <= 1 else 0
-        self.threads = max(1, _THREADS * apart)
-        self.open = max(self.open, lanes * max(1, apart))
+                self.lanes.append(_LaneEpisodes(lane, shards, queues))
+        own = {device for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for device in x.devices()}
+        self.devices |= own
+        # Programs that span devices must reach all of them in the same order: one lane computes at a time.
+        spanning = len(own) > 1
+        devices = 1 if spanning else max(1, len(self.devices))
+        self.threads = 1 if spanning else _THREADS * devices
+        self.open_lanes = max(self.open_lanes, lanes * devices)
 
     def run(self) -> None:
+        """Plays all episodes to their end."""
         started = time.perf_counter()
         working: dict[concurrent.futures.Future, _LaneEpisodes] = {}
         idle: collections.deque[_LaneEpisodes] = collections.deque()
         with _executor(max(1, self.threads)) as executor:
             while self.lanes or idle or working:
-                while self.lanes and len(idle) + len(working) < self.open:
-                    self.admit(self.lanes[0])
+                while self.lanes and len(idle) + len(working) < self.open_lanes:
+                    self.fill_rows(self.lanes[0])
                     idle.append(self.lanes.popleft())
                 for _ in range(len(idle)):
                     lane = idle.popleft()
@@ -198,177 +188,96 @@ class _Rollout:
                         self.stats.decode_seconds += lane.lane.decode_seconds
                         self.stats.prompt_tokens += lane.lane.prompt_tokens
                 if working:
-                    for future in self.watch(working, len(idle)):
+                    for future in self.wait(working, len(idle)):
                         lane = working.pop(future)
-                        self.hear(lane, future.result())
+                        self.on_tokens(lane, future.result())
                         idle.append(lane)
                 elif idle:
                     waited = time.perf_counter()
-                    self.look(timeout=None)
+                    self.poll(timeout=None)
                     self.stats.env_wait_seconds += time.perf_counter() - waited
         self.stats.seconds = time.perf_counter() - started
-        if self.wanted and len(self.wanted) == len(self.done):
-            raise UserError(
-                f"config.agent.max_tokens={self.config.max_tokens} has no room for the first prompt of any episode; they take "
-                f"{min(self.wanted)} to {max(self.wanted)} tokens with an answer of {self.config.response_tokens} "
-                f"(config.agent.response_tokens): set it to {max(self.wanted)}, better to several times as much."
-            )
 
-    def trajectories(self, player: _Player) -> list[Trajectory]:
-        """What a player played, in the order of its episodes."""
-        return [self.done[player.number, i] for i in range(len(player.episodes))]
-
-    def watch(self, working: dict, waiting_lanes: int) -> list[concurrent.futures.Future]:
-        """Waits until a lane's work is done, or until a lane that waits for environments could be put to work."""
-        spare = len(working) < self.threads and waiting_lanes > 0
+    def wait(self, working: dict, idle_lanes: int) -> list[concurrent.futures.Future]:
+        """Waits until a lane's work is done, or a moment if a thread is free for a lane that waits for environments."""
+        spare = len(working) < self.threads and idle_lanes > 0
         done, _ = concurrent.futures.wait(
-            working, _LOOK if spare else None, return_when=concurrent.futures.FIRST_COMPLETED
+            working, _POLL_SECONDS if spare else None, return_when=concurrent.futures.FIRST_COMPLETED
         )
-        while self.under_way and self.look(timeout=0.0):
+        while self.requests and self.poll(timeout=0.0):
             pass
         return list(done)
 
-    def look(self, timeout: float | None) -> bool:
-        """Takes one observation from the pool; False when none is there."""
+    def poll(self, timeout: float | None) -> bool:
+        """Takes one observation from the pool; False if there is none."""
         try:
-            handle, self.inbox[handle] = self.pool.get(timeout)
+            slot, self.inbox[slot] = self.pool.get(timeout)
         except TimeoutError:
             return False
-        self.under_way -= 1
+        self.requests -= 1
         return True
 
-    def reset(self, player: _Player, place: int, episode: Episode) -> _Live:
-        """Starts an episode."""
-        handle = self.free_handles.pop() if self.free_handles else next(self.handles)
-        self.pool.reset(handle, episode.task)
-        self.under_way += 1
-        trajectory = Trajectory(task=episode.task, group=episode.group, episode=episode.id)
-        return _Live(episode, (player.number, place), player.tokenizer, handle, trajectory)
+    def reset(self, episode: LiveEpisode) -> _Slot:
+        """Resets a free slot to the episode's task."""
+        slot = self.free_slots.pop() if self.free_slots else next(self.new_slots)
+        self.pool.reset(slot, episode.episode.task)
+        self.requests += 1
+        return _Slot(slot, episode)
 
-    def admit(self, lane: _LaneEpisodes) -> None:
-        """Gives every empty row an episode of its member's: one that was reset ahead, whose first turn comes now, or else the
-        queue's next."""
-        for row, live in enumerate(lane.rows):
+    def fill_rows(self, lane: _LaneEpisodes) -> None:
+        """Fills every empty row with a slot that was reset ahead, whose turn comes now, else with the next episode's."""
+        for row, slot in enumerate(lane.rows):
             member = row // lane.lane.size
-            if live is None and lane.ahead[member]:
+            if slot is None and lane.ahead[member]:
                 lane.rows[row] = lane.ahead[member].popleft()
-                lane.waiting.add(lane.rows[row].handle)
-            elif live is None and lane.queues[member]:
-                lane.rows[row] = self.reset(lane.players[member], *lane.queues[member].popleft())
-                lane.later.add(lane.rows[row].handle)
-        for player, ahead, queue in zip(lane.players, lane.ahead, lane.queues, strict=True):
+                lane.needed.add(lane.rows[row].number)
+            elif slot is None and lane.queues[member]:
+                lane.rows[row] = self.reset(lane.queues[member].popleft())
+                lane.deferred.add(lane.rows[row].number)
+        for ahead, queue in zip(lane.ahead, lane.queues, strict=True):
             while queue and len(ahead) < self.config.ahead:
-                ahead.append(self.reset(player, *queue.popleft()))
+                ahead.append(self.reset(queue.popleft()))
 
-    def next_turns(self, lane: _LaneEpisodes) -> dict[int, Turn] | None:
-        """What the lane's rows are to do next; None while an observation is missing, and when nothing is left."""
-        while True:
-            if not lane.waiting <= self.inbox.keys():
-                return None
-            for row, live in enumerate(lane.rows):
-                if live is not None and live.handle in lane.waiting and self.receive(live, self.inbox.pop(live.handle)):
-                    self.done[live.place] = live.trajectory
-                    self.free_handles.append(live.handle)
-                    lane.rows[row] = None
-            lane.waiting.clear()
-            self.admit(lane)
-            if lane.waiting:
+    def next_turns(self, lane: _LaneEpisodes) -> dict[int, Turn]:
+        """The turns that the lane plays next, by row; none while it waits for an observation, and after its last turn."""
+        while lane.needed <= self.inbox.keys():
+            for row, slot in enumerate(lane.rows):
+                if slot is not None and slot.number in lane.needed:
+                    slot.episode.on_observation(self.inbox.pop(slot.number))
+                    if slot.episode.ended:
+                        self.free_slots.append(slot.number)
+                        lane.rows[row] = None
+            lane.needed.clear()
+            self.fill_rows(lane)
+            if lane.needed:
                 continue
-            self.shrink(lane)
-            turns = {row: self.turn_of(live) for row, live in enumerate(lane.rows) if live is not None and live.prompt}
-            if turns or not lane.later:
+            lane.shrink()
+            if (turns := lane.next_turns()) or not lane.deferred:
                 return turns
-            lane.waiting, lane.later = lane.later, set()
+            lane.needed, lane.deferred = lane.deferred, set()
+        return {}
 
-    def budget_of(self, live: _Live) -> int:
-        """Most tokens in the turn that the episode is at."""
-        return self.config.response_tokens
+    def on_tokens(self, lane: _LaneEpisodes, answers: dict[int, Answer]) -> None:
+        """Hands sampled tokens to their episodes, and the actions of turns that ended to the environments."""
+        for row, sampled in answers.items():
+            slot = lane.rows[row]
+            self.stats.policy_tokens += len(sampled.tokens)
+            action = slot.episode.on_tokens(sampled)
+            if action is not None:
+                self.submit_action(slot, action)
+                lane.needed.add(slot.number)
+        lane.needed |= lane.deferred
+        lane.deferred.clear()
 
-    def turn_of(self, live: _Live) -> Turn:
-        said = len(live.answer.tokens)
-        budget = min(self.budget_of(live) - said, self.config.block)
-        return Turn(live.prompt, live.fresh, live.episode.id, len(live.trajectory.actions), said, budget)
-
-    def receive(self, live: _Live, observation: Observation) -> bool:
-        """Books an observation; True when the episode is over."""
-        trajectory, config = live.trajectory, self.config
-        history = list(zip(trajectory.observations, trajectory.actions, strict=True))
-        trajectory.observations.append(observation.text)
-        trajectory.won, trajectory.score = observation.won, observation.score
-        if history:
-            trajectory.rewards.append(observation.reward)
-            if observation.done:
-                return True
-        else:
-            live.first = observation
-            trajectory.goal = observation.goal
-        last = trajectory.tokens[-1] if history else None
-        ids = next_prompt(live.tokenizer, config, live.first, history, observation, last)
-        live.fresh = config.window is not None or not history
-        before = 0 if live.fresh else len(trajectory.tokens)
-        answer = config.response_tokens
-        full = before + len(ids) + answer > config.max_tokens
-        silent = live.policy_tokens + answer > config.max_policy_tokens
-        if full or silent or len(history) == config.max_turns:
-            trajectory.truncated = True
-            trajectory.full = full or silent
-            if full and not history:
-                self.wanted.append(len(ids) + answer)
-            return True
-        # The token that ended the last turn is sampled and not read yet.
-        live.prompt = ids if live.fresh else [trajectory.tokens[-1], *ids]
-        trajectory.append_prompt(ids, new_context=live.fresh)
-        return False
-
-    def shrink(self, lane: _LaneEpisodes) -> None:
-        """Halves the lane while the live episodes of every member fit in half of its rows and nobody is waiting for a row."""
-        before = size = lane.lane.size
-        rows = [range(first, first + size) for first in range(0, len(lane.rows), size)]
-        live = [[row for row in mine if lane.rows[row] is not None] for mine in rows]
-        most = max(map(len, live))
-        if most and not any(lane.queues) and not any(lane.ahead):
-            while size % (2 * lane.shards) == 0 and size // 2 >= max(most, SMALLEST_LANE):
-                size //= 2
-        if size < before:
-            keep = []
-            for mine, full in zip(rows, live, strict=True):
-                keep += (full + [row for row in mine if row not in full])[:size]
-            lane.lane.keep(keep)
-            lane.rows = [lane.rows[row] for row in keep]
-
-    def hear(self, lane: _LaneEpisodes, answers: dict[int, Answer]) -> None:
-        """Books what the rows of a lane sampled and sends off the actions of turns that ended."""
-        for row, answer in answers.items():
-            live = lane.rows[row]
-            for so_far, more in zip(live.answer, answer, strict=True):
-                so_far += more
-            self.stats.policy_tokens += len(answer.tokens)
-            live.policy_tokens += len(answer.tokens)
-            said = live.answer.tokens
-            live.fresh, live.prompt = False, said[-1:]
-            if said[-1] in self.stop_tokens or len(said) == self.budget_of(live):
-                self.act(live)
-                lane.waiting.add(live.handle)
-        lane.waiting |= lane.later
-        lane.later.clear()
-
-    def act(self, live: _Live) -> None:
-        """Ends a turn: its answer becomes an action, which goes to the environment."""
-        trajectory = live.trajectory
-        text, opened = live.tokenizer.decode(live.answer.tokens), live.tokenizer.frame.opened
-        parsed = agent.parse_action(text, self.config.style == "tagged", opened)
-        trajectory.append_answer(*live.answer)
-        trajectory.actions.append(parsed.action)
-        trajectory.valid.append(parsed.valid)
-        live.answer, live.prompt = Answer([], [], []), []
-        self.pool.step(live.handle, parsed.action)
-        self.under_way += 1
+    def submit_action(self, slot: _Slot, action: str) -> None:
+        self.pool.step(slot.number, action)
+        self.requests += 1
         self.stats.env_steps += 1
 
 
 @contextlib.contextmanager
 def _executor(threads: int) -> Iterator[concurrent.futures.Executor]:
-    """Threads that are waited for at the end, but where somebody asks to stop: what one of them compiles can take minutes."""
+    """Threads that end with the context, except after an interrupt: a compilation in one of them can take minutes."""
     executor, wait = concurrent.futures.ThreadPoolExecutor(threads), True
     try:
         yield executor
@@ -414,16 +323,28 @@ def collect(
             over a mesh with the axis "member": each device then plays its own members.
         config: with `Members`, its `at_once` applies and its `devices` does not.
     """
+    model = model if config.dtype is None else dataclasses.replace(model, dtype=config.dtype)
     slots = -(-config.slots // jax.process_count())
-    rollout = _Rollout(pool, model, dataclasses.replace(config, slots=slots))
-    mine = [_Player(i, p.tokenizer, hosts.share(p.episodes)) for i, p in enumerate(players)]
-    block = min(config.block, config.response_tokens)
-    for some, policy, key in _policies(players, params, rollout.model, config):
-        if any(player.episodes for player in mine[some]):
-            stop_ids = players[0].tokenizer.stop_ids
-            rollout.enter(mine[some], policy, Sampler(key, stop_ids, sampling, block))
-    rollout.run()
-    return _of_all_processes([rollout.trajectories(player) for player in mine], rollout.stats)
+    scheduler = _Scheduler(pool, model, dataclasses.replace(config, slots=slots))
+    live = [[LiveEpisode(e, player.tokenizer, config) for e in hosts.share(player.episodes)] for player in players]
+    stop_ids, block = players[0].tokenizer.stop_ids, min(config.block, config.response_tokens)
+    for some, policy, key in _policies(players, params, model, config):
+        if any(live[some]):
+            scheduler.add_lanes(live[some], policy, Sampler(key, stop_ids, sampling, block))
+    scheduler.run()
+    _check_room([episode for of_player in live for episode in of_player], config)
+    return _of_all_processes([[episode.trajectory for episode in of_player] for of_player in live], scheduler.stats)
+
+
+def _check_room(episodes: Sequence[LiveEpisode], config: RolloutConfig) -> None:
+    """Raises UserError if no episode's first prompt had room in a context."""
+    lacking = [episode.lacking for episode in episodes if episode.lacking]
+    if lacking and len(lacking) == len(episodes):
+        raise UserError(
+            f"config.agent.max_tokens={config.max_tokens} has no room for the first prompt of any episode; they take "
+            f"{min(lacking)} to {max(lacking)} tokens with an answer of {config.response_tokens} "
+            f"(config.agent.response_tokens): set it to {max(lacking)}, better to several times as much."
+        )
 
 
 def _policies(

@@ -1,4 +1,4 @@
-"""Episodes as the policy saw them (`Trajectory`), and how they are packed into the learner's rows."""
+"""Episodes as the policy saw them: exact token ids, and the statistics of the distributions sampled from."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 
 from epo_jax.envs.base import Task
-from epo_jax.objectives.batch import TokenBatch
 
 
 @dataclasses.dataclass
@@ -87,108 +86,3 @@ def entropy_by_turn(trajectories: list[Trajectory]) -> dict[int, float]:
     turn = turn[turn >= 0]
     totals, counts = np.bincount(turn, entropy), np.bincount(turn)
     return {int(t): float(totals[t] / counts[t]) for t in np.flatnonzero(counts)}
-
-
-def first_fit(sizes: list[tuple[int, int]], capacity: tuple[int, int]) -> list[list[int]]:
-    """Packs items of (tokens, policy tokens) into bins of `capacity`, largest first, each into the first bin with room."""
-    bins: list[list[int]] = []
-    room: list[list[int]] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
-        tokens, policy = sizes[item]
-        for content, left in zip(bins, room, strict=True):
-            if left[0] >= tokens and left[1] >= policy:
-                content.append(item)
-                left[0] -= tokens
-                left[1] -= policy
-                break
-        else:
-            bins.append([item])
-            room.append([capacity[0] - tokens, capacity[1] - policy])
-    return bins
-
-
-def pack(
-    trajectories: list[Trajectory],
-    row_tokens: int,
-    row_policy_tokens: int,
-    max_turns: int,
-    mini_batches: int = 1,
-    rows_multiple: int = 1,
-    order: np.ndarray | None = None,
-    contexts: int = 1,
-    contexts_per_row: int = 1,
-    seed: int = 0,
-) -> TokenBatch:
-    """Packs trajectories into a `TokenBatch` whose shapes depend on the arguments alone, never on the lengths.
-
-    Args:
-        trajectories: at most `row_tokens` tokens and `row_policy_tokens` policy tokens in each context.
-        row_tokens: T.
-        row_policy_tokens: P.
-        max_turns: U.
-        mini_batches: M; the trajectories are dealt to them in `order`, all contexts of one together.
-        rows_multiple: R is a multiple of this (the micro-batch size).
-        order: a permutation of the trajectories, or [E, N] one for each of E epochs, whose mini-batches then follow one
-            another; as given when None.
-        contexts: most contexts of a trajectory.
-        contexts_per_row: contexts that fit in a row however long they are.
-        seed: see `TokenBatch`.
-    """
-    n = len(trajectories)
-    per_mini = -(-n // mini_batches)
-    orders = np.atleast_2d(np.arange(n) if order is None else order)
-    dealt = [order[m * per_mini : (m + 1) * per_mini] for order in orders for m in range(mini_batches)]
-    # First fit opens a row only when each other row holds at least `contexts_per_row`.
-    num_rows = -(-per_mini * contexts // (contexts_per_row * rows_multiple)) * rows_multiple
-    wide, narrow = (len(dealt), num_rows, row_tokens), (len(dealt), num_rows, row_policy_tokens)
-    ints = {k: np.zeros(wide, np.int32) for k in ("tokens", "positions", "segment_ids")}
-    ints |= {k: np.zeros(narrow, np.int32) for k in ("index", "label", "trajectory", "turn")}
-    floats = {
-        k: np.zeros(narrow, np.float32)
-        for k in ("policy_mask", "reward", "valid", "behaviour_log_prob", "behaviour_entropy")
-    }
-    rows = np.zeros((len(dealt),), np.int32)
-    anchor, seen = np.zeros((n, max_turns), np.int32), {}
-    for i, trajectory in enumerate(trajectories):
-        for u, observation in enumerate(trajectory.observations[: len(trajectory.actions)]):
-            anchor[i, u] = seen.setdefault((trajectory.group, observation), len(seen))
-    for m, indices in enumerate(dealt):
-        members = [(i, slice(start, end)) for i in map(int, indices) for start, end in trajectories[i].contexts]
-        turns = [np.asarray(trajectories[i].turn[of], np.int64) for i, of in members]
-        sizes = [(len(turn), int((turn >= 0).sum())) for turn in turns]
-        bins = first_fit(sizes, (row_tokens, row_policy_tokens))
-        rows[m] = len(bins)
-        for r, content in enumerate(bins):
-            start = policy_start = 0
-            for segment, j in enumerate(content, start=1):
-                (i, of), turn = members[j], turns[j]
-                t = trajectories[i]
-                length = len(turn)
-                span = (m, r, slice(start, start + length))
-                ints["tokens"][span] = t.tokens[of]
-                ints["positions"][span] = np.arange(length)
-                ints["segment_ids"][span] = segment
-                where = np.flatnonzero(turn >= 0)
-                last_of_turn = np.append(turn[where][1:] != turn[where][:-1], True)
-                policy_span = (m, r, slice(policy_start, policy_start + len(where)))
-                ints["index"][policy_span] = start + where - 1
-                ints["label"][policy_span] = np.asarray(t.tokens[of], np.int64)[where]
-                ints["trajectory"][policy_span] = i
-                ints["turn"][policy_span] = turn[where]
-                floats["policy_mask"][policy_span] = 1.0
-                floats["reward"][policy_span] = np.asarray(t.rewards)[turn[where]] * last_of_turn
-                floats["valid"][policy_span] = np.asarray(t.valid)[turn[where]]
-                floats["behaviour_log_prob"][policy_span] = np.asarray(t.log_prob[of])[where]
-                floats["behaviour_entropy"][policy_span] = np.asarray(t.entropy[of])[where]
-                start += length
-                policy_start += len(where)
-    return TokenBatch(
-        **ints,
-        **floats,
-        rows=rows,
-        returns=np.array([sum(t.rewards) for t in trajectories], np.float32),
-        group=np.array([t.group for t in trajectories], np.int32),
-        anchor=anchor,
-        episode=np.array([t.episode for t in trajectories], np.int32),
-        seed=np.array(seed, np.uint32),
-    )

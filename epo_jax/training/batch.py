@@ -6,7 +6,8 @@ import numpy as np
 from epo_jax.common import keys
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.objectives.loss import ObjectiveConfig
-from epo_jax.rollout.trajectory import Trajectory, pack
+from epo_jax.rollout.packing import BatchShape, pack
+from epo_jax.rollout.trajectory import Trajectory
 
 
 def step_batch(
@@ -19,23 +20,15 @@ def step_batch(
     orders = np.stack([
         keys.generator(config.seed, "mini-batches", step, epoch).permutation(len(trajectories)) for epoch in range(epochs)
     ])  # fmt: skip
-    return pack(
-        trajectories,
-        config.train.rows_tokens,
-        config.train.rows_policy_tokens,
-        config.env.max_turns,
-        mini_batches,
-        micro_rows,
-        orders,
-        *contexts(config),
-        seed=config.seed,
-    )
+    return pack(trajectories, batch_shape(config, mini_batches, micro_rows), orders, config.seed)
 
 
-def contexts(config) -> tuple[int, int]:
-    """(most contexts of a trajectory, contexts that fit in a row of the learner's however long they are)."""
-    if config.agent.context == "chat":
-        return 1, 1
-    by_tokens = config.train.rows_tokens // config.agent.max_tokens
-    by_policy_tokens = config.train.rows_policy_tokens // config.agent.response_tokens
-    return config.env.max_turns, min(by_tokens, by_policy_tokens)
+def batch_shape(config, mini_batches: int, micro_rows: int) -> BatchShape:
+    """The shape of an RL step's batch; with a window, each turn is a context of its own."""
+    contexts, per_row = 1, 1
+    if config.agent.context == "window":
+        contexts = config.env.max_turns
+        by_policy_tokens = config.train.rows_policy_tokens // config.agent.response_tokens
+        per_row = min(config.train.rows_tokens // config.agent.max_tokens, by_policy_tokens)
+    tokens, policy_tokens = config.train.rows_tokens, config.train.rows_policy_tokens
+    return BatchShape(tokens, policy_tokens, config.env.max_turns, mini_batches, micro_rows, contexts, per_row)

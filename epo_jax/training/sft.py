@@ -22,8 +22,9 @@ from epo_jax.models.decoder import DecoderConfig, Params, bind, param_axes
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
+from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.prompts import RolloutConfig, next_prompt
-from epo_jax.rollout.trajectory import Trajectory, pack
+from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.optim import OptimConfig, like_parameters, make_optimizer
 from epo_jax.training.step import head_statistics
 
@@ -141,14 +142,14 @@ def warm_start(
     Args:
         begun: the state that an earlier process came to, from which this one goes on as that one would have.
     """
-    packed = pack(
-        trajectories,
+    shape = BatchShape(
         row_tokens,
         row_tokens,
-        max(len(t.actions) for t in trajectories),
+        max_turns=max(len(t.actions) for t in trajectories),
         contexts=max(len(t.contexts) for t in trajectories),
         contexts_per_row=row_tokens // max(t.longest_context for t in trajectories),
     )
+    packed = pack(trajectories, shape)
     pool = jax.tree.map(lambda x: x[0, : packed.rows[0]], packed.by_row())
     number = len(pool.tokens)
     pool = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), pool)  # the last row is empty

@@ -16,7 +16,9 @@ from epo_jax.models.decoder import DecoderConfig, init_params, param_axes
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.parallel import mesh
 from epo_jax.rollout import lane, prompts, scheduler
-from epo_jax.rollout.trajectory import Trajectory, pack
+from epo_jax.rollout.episode import LiveEpisode
+from epo_jax.rollout.packing import BatchShape, pack
+from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.step import Inputs, policy_statistics
 from tests.envs import wander_env
 
@@ -109,7 +111,7 @@ def test_the_learner_scores_what_was_sampled(wander, stirred, settings):
     """Packed rows without a cache against decode with one: many turns, slots used again, prompts shared, turns in blocks."""
     trajectories, _ = wander(settings)
     contexts = (settings.max_turns, 2) if settings.window else (1, 1)
-    batch = pack(trajectories, 256, 64, 5, 2, 1, None, *contexts)
+    batch = pack(trajectories, BatchShape(256, 64, 5, 2, 1, *contexts))
     worst, seen = 0.0, 0
     for m in range(2):
         rows = Inputs(*(jnp.asarray(x[m]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
@@ -202,7 +204,7 @@ def test_truncated_sampling_keeps_to_the_likeliest_tokens(wander):
 def test_sampling_in_fewer_bits_moves_log_probabilities_by_so_much(wander, stirred, options, nats):
     """What the learner (float32) says of tokens that were sampled in fewer bits: close, and measurably not the same."""
     trajectories, _ = wander(dataclasses.replace(CHAT, **options))
-    batch = pack(trajectories, 256, 64, 5)
+    batch = pack(trajectories, BatchShape(256, 64, 5))
     rows = Inputs(*(jnp.asarray(x[0]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
     mask = batch.policy_mask[0] > 0
     gap = np.abs(np.asarray(policy_statistics(MODEL, stirred, rows, 1.0)[0]) - batch.behaviour_log_prob[0])[mask]
@@ -245,15 +247,18 @@ def same_but_for_rounding(want, got):
 
 
 @pytest.mark.parametrize("lanes", range(1, 8))
-def test_episodes_are_dealt_to_lanes_whole_and_evenly(lanes):
+def test_episodes_are_assigned_to_lanes_whole_and_evenly(lanes):
+    def assigned(groups, lanes):
+        episodes = [scheduler.Episode(i, {"id": "t"}, g) for i, g in enumerate(groups)]
+        return scheduler._assign([LiveEpisode(episode, TOKENIZER, SETTINGS) for episode in episodes], lanes)
+
     for sizes in ([8, 8, 8, 8], [1] * 13, [20], [3, 9, 1, 5]):
         groups = [g for g, n in enumerate(sizes) for _ in range(n)]
-        episodes = [scheduler.Episode(i, {"id": "t"}, g) for i, g in enumerate(groups)]
-        hands = scheduler._deal(episodes, lanes)
-        assert sorted(place for hand in hands for place, _ in hand) == list(range(len(episodes)))
-        assert max(map(len, hands)) <= -(-len(episodes) // lanes)
-    assert [len({e.group for _, e in hand}) for hand in scheduler._deal(
-        [scheduler.Episode(i, {"id": "t"}, i // 8) for i in range(32)], 4)] == [1] * 4  # fmt: skip
+        assignments = assigned(groups, lanes)
+        assert sorted(live.episode.id for a in assignments for live in a) == list(range(len(groups)))
+        assert max(map(len, assignments)) <= -(-len(groups) // lanes)
+    groups_of_lanes = [{live.episode.group for live in a} for a in assigned([i // 8 for i in range(32)], 4)]
+    assert list(map(len, groups_of_lanes)) == [1] * 4
 
 
 def test_pieces_read_every_prompt_to_its_end_at_little_cost():

@@ -14,7 +14,8 @@ from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import load_tokenizer
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.lane import Answer, Lane
+from epo_jax.rollout.episode import Answer
+from epo_jax.rollout.lane import Lane
 from epo_jax.runs import policies as folders
 from epo_jax.settings.config import base_config
 from epo_jax.training import sft

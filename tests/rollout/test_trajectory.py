@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epo_jax.rollout.trajectory import Trajectory, entropy_by_turn, first_fit, pack
+from epo_jax.rollout.packing import BatchShape, first_fit, pack
+from epo_jax.rollout.trajectory import Trajectory, entropy_by_turn
 
 
 def make(rng, turns, group=0, window=False):
@@ -39,8 +40,8 @@ def test_every_policy_token_is_found_again(turns, mini_batches, seed, window):
     trajectories = [make(rng, n, window=window) for n in turns]
     order = rng.permutation(len(trajectories))
     # With a window, up to five contexts of at most 8 tokens and 3 of the policy each.
-    limits = (18, 6, 5, mini_batches, 2, order, 5, 2) if window else (50, 20, 5, mini_batches, 2, order)
-    batch = pack(trajectories, *limits)
+    shape = BatchShape(18, 6, 5, mini_batches, 2, 5, 2) if window else BatchShape(50, 20, 5, mini_batches, 2)
+    batch = pack(trajectories, shape, order)
     seen = {i: [] for i in range(len(trajectories))}
     for m in range(mini_batches):
         assert not batch.segment_ids[m, batch.rows[m] :].any()
@@ -71,8 +72,8 @@ def test_every_policy_token_is_found_again(turns, mini_batches, seed, window):
 
 def test_shapes_do_not_depend_on_lengths():
     rng = np.random.default_rng(0)
-    short = pack([make(rng, 1) for _ in range(6)], 50, 20, 5, 2, 4)
-    long = pack([make(rng, 5) for _ in range(6)], 50, 20, 5, 2, 4)
+    short = pack([make(rng, 1) for _ in range(6)], BatchShape(50, 20, 5, 2, 4))
+    long = pack([make(rng, 5) for _ in range(6)], BatchShape(50, 20, 5, 2, 4))
     assert [x.shape for x in short] == [x.shape for x in long]
     assert short.tokens.shape == (2, 4, 50)
 
@@ -89,7 +90,7 @@ def test_first_fit_respects_both_capacities_and_wastes_no_bin():
 def test_anchors_are_equal_exactly_where_group_and_observation_are():
     rng = np.random.default_rng(1)
     trajectories = [make(rng, 3, group=0), make(rng, 3, group=0), make(rng, 3, group=1)]
-    anchor = pack(trajectories, 50, 20, 5).anchor
+    anchor = pack(trajectories, BatchShape(50, 20, 5)).anchor
     assert anchor[0, 0] == anchor[0, 2] == anchor[1, 0] != anchor[0, 1]
     assert anchor[2, 0] not in anchor[:2, :3]
     assert anchor.max() < anchor.size

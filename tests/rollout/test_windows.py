@@ -13,7 +13,7 @@ from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.trajectory import pack
+from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
 from epo_jax.training.state import init_state
@@ -34,7 +34,7 @@ def split(trajectory):
 
 
 def pack_split(trajectories, mini_batches, rows_multiple=2):
-    return pack(trajectories, 24, 12, tiny.TURNS, mini_batches, rows_multiple, None, tiny.TURNS, 2)
+    return pack(trajectories, BatchShape(24, 12, tiny.TURNS, mini_batches, rows_multiple, tiny.TURNS, 2))
 
 
 def first_metrics(config, hyper, batch):
@@ -84,7 +84,7 @@ def test_the_first_update_has_a_ratio_of_one():
     config = dataclasses.replace(
         config, model=model, optim=OptimConfig(1e-2, 8), episode_policy_tokens=16
     )
-    batch = pack(sampled, 96, 16, 2, 1, 2, None, 2, 1)
+    batch = pack(sampled, BatchShape(96, 16, 2, 1, 2, 2, 1))
     _, metrics = make_train_step(config)(init_state(config, params), batch, hyper)
     assert abs(metrics["approx_kl"]) < 1e-5 and metrics["clip_fraction"] == 0.0
     np.testing.assert_allclose(metrics["entropy"], metrics["behaviour_entropy"], atol=1e-4)

@@ -18,7 +18,7 @@ from epo_jax.models.decoder import param_axes
 from epo_jax.objectives import entropy, registry, spec
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import mesh
-from epo_jax.rollout.trajectory import pack
+from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.settings.table import Aggregation, Penalty, PenaltyScope
 from epo_jax.training.state import init_state_on
 from epo_jax.training.step import batch_shardings, make_train_step
@@ -70,7 +70,7 @@ def trajectories(style: str):
 
 def packed(style: str, episodes, order=None) -> TokenBatch:
     contexts = tiny.TURNS if style == "window" else 1
-    return pack(episodes, 24, 12, tiny.TURNS, 1, ROWS, order, contexts)
+    return pack(episodes, BatchShape(24, 12, tiny.TURNS, 1, ROWS, contexts), order)
 
 
 def spread(batch: TokenBatch, live: int) -> TokenBatch:

@@ -15,7 +15,7 @@ from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.loss import Hyper, ObjectiveConfig
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.trajectory import pack
+from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
 from epo_jax.training.state import LearnerConfig, init_state
@@ -70,7 +70,7 @@ def learner(world, arm="grpo+epo", micro_rows=4, **changes):
 
 
 def update(world, sampled, config, hyper, mini_batches=2, rows_multiple=4, steps=1):
-    batch = pack(sampled, 128, 64, 2, mini_batches, rows_multiple, np.random.default_rng(0).permutation(64))
+    batch = pack(sampled, BatchShape(128, 64, 2, mini_batches, rows_multiple), np.random.default_rng(0).permutation(64))
     state = init_state(config, jax.tree.map(jnp.asarray, world[2]))
     train_step = make_train_step(config)
     for _ in range(steps):
@@ -80,7 +80,7 @@ def update(world, sampled, config, hyper, mini_batches=2, rows_multiple=4, steps
 
 def test_the_learner_agrees_with_the_sampler(world, sampled):
     """Log-probability and entropy of the sampled tokens: decode with a cache against the packed forward."""
-    batch = pack(sampled, 128, 64, 2, 1, 1)
+    batch = pack(sampled, BatchShape(128, 64, 2))
     rows = Inputs(*(jnp.asarray(x[0]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
     log_prob, entropy = policy_statistics(world[1], jax.tree.map(jnp.asarray, world[2]), rows, 1.0)
     mask = batch.policy_mask[0] > 0
@@ -115,7 +115,7 @@ def test_coefficients_are_traced_and_shapes_are_fixed(world, sampled, max_traces
     max_traces(train_step, 1)
     state = init_state(config, jax.tree.map(jnp.asarray, world[2]))
     for lam, members in ((0.0, sampled), (0.5, sampled[::-1]), (0.1, [*sampled[:32]] * 2)):
-        batch = pack(members, 128, 64, 2, 2, 4)
+        batch = pack(members, BatchShape(128, 64, 2, 2, 4))
         state, _ = train_step(state, batch, hyper._replace(lam=np.float32(lam)))
 
 
@@ -142,7 +142,7 @@ def test_the_toy_game_is_learnt_to_its_optimum(world, arm):
     for step in range(45):
         trajectories = play(world, state.params, step)
         won.append(np.mean([t.won for t in trajectories]))
-        batch = pack(trajectories, 128, 64, 2, 2, 4, np.random.default_rng(step).permutation(64))
+        batch = pack(trajectories, BatchShape(128, 64, 2, 2, 4), np.random.default_rng(step).permutation(64))
         state, _ = train_step(state, batch, hyper)
     assert won[0] < 0.7, f"the beginner wins {won[0]:.0%} already: nothing is left to learn"
     assert np.mean(won[-3:]) > 0.93, f"success by step: {won}"

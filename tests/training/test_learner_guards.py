@@ -13,7 +13,7 @@ from epo_jax.common import keys
 from epo_jax.models.decoder import init_params
 from epo_jax.objectives import controls, entropy
 from epo_jax.objectives.loss import Hyper, loss_rows
-from epo_jax.rollout.trajectory import pack
+from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.settings.config import base_config
 from epo_jax.training.batch import step_batch
 from epo_jax.training.from_config import objective_and_hyper
@@ -100,20 +100,20 @@ def test_a_mini_batch_without_a_token_to_train_on_moves_nothing():
     config, hyper = tiny.learner("dapo")
     step = make_train_step(config)
     moments = jax.tree.map(lambda x: np.full(x.shape, 0.1, x.dtype), tiny.start(config).opt_state)
-    level = pack(trajectories[: tiny.SIZE] * 3, tiny.ROW, tiny.POLICY, tiny.TURNS, 1, 2)
+    level = pack(trajectories[: tiny.SIZE] * 3, BatchShape(tiny.ROW, tiny.POLICY, tiny.TURNS, 1, 2))
     state, metrics = step(tiny.start(config, opt_state=moments), level, hyper)
     assert metrics["updates"] == 0 and metrics["skipped_updates"] == 0
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (tiny.as_params(), moments))
     # One group a mini-batch: two of the three are updates, and the optimizer counts two.
-    batch = pack(trajectories, tiny.ROW, tiny.POLICY, tiny.TURNS, tiny.GROUPS, 2)
+    batch = pack(trajectories, BatchShape(tiny.ROW, tiny.POLICY, tiny.TURNS, tiny.GROUPS, 2))
     state, metrics = make_train_step(config)(tiny.start(config), batch, hyper)
     assert metrics["updates"] == 2
     assert {int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")} == {2}
 
 
-def draws(trajectories, seed=0, **packing):
+def draws(trajectories, seed=0, **sizes):
     """{(episode, turn, position): uniform} as Clip-Cov has them in a packing."""
-    batch = pack(trajectories, tiny.ROW, tiny.POLICY, tiny.TURNS, seed=seed, **packing)
+    batch = pack(trajectories, BatchShape(tiny.ROW, tiny.POLICY, tiny.TURNS, **sizes), seed=seed)
     objective = tiny.learner("grpo+clip_cov")[0].objective
     episode_keys = jax.vmap(functools.partial(jax.random.fold_in, keys.key(batch.seed, "learner")))(batch.episode)
     found = {}
@@ -166,10 +166,11 @@ def test_a_second_epoch_trains_on_what_was_known_before_the_first(style):
     config, hyper = tiny.learner("ppo+epo", kl="none")
     config = dataclasses.replace(config, epochs=2, episode_policy_tokens=12 if style == "window" else None)
     step, same = make_train_step(config), np.arange(tiny.EPISODES)
+    shape = BatchShape(tiny.ROW, tiny.POLICY, tiny.TURNS, 1, 2, contexts=tiny.TURNS if style == "window" else 1)
     found = []
     for second in (same, same[::-1]):
         order = np.stack([same, second])
-        batch = pack(trajectories, tiny.ROW, tiny.POLICY, tiny.TURNS, 1, 2, order, tiny.TURNS if style == "window" else 1)
+        batch = pack(trajectories, shape, order)
         assert batch.rows.size == 2
         found.append(step(tiny.start(config, critic=tiny.critic()), batch, hyper))
     (state, metrics), (other, others_metrics) = found

@@ -13,8 +13,8 @@ from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.lane import Answer
-from epo_jax.rollout.trajectory import pack
+from epo_jax.rollout.episode import Answer
+from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
 
@@ -56,7 +56,7 @@ def test_the_loss_is_the_cross_entropy_of_actions_plus_weighted_prompts():
         for log_prob, turn in zip(log_probs, t.turn[1:], strict=True):
             if turn < 0 or t.valid[turn]:
                 (on_actions if turn >= 0 else on_prompts).append(-float(log_prob))
-    packed = pack(trajectories, 128, 128, 2)
+    packed = pack(trajectories, BatchShape(128, 128, 2))
     rows = jax.tree.map(lambda x: jnp.asarray(x[0]), packed.by_row())
     loss, actions = sft.cloning_loss(MODEL, params, rows, 0.3)
     np.testing.assert_allclose(actions, np.mean(on_actions), rtol=1e-5)

@@ -1,0 +1,139 @@
+"""Trajectories packed into the learner's rows: a `TokenBatch` of fixed shape."""
+
+import dataclasses
+
+import numpy as np
+
+from epo_jax.objectives.batch import TokenBatch
+from epo_jax.rollout.trajectory import Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """The sizes that fix the shapes of a `TokenBatch`, whatever the lengths of the trajectories.
+
+    Attributes:
+        row_tokens: T, tokens of a row; no context is longer.
+        policy_tokens: P, policy tokens of a row; no context has more.
+        max_turns: U, turns of a trajectory.
+        mini_batches: of one epoch.
+        rows_multiple: R, rows of a mini-batch, is a multiple of this (the rows of a micro-batch).
+        contexts: most contexts of a trajectory.
+        contexts_per_row: contexts that fit in a row however long they are.
+    """
+
+    row_tokens: int
+    policy_tokens: int
+    max_turns: int
+    mini_batches: int = 1
+    rows_multiple: int = 1
+    contexts: int = 1
+    contexts_per_row: int = 1
+
+    def rows(self, trajectories: int) -> int:
+        """R for so many trajectories: first fit opens a row only if all others hold at least `contexts_per_row` contexts."""
+        contexts = -(-trajectories // self.mini_batches) * self.contexts
+        return -(-contexts // (self.contexts_per_row * self.rows_multiple)) * self.rows_multiple
+
+
+def pack(
+    trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray | None = None, seed: int = 0
+) -> TokenBatch:
+    """Packs trajectories into rows; all contexts of a trajectory are in one mini-batch.
+
+    Args:
+        orders: permutations of the trajectories, [N] or one for each epoch [E, N]. Each is cut into mini-batches, and the
+            mini-batches of the epochs follow one another. None keeps the order of `trajectories`.
+        seed: the run's, from which the learner draws.
+    """
+    number = len(trajectories)
+    share = -(-number // shape.mini_batches)
+    orders = np.atleast_2d(np.arange(number) if orders is None else orders)
+    minis = [order[m * share : (m + 1) * share] for order in orders for m in range(shape.mini_batches)]
+    size = len(minis), shape.rows(number)
+    wide, narrow = (*size, shape.row_tokens), (*size, shape.policy_tokens)
+    arrays = {name: np.zeros(wide, np.int32) for name in ("tokens", "positions", "segment_ids")}
+    arrays |= {name: np.zeros(narrow, np.int32) for name in ("index", "label", "trajectory", "turn")}
+    arrays |= {name: np.zeros(narrow, np.float32) for name in ("policy_mask", "reward", "valid", *_RECORDED)}
+
+    columns = [_columns(trajectory) for trajectory in trajectories]
+    rows = np.zeros(len(minis), np.int32)
+    for m, mini in enumerate(minis):
+        contexts = [(int(i), start, end) for i in mini for start, end in trajectories[i].contexts]
+        policy_tokens = [int((columns[i]["turn"][start:end] >= 0).sum()) for i, start, end in contexts]
+        sizes = [(end - start, policy) for (_, start, end), policy in zip(contexts, policy_tokens, strict=True)]
+        bins = first_fit(sizes, (shape.row_tokens, shape.policy_tokens))
+        rows[m] = len(bins)
+        for r, content in enumerate(bins):
+            row = _row([contexts[c] for c in content], columns)
+            for name, values in row.items():
+                arrays[name][m, r, : len(values)] = values
+    return TokenBatch(
+        **arrays,
+        rows=rows,
+        returns=np.array([sum(t.rewards) for t in trajectories], np.float32),
+        group=np.array([t.group for t in trajectories], np.int32),
+        anchor=_anchors(trajectories, shape.max_turns),
+        episode=np.array([t.episode for t in trajectories], np.int32),
+        seed=np.array(seed, np.uint32),
+    )
+
+
+# The sampler's statistics: array of the batch -> field of a trajectory.
+_RECORDED = {"behaviour_log_prob": "log_prob", "behaviour_entropy": "entropy"}
+
+
+def _columns(trajectory: Trajectory) -> dict[str, np.ndarray]:
+    """What the batch holds of each token of a trajectory."""
+    turn = np.asarray(trajectory.turn, np.int64)
+    ends_turn = (turn >= 0) & (np.append(turn[1:], -1) != turn)
+    # Turn -1, of tokens that the policy did not emit, takes the last element.
+    rewards, valid = np.append(trajectory.rewards, 0.0), np.append(trajectory.valid, False)
+    columns = {"tokens": np.asarray(trajectory.tokens, np.int64), "turn": turn}
+    columns |= {"reward": rewards[turn] * ends_turn, "valid": valid[turn]}
+    return columns | {name: np.asarray(getattr(trajectory, field)) for name, field in _RECORDED.items()}
+
+
+def _row(contexts: list[tuple[int, int, int]], columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of one row, without padding; `contexts` are (trajectory, start, end), `columns` those of each trajectory."""
+    lengths = [end - start for _, start, end in contexts]
+    token = {name: np.concatenate([columns[i][name][start:end] for i, start, end in contexts]) for name in columns[0]}
+    emitted = np.flatnonzero(token["turn"] >= 0)
+    policy = {name: values[emitted] for name, values in token.items()}
+    return {
+        "tokens": token["tokens"],
+        "positions": np.concatenate([np.arange(length) for length in lengths]),
+        "segment_ids": np.repeat(np.arange(1, len(contexts) + 1), lengths),
+        "index": emitted - 1,
+        "label": policy.pop("tokens"),
+        "trajectory": np.repeat([i for i, _, _ in contexts], lengths)[emitted],
+        "policy_mask": np.ones(len(emitted)),
+        **policy,
+    }
+
+
+def _anchors(trajectories: list[Trajectory], max_turns: int) -> np.ndarray:
+    """An id of the observation before each turn, equal within a group if the observations are, [N, U]."""
+    anchor, ids = np.zeros((len(trajectories), max_turns), np.int32), {}
+    for i, trajectory in enumerate(trajectories):
+        for turn, observation in enumerate(trajectory.observations[: len(trajectory.actions)]):
+            anchor[i, turn] = ids.setdefault((trajectory.group, observation), len(ids))
+    return anchor
+
+
+def first_fit(sizes: list[tuple[int, int]], capacity: tuple[int, int]) -> list[list[int]]:
+    """Packs items of (tokens, policy tokens) into bins of `capacity`: largest first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    room: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
+        tokens, policy = sizes[item]
+        for content, left in zip(bins, room, strict=True):
+            if left[0] >= tokens and left[1] >= policy:
+                content.append(item)
+                left[0] -= tokens
+                left[1] -= policy
+                break
+        else:
+            bins.append([item])
+            room.append([capacity[0] - tokens, capacity[1] - policy])
+    return bins
