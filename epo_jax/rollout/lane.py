@@ -1,6 +1,6 @@
-"""A lane: the rows of one cache that are prefilled and decoded together, in shapes from a small table.
+"""A lane: rows of one cache that are prefilled and decoded together, in shapes from a small table.
 
-What a lane does depends on the turns that it is given and on nothing else, so two plays of the same turns agree bit for bit.
+What a lane computes depends on its turns alone, so two plays of the same turns agree bit for bit.
 """
 
 import functools
@@ -20,8 +20,9 @@ from epo_jax.parallel import mesh
 from epo_jax.rollout.episode import Answer, Turn
 from epo_jax.rollout.prompts import SamplingConfig
 
-# Every compiled shape is a choice from these: columns of an extend, tokens a row has room for, and rows (all of the lane's,
-# or a quarter of them); a lane halves its rows down to the smallest. One column is for answers that go on in the next block.
+# Every compiled shape is a choice from these: columns of an extend; tokens of a row's capacity, which doubles; and rows, all of
+# the lane's or a quarter of them, where a lane halves its rows down to the smallest. One column is for an answer that goes on
+# in the next block.
 WIDTHS = (1, 16, 64, 256, 1024)
 SMALLEST_CAPACITY = 256
 SMALLEST_LANE = 4
@@ -31,7 +32,7 @@ _CALL_TOKENS = 64
 
 
 class Programs:
-    """Lets threads call compiled functions together, but a new shape one after the other: it is compiled once."""
+    """Lets threads call compiled functions in parallel, but a new shape one at a time, so that it is compiled once."""
 
     def __init__(self):
         self._known: set[Hashable] = set()
@@ -47,10 +48,7 @@ class Programs:
 
 
 class Sampler(NamedTuple):
-    """How every row samples, and how many tokens one call of `decode` samples at most.
-
-    In a lane of several members there is a key for each.
-    """
+    """How every row samples; a call of `decode` samples at most `block` tokens. Several members have a key each."""
 
     key: jax.Array
     stop_tokens: tuple[int, ...]
@@ -59,18 +57,18 @@ class Sampler(NamedTuple):
 
 
 class Lane:
-    """Some rows of a cache: `size` of each member, which `keep` reduces. Row r belongs to member r // size.
+    """Rows of a cache: `size` for each member, until `keep` reduces them. Row r belongs to member r // size.
 
-    A lane of one policy has one member. With `Members` for params, what is computed is mapped over them.
+    A lane of one policy has one member. If `params` are `Members`, every program is mapped over them.
 
     Args:
         cache_dtype: "int8", or None for the compute dtype.
-        on: the mesh of devices that share the rows, each with the weights, or along "tensor" its part of them.
+        on: the mesh whose devices share the rows; each has the weights, or its part of them along "tensor".
 
     Attributes:
-        members: their number.
-        prefill_seconds, decode_seconds: wall time of the work so far.
-        prompt_tokens: tokens that were read; those of a prompt that rows share count once.
+        members: number of members.
+        prefill_seconds, decode_seconds: wall time so far.
+        prompt_tokens: tokens read so far; a prompt that rows share counts once.
     """
 
     def __init__(
@@ -99,13 +97,13 @@ class Lane:
         self.prompt_tokens = 0
 
     def keep(self, rows: list[int]) -> None:
-        """Leaves only these rows, as many of each member, in this order."""
+        """Keeps only these rows, the same number for each member, in this order."""
         if self._cache is not None:
             self._cache = self._take(rows, self._capacity)
         self._lengths, self.size = self._lengths[rows], len(rows) // self.members
 
     def play(self, turns: dict[int, Turn]) -> dict[int, Answer]:
-        """Reads every row's prompt and samples its answer, or one block of it."""
+        """Reads the prompt of every row's turn and samples its answer, or one block of it."""
         started = time.perf_counter()
         for row, turn in turns.items():
             if turn.fresh:
@@ -125,8 +123,9 @@ class Lane:
             return self._programs.call(key, function, *args, **kwargs)
 
     def _take(self, rows: list[int], capacity: int) -> generate.Cache:
-        slots = np.asarray(rows, np.int32).reshape(*self._lead, -1) % self.size
-        return self._placed(self._call(self._compute.take_slots, self._cache, slots, capacity, shape=(len(rows), capacity)))
+        of_members = np.asarray(rows, np.int32).reshape(*self._lead, -1) % self.size
+        shape = len(rows), capacity
+        return self._placed(self._call(self._compute.take_slots, self._cache, of_members, capacity, shape=shape))
 
     def _placed(self, cache: generate.Cache) -> generate.Cache:
         if self._on is None:
@@ -143,7 +142,7 @@ class Lane:
         self._capacity = max(self._capacity, capacity)
 
     def _prefill(self, turns: dict[int, Turn]) -> None:
-        """Appends the prompts. Rows of a member that start with the same prompt take it from the first of them."""
+        """Appends the prompts. If rows of a member start with the same prompt, one reads it and the others copy it."""
         first, source = {}, {}
         for row, turn in turns.items():
             reader = first.setdefault((row // self.size, *turn.prompt), row) if turn.fresh else row
@@ -152,8 +151,8 @@ class Lane:
         readers = {row: turn for row, turn in turns.items() if row not in source}
         start = 0
         for width in pieces(self._longest({row: len(turn.prompt) for row, turn in readers.items()}), self.size):
-            here = [row for row, turn in readers.items() if len(turn.prompt) > start]
-            self._extend(here, readers, start, width)
+            unread = [row for row, turn in readers.items() if len(turn.prompt) > start]
+            self._extend(unread, readers, start, width)
             start += width
         if source:
             self._share(source, max(len(turns[row].prompt) for row in source))
@@ -164,20 +163,20 @@ class Lane:
         """Copies the first `tokens` tokens of row source[r] to row r."""
         by_member = self._by_member(source)
         shape = self.members, _rows_for(max(map(len, by_member)), self.size)
-        slots, readers = np.full(shape, self.size, np.int32), np.zeros(shape, np.int32)
-        for member, mine in enumerate(by_member):
-            slots[member, : len(mine)] = [row % self.size for row in mine]
-            readers[member, : len(mine)] = [source[row] % self.size for row in mine]
-        given = [x.reshape(*self._lead, -1) for x in (readers, slots)]
+        targets, sources = np.full(shape, self.size, np.int32), np.zeros(shape, np.int32)
+        for member, rows in enumerate(by_member):
+            targets[member, : len(rows)] = [row % self.size for row in rows]
+            sources[member, : len(rows)] = [source[row] % self.size for row in rows]
+        sources, targets = (x.reshape(*self._lead, -1) for x in (sources, targets))
         columns = capacity_for(tokens, self._capacity)
-        copied = self._call(self._compute.copy_slots, self._cache, *given, columns, shape=(shape[1], columns))
+        copied = self._call(self._compute.copy_slots, self._cache, sources, targets, columns, shape=(shape[1], columns))
         self._cache = self._placed(copied)
 
     def _by_member(self, rows: Iterable[int]) -> list[list[int]]:
         return [[row for row in rows if row // self.size == member] for member in range(self.members)]
 
     def _longest(self, lengths: dict[int, int]) -> tuple[int, ...]:
-        """The longest prompts of any member, their second longest ones and so on, in ascending order."""
+        """In ascending order: the longest prompt of any member, the longest of their second longest, and so on."""
         ranked = [
             sorted((n for row, n in lengths.items() if row // self.size == member), reverse=True)
             for member in range(self.members)
@@ -185,23 +184,24 @@ class Lane:
         return tuple(sorted(max(same_rank) for same_rank in itertools.zip_longest(*ranked, fillvalue=0)))
 
     def _extend(self, rows: list[int], turns: dict[int, Turn], start: int, width: int) -> None:
+        """Appends the tokens from `start` to `start` + `width` of these rows' prompts."""
         by_member = self._by_member(rows)
         count = _rows_for(max(map(len, by_member)), self.size)
         chosen = count < self.size
         shape = self.members, count
-        slots = np.full(shape, self.size, np.int32)
+        indices = np.full(shape, self.size, np.int32)
         tokens, counts, fresh = np.zeros((*shape, width), np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-        for member, mine in enumerate(by_member):
-            for i, row in enumerate(mine):
-                slot = row % self.size
-                at = member, i if chosen else slot
+        for member, of_member in enumerate(by_member):
+            for i, row in enumerate(of_member):
+                index = row % self.size
+                at = member, i if chosen else index
                 piece = turns[row].prompt[start : start + width]
-                tokens[at][: len(piece)], counts[at], slots[at] = piece, len(piece), slot
+                tokens[at][: len(piece)], counts[at], indices[at] = piece, len(piece), index
                 fresh[at] = turns[row].fresh and start == 0
-        given = (tokens, counts, fresh, slots) if chosen else (tokens, counts, fresh)
-        given = [x.reshape(*self._lead, *x.shape[1:]) for x in given]
+        arguments = (tokens, counts, fresh, indices) if chosen else (tokens, counts, fresh)
+        arguments = [x.reshape(*self._lead, *x.shape[1:]) for x in arguments]
         self._cache = self._call(
-            self._compute.extend, self._model, self._params, self._cache, *given, shape=(count, width)
+            self._compute.extend, self._model, self._params, self._cache, *arguments, shape=(count, width)
         )
         self.prompt_tokens += int(counts.sum())
 
@@ -225,7 +225,7 @@ class Lane:
         answers = {}
         for row in turns:
             n = int(counts[row])
-            self._lengths[row] += n - 1  # the last token comes with the next prompt
+            self._lengths[row] += n - 1  # the last token is read with the next prompt
             answers[row] = Answer(*(a[row, :n].tolist() for a in (tokens, log_prob, entropy)))
         return answers
 
@@ -239,7 +239,7 @@ def capacity_for(tokens: int, most: int) -> int:
 
 
 def _rows_for(count: int, size: int) -> int:
-    """Rows that are computed for `count` rows with something new: a quarter of the lane where that is enough."""
+    """Rows that are computed for `count` rows with new tokens: a quarter of the lane if that is enough."""
     return size // 4 if 0 < count <= size // 4 else size
 
 
@@ -277,10 +277,7 @@ def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 
 def most_programs(size: int, max_tokens: int) -> int:
-    """Upper bound on the programs that a lane of `size` rows can ask for to read and to sample, whatever is played in it.
-
-    Copying rows takes a few more, which are small.
-    """
+    """Upper bound on the programs of a lane of `size` rows for reading and sampling; copying rows takes a few small ones."""
     sizes, capacities = [size], {capacity_for(n, max_tokens) for n in range(1, max_tokens + 1)}
     while sizes[-1] // 2 >= SMALLEST_LANE:
         sizes.append(sizes[-1] // 2)

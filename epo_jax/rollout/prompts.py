@@ -1,4 +1,4 @@
-"""The settings of a rollout, and the prompts that they make of what was seen: one function for sampling and for cloning."""
+"""The settings of a rollout, and the prompts that sampling and behavior cloning share."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class RolloutConfig:
     """Static settings of a rollout.
 
     Attributes:
-        slots: episodes in flight at once.
+        slots: environments that play at the same time, in each process its share.
         max_turns: turn limit of an episode.
         max_tokens: most tokens in a context, answer included. An episode whose conversation would outgrow it ends as
             truncated; a window is cut to fit.
         max_policy_tokens: most tokens that the policy may emit in an episode, which ends as truncated before it could
-            pass them.
-        response_tokens: most tokens in a turn.
+            exceed them.
+        response_tokens: most tokens in a turn's answer.
         style: prompt style, see `epo_jax.envs.agent`.
-        window: what each turn's prompt repeats of the turns before it; None appends to one conversation instead.
+        window: what each turn's prompt repeats of earlier turns; None appends to one conversation instead.
         lanes: groups of slots that work independently of each other.
         block: tokens decoded at most before a row whose turn ended can go on.
-        ahead: resets that each lane sends before a slot is free.
+        ahead: environments that each lane resets before a row is free.
         dtype: of the parameters and the arithmetic while sampling; None keeps the model's.
-        cache_dtype: "int8" stores keys and values in 8 bits; None keeps the arithmetic's.
-        devices: that share every lane's rows, each with a copy of the parameters. Parameters that lie on a mesh of several
-            devices are sampled from there instead: its rows are shared along "data" and "fsdp", along which the parameters
-            are copied for the time of the rollout.
+        cache_dtype: "int8" stores keys and values in 8 bits; None keeps the arithmetic's type.
+        devices: number of devices that share every lane's rows, each with a copy of the parameters. Parameters on a mesh of
+            several devices are sampled on that mesh instead: its rows are sharded along "data" and "fsdp", and the parameters
+            are all-gathered along "fsdp" for the rollout.
         at_once: members of a sweep that one call of a compiled program computes; 1 uses the programs of a single run.
     """
 
@@ -65,14 +65,17 @@ class SamplingConfig:
 
 
 def window_of(config) -> agent.Window | None:
-    """The window that a run's config asks for."""
+    """The window of a run's config; None for a conversation."""
     if config.agent.context == "chat":
         return None
     return agent.Window(config.agent.history_turns, config.agent.history_actions)
 
 
 def rollout_config(config) -> RolloutConfig:
-    """The settings that a run's config asks for. A conversation is one row of the learner's, a window's turns are many."""
+    """The rollout settings of a run's config.
+
+    A conversation is in one row of the learner's batch, which bounds its policy tokens; a window's turns are in several.
+    """
     window = window_of(config)
     return RolloutConfig(
         slots=config.rollout.slots,
@@ -101,13 +104,13 @@ def next_prompt(
     observation: Observation,
     last: int | None = None,
 ) -> list[int]:
-    """Ids of what the agent reads next: the whole of a window's context, or what a conversation grows by.
+    """Ids that the agent reads next: a window's whole context, or the next part of a conversation.
 
     Args:
         first: the observation after the reset.
-        history: (text seen, action taken) of every turn so far.
-        observation: what is seen now; `first` at the first turn.
-        last: the token that the turn before ended with.
+        history: (observation text, action) of every turn so far.
+        observation: the latest; `first` at the first turn.
+        last: the last token of the turn before.
     """
     short_enough = functools.partial(fits, tokenizer, config)
     message = agent.message(first, history, observation, config.style, config.window, short_enough)
@@ -115,10 +118,13 @@ def next_prompt(
 
 
 def refuse_rewriting(tokenizer: ChatTokenizer, config, source: object) -> None:
-    """Refuses a conversation under a chat template that changes earlier turns; `source` names the model.
+    """Refuses a conversation if the chat template changes its earlier turns.
+
+    Args:
+        source: names the model in the message.
 
     Raises:
-        UserError: config.agent.context is "chat", and a run with config.agent.style cannot append to it.
+        UserError: config.agent.context is "chat", and the template rewrites turns of config.agent.style.
     """
     rewrites = tokenizer.frame.rewrites
     if config.agent.context == "chat" and (rewrites == "turns" or (rewrites == "thoughts" and config.agent.style == "tagged")):

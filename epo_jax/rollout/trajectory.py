@@ -10,26 +10,26 @@ from epo_jax.envs.base import Task
 
 @dataclasses.dataclass
 class Trajectory:
-    """One episode as the policy saw it: token in, token out.
+    """One episode as the policy saw it: the ids that it read and the ids that it emitted.
 
     Attributes:
         task: the environment's task.
-        goal: the task in words.
-        group: index of the group (same task) that the episode belongs to.
-        episode: the episode's id, from which its tokens were drawn; no other episode of the run has it.
+        goal: the task as text.
+        group: index of the episode's group; the episodes of a group share a task.
+        episode: the episode's id, unique in a run, which seeds its sampling.
         tokens: every token of every context, in order.
-        starts: where in `tokens` each context begins: 0 alone for a conversation, one for each turn with a window.
+        starts: index in `tokens` of each context's first token: 0 alone for a conversation, one per turn with a window.
         turn: for each token, the turn that emitted it; -1 for tokens of prompts and observations.
-        log_prob: behaviour log-probability of each policy token (0 elsewhere), nats, float32.
+        log_prob: sampler log-prob of each policy token (0 elsewhere), nats, float32.
         entropy: entropy of the distribution each policy token was sampled from (0 elsewhere), nats, float32.
         rewards: reward of each turn.
-        valid: for each turn, whether its text parsed into an action; of an expert's, whether it is for imitation.
-        observations: the observation before each turn, and the last one (for readers and step-level grouping).
+        valid: for each turn, whether its text parsed into an action; in an expert episode, whether the action is imitated.
+        observations: text of the observation before each turn, and of the last one.
         actions: the action text of each turn.
         won: the task was completed.
         score: task progress in [0, 100].
-        truncated: ended by the turn limit or the token budget rather than by the environment.
-        full: ended by the token budget, as what came next had no room.
+        truncated: ended by the turn limit or by a token limit, not by the environment.
+        full: ended by a token limit: the next prompt or its answer had no room.
     """
 
     task: Task
@@ -51,7 +51,7 @@ class Trajectory:
     goal: str = ""
 
     def append_prompt(self, ids: list[int], new_context: bool = False) -> None:
-        """Appends tokens that the policy did not emit; what follows does not see what came before a new context."""
+        """Appends tokens that the policy did not emit; a new context does not attend to earlier ones."""
         if new_context or not self.starts:
             self.starts.append(len(self.tokens))
         self.tokens += ids
@@ -60,6 +60,7 @@ class Trajectory:
         self.entropy += [0.0] * len(ids)
 
     def append_answer(self, ids: list[int], log_prob: list[float], entropy: list[float]) -> None:
+        """Appends the tokens of the current turn's answer, with their statistics in nats."""
         self.tokens += ids
         self.turn += [len(self.actions)] * len(ids)
         self.log_prob += log_prob
@@ -80,7 +81,7 @@ class Trajectory:
 
 
 def entropy_by_turn(trajectories: list[Trajectory]) -> dict[int, float]:
-    """Mean entropy, nats, of the policy tokens of each turn that was played."""
+    """Mean entropy of the policy tokens of each turn, nats."""
     turn = np.concatenate([np.asarray(t.turn, np.int64) for t in trajectories])
     entropy = np.concatenate([np.asarray(t.entropy) for t in trajectories])[turn >= 0]
     turn = turn[turn >= 0]
