@@ -243,7 +243,7 @@ def on_this_host(tree: PyTree) -> PyTree:
         for some in (devices, local)
     )
 
-    def of(x: Array) -> Array:
+    def of(x) -> Array:
         shards = [shard.data for shard in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(here, x.sharding.spec), shards)
 
@@ -254,8 +254,9 @@ def mesh_of(tree: PyTree) -> Mesh | None:
     """The run's mesh on which arrays are placed; None if that is a single device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.mesh.axis_names == AXES:
-            return sharding.mesh
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if isinstance(mesh, Mesh) and mesh.size > 1 and mesh.axis_names == AXES:
+            return mesh
     return None
 
 
