@@ -90,8 +90,9 @@ class LiveEpisode:
 
     def on_tokens(self, sampled: Answer) -> str | None:
         """Appends a block of sampled tokens to the answer; returns the action if they end the turn."""
-        for so_far, more in zip(self._answer, sampled, strict=True):
-            so_far += more
+        self._answer.tokens.extend(sampled.tokens)
+        self._answer.log_prob.extend(sampled.log_prob)
+        self._answer.entropy.extend(sampled.entropy)
         self._policy_tokens += len(sampled.tokens)
         # The last token is sampled, but the cache does not hold it yet.
         tokens = self._answer.tokens

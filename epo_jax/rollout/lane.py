@@ -84,10 +84,9 @@ class Lane:
     ):
         self._cache_dtype, self._on = cache_dtype, on
         self._model, self._params, self._sampler, self._programs = model, params, sampler, programs
-        mapped = isinstance(params, Members)
-        self.members = params.count if mapped else 1
-        self._compute = members if mapped else generate
-        self._lead = (self.members,) if mapped else ()
+        self.members = params.count if isinstance(params, Members) else 1
+        self._compute = members if isinstance(params, Members) else generate
+        self._lead = (self.members,) if isinstance(params, Members) else ()
         self._max_tokens = max_tokens
         self._cache: generate.Cache | None = None
         self._capacity = 0
