@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from epo_jax.objectives.batch import NO_ARRAYS, Old, Rows, Weights
 from epo_jax.objectives.controls import epo_term
 from epo_jax.objectives.head import log_prob_entropy_from_logits
-from epo_jax.objectives.loss import Hyper, LossRows, ObjectiveConfig, Smoothing
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig, Smoothing
 
 ARMS = 8
 CENTER = 1.2  # nats: mean of the past entropies
@@ -44,7 +45,8 @@ def entropies(
     """Entropy of the policy before each of `steps` gradient steps."""
     one = jnp.ones((1, 1))
     zero = jnp.zeros((1, 1), jnp.int32)
-    rows = LossRows(one, zero, zero, one, one, one, one, one, one, one, one)
+    batch = NO_ARRAYS._replace(trajectory=zero, turn=zero)
+    rows = Rows(batch, Old(one, one, one, one, one, one, one), Weights(one, one, one, one, one))
     smoothing = Smoothing(jnp.array([CENTER]), jnp.ones(1), jnp.float32(BETA), jnp.asarray(hyper.lam), jnp.zeros(()))
     objective = ObjectiveConfig(penalty=penalty)
 

@@ -21,7 +21,7 @@ from epo_jax.rollout import prompts, scheduler
 from epo_jax.runs.policies import load
 from epo_jax.training.batch import step_batch
 from epo_jax.training.from_config import objective_and_hyper
-from epo_jax.training.step import Inputs, policy_statistics
+from epo_jax.training.step import policy_statistics
 from epo_jax.training.tasks import step_episodes
 
 CHOICES = (None, None), (None, "int8"), ("bfloat16", None), ("bfloat16", "int8")
@@ -46,7 +46,7 @@ def differences(model, params, batch, temperature: float) -> tuple[np.ndarray, n
         for row in range(batch.rows[mini]):
             one = batch.by_row()
             one = jax.tree.map(lambda x, at=(mini, row): x[at][None], one)
-            log_prob, entropy = score(model, params, Inputs(*(getattr(one, name) for name in Inputs._fields)), temperature)
+            log_prob, entropy = score(model, params, one, temperature)
             apart = log_prob - one.behaviour_log_prob, entropy - one.behaviour_entropy
             found.append([x[one.policy_mask > 0] for x in apart])
     return tuple(map(np.concatenate, zip(*found, strict=True)))

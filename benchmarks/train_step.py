@@ -109,15 +109,18 @@ def ours(options, naive: bool):
 
     from epo_jax.models.decoder import bind
     from epo_jax.models.weights import load_params
+    from epo_jax.objectives.batch import NO_ARRAYS
     from epo_jax.objectives.head import fused_log_prob_entropy, log_prob_entropy_from_logits
     from epo_jax.training.optim import OptimConfig, make_optimizer
-    from epo_jax.training.step import Inputs, head_inputs
+    from epo_jax.training.step import head_inputs
 
     config = model(options, "none" if naive else options.remat)
     params = load_params(options.folder, config)
     tokens, index, labels, advantage = (jnp.asarray(x) for x in batch(options))
     positions = jnp.tile(jnp.arange(options.tokens)[None], (options.rows, 1))
-    rows = Inputs(tokens, positions, jnp.ones_like(tokens), index, labels)
+    rows = NO_ARRAYS._replace(
+        tokens=tokens, positions=positions, segment_ids=jnp.ones_like(tokens), index=index, label=labels
+    )
     optimizer = make_optimizer(OptimConfig(LR, 10**6, warmup_ratio=0.0, floor_ratio=1.0, weight_decay=0.01))
 
     def loss(params, rows, advantage):

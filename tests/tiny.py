@@ -11,12 +11,13 @@ from jax.flatten_util import ravel_pytree
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.value import init_critic
 from epo_jax.objectives import registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.objectives.batch import TokenBatch
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.optim import OptimConfig
 from epo_jax.training.state import LearnerConfig, init_state
-from epo_jax.training.step import Inputs, make_train_step, policy_statistics
+from epo_jax.training.step import make_train_step, policy_statistics
 
 MODEL = DecoderConfig(23, 16, 1, 2, 1, 8, 32)  # 23 words
 GROUPS, SIZE, TURNS = 3, 4, 3
@@ -71,10 +72,9 @@ def batched(trajectories, mini_batches=2, rows_multiple=2):
     return pack(trajectories, BatchShape(ROW, POLICY, TURNS, mini_batches, rows_multiple))
 
 
-def inputs(batch, mini: int = 0) -> Inputs:
-    """What the model reads of one mini-batch."""
-    fields = (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)
-    return Inputs(*(jnp.asarray(x[mini]) for x in fields))
+def inputs(batch, mini: int = 0) -> TokenBatch:
+    """The rows of one mini-batch."""
+    return jax.tree.map(lambda x: jnp.asarray(x[mini]), batch.by_row())
 
 
 def own_statistics(batch, params=None, mini: int = 0):
@@ -86,7 +86,7 @@ def as_params(params=None):
     return jax.tree.map(jnp.asarray, parameters() if params is None else params)
 
 
-def dense_log_p(params, rows: Inputs):
+def dense_log_p(params, rows: TokenBatch):
     """Log-probabilities of every word at every policy token, [R, P, V]: the logits written out."""
     module = bind(MODEL, params)
     hidden = jnp.take_along_axis(module(rows.tokens, rows.positions, rows.segment_ids), rows.index[..., None], axis=1)
@@ -94,7 +94,7 @@ def dense_log_p(params, rows: Inputs):
 
 
 @jax.jit
-def dense_values(critic, rows: Inputs):
+def dense_values(critic, rows: TokenBatch):
     """The critic's value before every policy token, [R, P]."""
     hidden = bind(MODEL, critic["decoder"])(rows.tokens, rows.positions, rows.segment_ids)
     return jnp.take_along_axis(hidden, rows.index[..., None], axis=1) @ critic["value"]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from epo_jax.objectives.spec import Episodes, Hyper, ObjectiveConfig, Scalar
+from epo_jax.objectives.batch import Old, TokenBatch
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig, Scalar
 
 EPSILON = 1e-6
 
@@ -154,58 +155,50 @@ def step_advantages(
     return advantage.reshape(returns.shape) * present
 
 
-class Estimate(NamedTuple):
-    """Per-token `advantage` and `returns` (the critic's target), and the `policy_mask` of what is to be trained on."""
-
-    advantage: Float[Array, "B T"]
-    returns: Float[Array, "B T"]
-    policy_mask: Float[Array, "B T"]
-
-
 def by_trajectory(estimator):
-    """Lifts a per-trajectory estimator to `Episodes`: every policy token gets its trajectory's advantage."""
+    """Lifts a per-trajectory estimator to tokens: every policy token gets its trajectory's advantage."""
 
-    def estimate_tokens(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
-        per_trajectory = estimator(episodes.returns, episodes.group, objective.num_trajectories)
-        return per_trajectory[episodes.trajectory], episodes.returns[episodes.trajectory]
+    def estimate_tokens(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig):
+        per_trajectory = estimator(batch.returns, batch.group, objective.num_trajectories)
+        return per_trajectory[batch.trajectory], batch.returns[batch.trajectory]
 
     return estimate_tokens
 
 
-def maybe_whitened(advantage: Float[Array, "B T"], episodes: Episodes, objective: ObjectiveConfig):
-    return whiten(advantage, episodes.policy_mask) if objective.whiten else advantage
+def maybe_whitened(advantage: Float[Array, "B T"], old: Old, objective: ObjectiveConfig):
+    return whiten(advantage, old.mask) if objective.whiten else advantage
 
 
-def gae_estimate(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
+def gae_estimate(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig):
     """PPO: GAE with the critic's values, across turns or (`gae_scope="turn"`) inside each turn; whitened."""
-    segment = episodes.trajectory
+    segment = batch.trajectory
     if objective.gae_scope == "turn":
-        segment = segment * objective.max_turns + episodes.turn
+        segment = segment * objective.max_turns + batch.turn
     advantage, returns = gae(
-        episodes.reward, episodes.value, episodes.policy_mask, segment, hyper.discount, hyper.gae_lambda
+        batch.reward, old.value, old.mask, segment, hyper.discount, hyper.gae_lambda
     )
-    return maybe_whitened(advantage, episodes, objective), returns
+    return maybe_whitened(advantage, old, objective), returns
 
 
-def reinforce_pp(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
+def reinforce_pp(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig):
     """REINFORCE++ (arXiv 2501.03262): the discounted reward to come, whitened over policy tokens."""
-    zero = jnp.zeros_like(episodes.value)
-    returns = gae(episodes.reward, zero, episodes.policy_mask, episodes.trajectory, hyper.discount, 1.0)[1]
-    return maybe_whitened(returns, episodes, objective), returns
+    zero = jnp.zeros_like(old.value)
+    returns = gae(batch.reward, zero, old.mask, batch.trajectory, hyper.discount, 1.0)[1]
+    return maybe_whitened(returns, old, objective), returns
 
 
-def reinforce_pp_baseline(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
+def reinforce_pp_baseline(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig):
     """REINFORCE++ with the group's mean as baseline, whitened over policy tokens."""
-    advantage, returns = by_trajectory(dr_grpo)(episodes, hyper, objective)
-    return maybe_whitened(advantage, episodes, objective), returns
+    advantage, returns = by_trajectory(dr_grpo)(batch, old, hyper, objective)
+    return maybe_whitened(advantage, old, objective), returns
 
 
-def gigpo(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig):
+def gigpo(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig):
     """GiGPO: group deviation of the episode plus `gigpo_weight` times the step advantage among equal anchors."""
     shape = objective.num_trajectories, objective.max_turns
-    index = episodes.trajectory, episodes.turn
-    turn_rewards = turn_sums(episodes.reward * episodes.policy_mask, *index, shape)
-    present = (turn_sums(episodes.policy_mask, *index, shape) > 0).astype(jnp.float32)
-    steps = step_advantages(step_returns(turn_rewards, hyper.discount), episodes.anchor, present)
-    advantage, returns = by_trajectory(dr_grpo)(episodes, hyper, objective)
+    index = batch.trajectory, batch.turn
+    turn_rewards = turn_sums(batch.reward * old.mask, *index, shape)
+    present = (turn_sums(old.mask, *index, shape) > 0).astype(jnp.float32)
+    steps = step_advantages(step_returns(turn_rewards, hyper.discount), batch.anchor, present)
+    advantage, returns = by_trajectory(dr_grpo)(batch, old, hyper, objective)
     return advantage + hyper.gigpo_weight * steps[index], returns

@@ -80,3 +80,65 @@ BATCH_AXES = TokenBatch(
     episode=("trajectories",),
     seed=(),
 )
+
+# A batch without arrays: `NO_ARRAYS._replace(...)` has what a function reads.
+NO_ARRAYS = TokenBatch(**dict.fromkeys(TokenBatch._fields))
+
+
+class Old(NamedTuple):
+    """What is known of every policy token before any update, all [..., P] and 0 off the mask.
+
+    Attributes:
+        log_prob: by the policy before this step's updates, nats.
+        entropy: of that policy's distribution, nats; of its nucleus for SIREN.
+        value: the critic's; 0 without one.
+        ref_log_prob: by the reference policy; 0 without one.
+        mask: 1 on the tokens to train on: before `estimate` all policy tokens, after it without those that DAPO drops.
+        advantage: None before `estimate`.
+        returns: the critic's target; None before `estimate`.
+    """
+
+    log_prob: Float[Array, "*rows P"]
+    entropy: Float[Array, "*rows P"]
+    value: Float[Array, "*rows P"]
+    ref_log_prob: Float[Array, "*rows P"]
+    mask: Float[Array, "*rows P"]
+    advantage: Float[Array, "*rows P"] | None = None
+    returns: Float[Array, "*rows P"] | None = None
+
+
+class Weights(NamedTuple):
+    """Every average of the loss as a weight per token, all [R, P].
+
+    Attributes:
+        policy: the average that `aggregation` names, for the KL loss.
+        surrogate: the same, scaled by truncated importance and by the token control, for PPO's surrogate.
+        divergence: of |log ratio|, for KL-Cov; else 0.
+        entropy: for the entropy term.
+        mean: the plain mean over policy tokens, for metrics.
+    """
+
+    policy: Float[Array, "R P"]
+    surrogate: Float[Array, "R P"]
+    divergence: Float[Array, "R P"]
+    entropy: Float[Array, "R P"]
+    mean: Float[Array, "R P"]
+
+
+class Rows(NamedTuple):
+    """The rows of a mini-batch with what the loss needs to know of them; a micro-batch is a slice along R."""
+
+    batch: TokenBatch
+    old: Old
+    weights: Weights
+
+
+class Current(NamedTuple):
+    """What the loss takes from the current policy at every policy token, [R, P], nats.
+
+    `full_kl` is the divergence from the reference over the whole vocabulary, for kl = "full" alone.
+    """
+
+    log_prob: Float[Array, "R P"]
+    entropy: Float[Array, "R P"]
+    full_kl: Float[Array, "R P"] | None = None

@@ -2,7 +2,7 @@
 
 Four places where a control can act, each with one signature, so that `registry` can list them by name:
 
-    shaper(advantage, episodes, hyper, objective) -> advantage                           once, before training
+    shaper(advantage, batch, old, hyper, objective) -> advantage                         once, before training
     token control(rows, episode_keys, hyper) -> rows                                     once per mini-batch
     entropy term(entropy, rows, smoothing, hyper, objective) -> (loss, penalty)          in the loss
     coefficient(history, batch_entropy, hyper) -> lam                                    once per mini-batch
@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from epo_jax.objectives import policy
 from epo_jax.objectives.advantages import turn_sums
+from epo_jax.objectives.batch import Old, Rows, TokenBatch
 from epo_jax.objectives.entropy import corridor_penalty
-from epo_jax.objectives.spec import EntropyHistory, Episodes, Hyper, LossRows, ObjectiveConfig, Smoothing
+from epo_jax.objectives.spec import EntropyHistory, Hyper, ObjectiveConfig, Smoothing
 
 TermAndPenalty = tuple[Float[Array, ""], Float[Array, "B T"]]
 
@@ -27,41 +28,41 @@ TermAndPenalty = tuple[Float[Array, ""], Float[Array, "B T"]]
 
 
 def smoothness_penalty(
-    entropy: Float[Array, "B T"], rows: LossRows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
+    entropy: Float[Array, "B T"], rows: Rows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
 ) -> Float[Array, "B T"]:
     """The corridor penalty P per token (alpha not included), 0 before there is a history or while the gate is shut."""
-    index = rows.turn if objective.history_index == "turn" else jnp.zeros_like(rows.turn)
+    index = rows.batch.turn if objective.history_index == "turn" else jnp.zeros_like(rows.batch.turn)
     center, active = smoothing.center[index], smoothing.known[index]
     if objective.turn_gate:
-        active *= (rows.turn >= objective.max_turns // 2).astype(jnp.float32)
+        active *= (rows.batch.turn >= objective.max_turns // 2).astype(jnp.float32)
     if objective.penalty_scope == "batch":
         # The side of the corridor comes from the mean as sampled; on that side P is linear in every token's entropy.
         measured = entropy + jax.lax.stop_gradient(smoothing.batch_entropy - entropy)
     else:
         measured = policy.scope_mean(
-            entropy, rows.entropy_weight, rows.trajectory, rows.turn,
+            entropy, rows.weights.entropy, rows.batch.trajectory, rows.batch.turn,
             objective.num_trajectories, objective.max_turns, objective.penalty_scope,
         )  # fmt: skip
     return active * corridor_penalty(measured, center, hyper.kappa_l, hyper.kappa_r, objective.penalty)
 
 
 def epo_term(
-    entropy: Float[Array, "B T"], rows: LossRows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
+    entropy: Float[Array, "B T"], rows: Rows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
 ) -> TermAndPenalty:
     """EPO: -lam * (L_H - beta * L_smooth), L_H and L_smooth the weighted means of H and of alpha * P (eq. 2-5)."""
     penalty = smoothness_penalty(entropy, rows, smoothing, hyper, objective)
     inner = entropy - smoothing.beta * hyper.alpha * penalty
-    return -smoothing.lam * (rows.entropy_weight * inner).sum(), penalty
+    return -smoothing.lam * (rows.weights.entropy * inner).sum(), penalty
 
 
 def siren_term(
-    entropy: Float[Array, "B T"], rows: LossRows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
+    entropy: Float[Array, "B T"], rows: Rows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
 ) -> TermAndPenalty:
     """SIREN (arXiv 2509.25133): lam * (mean entropy - anchor)^2 over each episode's tokens of peak entropy, whose anchor
     is the first step's mean (history `initial`). The square is linearised at the mean as sampled."""
     gap = (smoothing.batch_entropy - smoothing.center[0]) * smoothing.known[0]
     square = jnp.square(gap) + 2.0 * gap * (entropy - smoothing.batch_entropy)
-    return smoothing.lam * (rows.entropy_weight * square).sum(), jnp.zeros_like(entropy)
+    return smoothing.lam * (rows.weights.entropy * square).sum(), jnp.zeros_like(entropy)
 
 
 def peak_mask(
@@ -119,69 +120,69 @@ def target_coefficient(history: EntropyHistory, batch_entropy: Float[Array, ""],
 
 
 def entropy_shaped(
-    advantage: Float[Array, "B T"], episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig
+    advantage: Float[Array, "B T"], batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig
 ) -> Float[Array, "B T"]:
     """EA (arXiv 2506.14758): A + min(shaping_scale * H, |A| / shaping_kappa), H as sampled and without gradient."""
-    bonus = jax.lax.stop_gradient(hyper.shaping_scale * episodes.entropy)
+    bonus = jax.lax.stop_gradient(hyper.shaping_scale * old.entropy)
     return advantage + jnp.minimum(bonus, jnp.abs(advantage) / hyper.shaping_kappa)
 
 
 def empg(
-    advantage: Float[Array, "B T"], episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig
+    advantage: Float[Array, "B T"], batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig
 ) -> Float[Array, "B T"]:
     """EMPG (arXiv 2509.09265): confident turns weigh more, and turns that lead to a confident one get a bonus.
 
     With h the turn's mean entropy scaled to [0, 1] over the batch: A g(h_t) + empg_bonus f(h_{t+1}), f(h) =
     exp(-empg_sharpness h), g = f over its mean, then centred over turns. The last turn has no bonus.
     """
-    shape, index = (objective.num_trajectories, objective.max_turns), (episodes.trajectory, episodes.turn)
-    tokens = turn_sums(episodes.policy_mask, *index, shape)
+    shape, index = (objective.num_trajectories, objective.max_turns), (batch.trajectory, batch.turn)
+    tokens = turn_sums(old.mask, *index, shape)
     present = tokens > 0
-    entropy = turn_sums(episodes.entropy * episodes.policy_mask, *index, shape) / jnp.maximum(tokens, 1.0)
+    entropy = turn_sums(old.entropy * old.mask, *index, shape) / jnp.maximum(tokens, 1.0)
     low = jnp.where(present, entropy, jnp.inf).min()
     high = jnp.where(present, entropy, -jnp.inf).max()
     clarity = jnp.where(present, jnp.exp(-hyper.empg_sharpness * (entropy - low) / (high - low + 1e-8)), 0.0)
     scale = clarity * present.sum().astype(jnp.float32) / (clarity.sum() + 1e-8)
     bonus = jnp.pad(clarity[:, 1:], ((0, 0), (0, 1)))
     shaped = advantage * scale[index] + hyper.empg_bonus * bonus[index]
-    by_turn = turn_sums(shaped * episodes.policy_mask, *index, shape) / jnp.maximum(tokens, 1.0)
+    by_turn = turn_sums(shaped * old.mask, *index, shape) / jnp.maximum(tokens, 1.0)
     return shaped - by_turn.sum() / jnp.maximum(present.sum(), 1)
 
 
 # Token controls
 
 
-def covariance(rows: LossRows) -> Float[Array, "B T"]:
+def covariance(rows: Rows) -> Float[Array, "B T"]:
     """Each token's share of the covariance of log-probability and advantage (arXiv 2505.22617), as sampled."""
-    log_prob = rows.old_log_prob - (rows.old_log_prob * rows.mean_weight).sum()
-    return log_prob * (rows.advantage - (rows.advantage * rows.mean_weight).sum())
+    log_prob = rows.old.log_prob - (rows.old.log_prob * rows.weights.mean).sum()
+    return log_prob * (rows.old.advantage - (rows.old.advantage * rows.weights.mean).sum())
 
 
-def uniforms(rows: LossRows, episode_keys: Key[Array, " N"]) -> Float[Array, "B T"]:
+def uniforms(rows: Rows, episode_keys: Key[Array, " N"]) -> Float[Array, "B T"]:
     """A uniform number for every policy token, from its episode's key, its turn and its position in the turn alone, so that it
     depends neither on the rows nor on the mini-batch."""
-    before = jnp.cumsum(rows.policy_mask, axis=1) - rows.policy_mask
-    starts = (jnp.diff(rows.trajectory, axis=1, prepend=-1) != 0) | (jnp.diff(rows.turn, axis=1, prepend=-1) != 0)
+    before = jnp.cumsum(rows.old.mask, axis=1) - rows.old.mask
+    starts = (jnp.diff(rows.batch.trajectory, axis=1, prepend=-1) != 0) | (jnp.diff(rows.batch.turn, axis=1, prepend=-1) != 0)
     position = (before - jax.lax.cummax(jnp.where(starts, before, 0.0), axis=1)).astype(jnp.int32)
 
     def draw(trajectory, turn, position):
         key = jax.random.fold_in(jax.random.fold_in(episode_keys[trajectory], turn), position)
         return jax.random.uniform(key)
 
-    return jax.vmap(jax.vmap(draw))(rows.trajectory, rows.turn, position)
+    return jax.vmap(jax.vmap(draw))(rows.batch.trajectory, rows.batch.turn, position)
 
 
-def clip_cov(rows: LossRows, episode_keys: Key[Array, " N"], hyper: Hyper) -> LossRows:
+def clip_cov(rows: Rows, episode_keys: Key[Array, " N"], hyper: Hyper) -> Rows:
     """Clip-Cov (arXiv 2505.22617): a random `cov_fraction` of the tokens, drawn from those with covariance in
     (cov_low, cov_high), gives no policy gradient."""
     share = covariance(rows)
-    band = jnp.where((share > hyper.cov_low) & (share < hyper.cov_high), rows.policy_mask, 0.0)
-    drawn = largest(uniforms(rows, episode_keys) * band, rows.policy_mask, hyper.cov_fraction) * band
-    return rows._replace(surrogate_weight=rows.surrogate_weight * (1.0 - drawn))
+    band = jnp.where((share > hyper.cov_low) & (share < hyper.cov_high), rows.old.mask, 0.0)
+    drawn = largest(uniforms(rows, episode_keys) * band, rows.old.mask, hyper.cov_fraction) * band
+    return rows._replace(weights=rows.weights._replace(surrogate=rows.weights.surrogate * (1.0 - drawn)))
 
 
-def kl_cov(rows: LossRows, episode_keys: Key[Array, " N"] | None, hyper: Hyper) -> LossRows:
+def kl_cov(rows: Rows, episode_keys: Key[Array, " N"] | None, hyper: Hyper) -> Rows:
     """KL-Cov (arXiv 2505.22617): the `cov_fraction` of tokens with the largest covariance pays `cov_coef` *
     |log pi - log pi_old| (`policy.size`). The arm opens PPO's clip, which this divergence replaces."""
-    chosen = largest(covariance(rows), rows.policy_mask, hyper.cov_fraction)
-    return rows._replace(divergence_weight=rows.weight * chosen * hyper.cov_coef)
+    chosen = largest(covariance(rows), rows.old.mask, hyper.cov_fraction)
+    return rows._replace(weights=rows.weights._replace(divergence=rows.weights.policy * chosen * hyper.cov_coef))

@@ -1,115 +1,92 @@
-"""From sampled episodes to L_EPO, in the order a train step calls it.
+"""From sampled episodes to L_EPO, in the order in which a train step calls it.
 
-estimate(episodes, ...)          once per RL step: advantages
-loss_rows(...)                   once per mini-batch: every average becomes a weight per token
+estimate(batch, old, ...)        once per RL step: advantages
+weigh(batch, old, ...)           once per mini-batch: every average becomes a weight per token
 smoothing_terms(history, ...)    once per mini-batch: where the corridor lies and how much it weighs
-epo_loss(log_prob, entropy, ...) per micro-batch: losses and metric sums that add up to the mini-batch's
+epo_loss(current, rows, ...)     per micro-batch: losses and metric sums that add up to the mini-batch's
 record(history, ...)             once per RL step: the history that the next step sees, with this step's entropy
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from epo_jax.objectives import advantages, controls, entropy, policy, registry
-from epo_jax.objectives.advantages import Estimate
-from epo_jax.objectives.spec import EntropyHistory, Episodes, Hyper, LossRows, ObjectiveConfig, Smoothing, Step
-from epo_jax.parity import released_rows
-
-__all__ = [
-    "EntropyHistory", "Episodes", "Estimate", "Hyper", "LossRows", "ObjectiveConfig", "Smoothing",
-    "epo_loss", "estimate", "loss_rows", "record", "smoothing_terms",
-]  # fmt: skip
+from epo_jax.objectives.batch import Current, Old, Rows, TokenBatch, Weights
+from epo_jax.objectives.spec import EntropyHistory, Hyper, ObjectiveConfig, Smoothing, Step
 
 
-def estimate(episodes: Episodes, hyper: Hyper, objective: ObjectiveConfig) -> Estimate:
-    """Advantages of a whole RL step's episodes, with the KL in the reward, the format penalty and the shaping that the
-    objective asks for. Train on the `policy_mask` returned: it leaves out what DAPO drops (groups whose returns, as the
-    environment gave them, are all equal). Raises ValueError for `kl="full"` in the reward."""
-    mask, num = episodes.policy_mask, objective.num_trajectories
-    kept = advantages.informative(episodes.returns, episodes.group, num)
-    invalid = (1.0 - episodes.valid) * mask
-    ends = advantages.turn_ends(mask, episodes.trajectory, episodes.turn, (num, objective.max_turns))
+def estimate(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig) -> Old:
+    """`old` with advantages and returns, of the episodes of a whole RL step.
+
+    Includes the KL in the reward, the format penalty and the shaping that the objective asks for; `mask` then leaves out what
+    DAPO drops (groups whose returns, as the environment gave them, are all equal). The tokens of an episode must be in one row
+    [B, T].
+
+    Raises:
+        ValueError: kl="full" in the reward.
+    """
+    mask, num = old.mask, objective.num_trajectories
+    kept = advantages.informative(batch.returns, batch.group, num)
+    invalid = (1.0 - batch.valid) * mask
+    ends = advantages.turn_ends(mask, batch.trajectory, batch.turn, (num, objective.max_turns))
     cost = jnp.zeros_like(mask)
     if objective.format_penalty_place == "before":
         cost += hyper.format_penalty * invalid * ends
     if objective.kl_place == "reward" and objective.kl != "none":
-        cost += hyper.kl_coef * policy.kl_estimate(episodes.log_prob, episodes.ref_log_prob, objective.kl) * mask
-    reward = episodes.reward
+        cost += hyper.kl_coef * policy.kl_estimate(old.log_prob, old.ref_log_prob, objective.kl) * mask
+    reward = batch.reward
     if objective.estimator == "gae" and objective.gae_scope == "turn":
-        reward = episodes.returns[episodes.trajectory] * ends
-    costs = jax.ops.segment_sum(cost.ravel(), episodes.trajectory.ravel(), num)
-    episodes = episodes._replace(reward=reward - cost, returns=episodes.returns - costs)
+        reward = batch.returns[batch.trajectory] * ends
+    costs = jax.ops.segment_sum(cost.ravel(), batch.trajectory.ravel(), num)
+    batch = batch._replace(reward=reward - cost, returns=batch.returns - costs)
 
-    advantage, returns = registry.ESTIMATORS[objective.estimator](episodes, hyper, objective)
-    advantage = registry.SHAPERS[objective.shaper](advantage, episodes, hyper, objective)
+    advantage, returns = registry.ESTIMATORS[objective.estimator](batch, old, hyper, objective)
+    advantage = registry.SHAPERS[objective.shaper](advantage, batch, old, hyper, objective)
     if objective.format_penalty_place == "after":
         advantage -= hyper.format_penalty * invalid
     if objective.drop_uniform_groups:
-        mask = mask * kept[episodes.trajectory]
-    return Estimate(advantage * mask, returns * mask, mask)
+        mask = mask * kept[batch.trajectory]
+    return old._replace(advantage=advantage * mask, returns=returns * mask, mask=mask)
 
 
-def loss_rows(
-    policy_mask: Float[Array, "B T"],
-    trajectory: Int[Array, "B T"],
-    turn: Int[Array, "B T"],
-    old_log_prob: Float[Array, "B T"],
-    ref_log_prob: Float[Array, "B T"],
-    advantage: Float[Array, "B T"],
-    hyper: Hyper,
-    objective: ObjectiveConfig,
-    *,
-    behaviour_log_prob: Float[Array, "B T"] | None = None,
-    behaviour_entropy: Float[Array, "B T"] | None = None,
-    episode_keys: Key[Array, " N"] | None = None,
-    given_weight: Float[Array, "B T"] | None = None,
-) -> LossRows:
-    """A whole mini-batch with its weights.
+def weigh(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig, episode_keys: Key[Array, " N"] | None) -> Rows:
+    """The rows of a whole mini-batch with every average of the loss as a weight per token.
 
-    `trajectory` and `turn` are 0 where padding; those tokens have mask 0. `old_log_prob` is the learner's own value
-    before the update (or the sampler's, when the two agree). Some choices need more: `truncated_importance` the
-    sampler's log-probability, SIREN the sampler's entropy, Clip-Cov a key for each trajectory. `given_weight` takes the
-    place of every average (`released_rows.estimate`).
+    `old` is what `estimate` returned; `episode_keys`, one for each trajectory, are what Clip-Cov draws from.
     """
     shape = objective.num_trajectories, objective.max_turns
 
     def weights(mask, mode, turn_decay=0.0):
-        if given_weight is not None:
-            return given_weight
-        return policy.token_weights(mask, trajectory, turn, *shape, mode, turn_decay, objective.max_tokens)
+        return policy.token_weights(mask, batch.trajectory, batch.turn, *shape, mode, turn_decay, objective.max_tokens)
 
-    weight = weights(policy_mask, objective.aggregation)
-    surrogate_weight = weight
+    weight = weights(old.mask, objective.aggregation)
+    regularized = _regularized(batch, old, old.mask, hyper, objective)
+    rows = Rows(batch, old, Weights(
+        policy=weight,
+        surrogate=weight,
+        divergence=jnp.zeros_like(weight),
+        entropy=weights(regularized, objective.entropy_aggregation, hyper.turn_decay),
+        mean=weights(old.mask, "token-mean"),
+    ))  # fmt: skip
+    return control(rows, hyper, objective, episode_keys)
+
+
+def control(rows: Rows, hyper: Hyper, objective: ObjectiveConfig, episode_keys: Key[Array, " N"] | None) -> Rows:
+    """The rows after truncated importance sampling and the token control, which change weights."""
     if objective.truncated_importance:
-        surrogate_weight *= policy.truncated_importance(old_log_prob, behaviour_log_prob, hyper.importance_cap)
-    rows = LossRows(
-        policy_mask, trajectory, turn, old_log_prob, ref_log_prob, advantage,
-        weight=weight,
-        surrogate_weight=surrogate_weight,
-        divergence_weight=jnp.zeros_like(weight),
-        entropy_weight=weights(
-            _regularised(behaviour_entropy, policy_mask, trajectory, hyper, objective),
-            objective.entropy_aggregation, hyper.turn_decay,
-        ),
-        mean_weight=weights(policy_mask, "token-mean"),
-    )  # fmt: skip
+        scale = policy.truncated_importance(rows.old.log_prob, rows.batch.behaviour_log_prob, hyper.importance_cap)
+        rows = rows._replace(weights=rows.weights._replace(surrogate=rows.weights.surrogate * scale))
     return registry.TOKEN_CONTROLS[objective.token_control](rows, episode_keys, hyper)
 
 
 def smoothing_terms(
-    history: EntropyHistory,
-    step: Step,
-    total_steps: int,
-    behaviour_entropy: Float[Array, "B T"],
-    rows: LossRows,
-    hyper: Hyper,
-    objective: ObjectiveConfig,
+    history: EntropyHistory, step: Step, total_steps: int, rows: Rows, hyper: Hyper, objective: ObjectiveConfig
 ) -> Smoothing:
     """The corridor and its weight at RL step `step` (from 0) of `total_steps`, from earlier steps' entropies alone."""
     center, known = entropy.center(history, objective.history, hyper.window, hyper.ema_decay)
-    total = jnp.maximum(rows.entropy_weight.sum(), 1e-30)
-    batch_entropy = jax.lax.stop_gradient((behaviour_entropy * rows.entropy_weight).sum() / total)
+    total = jnp.maximum(rows.weights.entropy.sum(), 1e-30)
+    batch_entropy = jax.lax.stop_gradient((rows.old.entropy * rows.weights.entropy).sum() / total)
     return Smoothing(
         center=center,
         known=known,
@@ -120,74 +97,61 @@ def smoothing_terms(
 
 
 def epo_loss(
-    log_prob: Float[Array, "B T"],
-    token_entropy: Float[Array, "B T"],
-    rows: LossRows,
-    smoothing: Smoothing,
-    hyper: Hyper,
-    objective: ObjectiveConfig,
-    full_kl: Float[Array, "B T"] | None = None,
+    current: Current, rows: Rows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """These rows' share of L = L_MT - lam * (L_H - beta * L_smooth) + kl_coef * KL (EPO v2, eq. 2-6), and of the metrics.
 
-    `log_prob` and `token_entropy` are the current policy's at the sampled tokens; off the mask anything finite.
-    `full_kl` is needed with kl = "full" (`head.fused_full_kl`). The metric `kl` is nats per policy token.
+    Off the mask `current` may be anything finite. The metric `kl` is nats per policy token.
     """
-    shape = objective.num_trajectories, objective.max_turns
-    log_ratio = log_prob - rows.old_log_prob
+    batch, old, weights = rows
     log_ratio = policy.scope_mean(
-        log_ratio, rows.policy_mask, rows.trajectory, rows.turn, *shape, objective.ratio_scope
-    )
-    surrogate = policy.ppo_surrogate(log_ratio, rows.advantage, hyper.clip_low, hyper.clip_high, hyper.dual_clip)
-    policy_loss = (rows.surrogate_weight * surrogate.loss + rows.divergence_weight * policy.size(log_ratio)).sum()
+        current.log_prob - old.log_prob, old.mask, batch.trajectory, batch.turn,
+        objective.num_trajectories, objective.max_turns, objective.ratio_scope,
+    )  # fmt: skip
+    surrogate = policy.ppo_surrogate(log_ratio, old.advantage, hyper.clip_low, hyper.clip_high, hyper.dual_clip)
+    policy_loss = (weights.surrogate * surrogate.loss + weights.divergence * policy.size(log_ratio)).sum()
     entropy_loss, penalty = registry.ENTROPY_TERMS[objective.entropy_term](
-        token_entropy, rows, smoothing, hyper, objective
+        current.entropy, rows, smoothing, hyper, objective
     )
     loss = policy_loss + entropy_loss
     sums = {
         "policy_loss": policy_loss,
         "entropy_loss": entropy_loss,
-        "entropy": (rows.mean_weight * token_entropy).sum(),
-        "outside_corridor": jnp.where(penalty > 0, rows.mean_weight, 0.0).sum(),
-        "clip_fraction": (rows.mean_weight * surrogate.clipped).sum(),
-        "dual_clip_fraction": (rows.mean_weight * surrogate.dual_clipped).sum(),
-        "approx_kl": -(rows.mean_weight * surrogate.log_ratio).sum(),
-        "approx_kl_k3": (rows.mean_weight * (jnp.expm1(surrogate.log_ratio) - surrogate.log_ratio)).sum(),
+        "entropy": (weights.mean * current.entropy).sum(),
+        "outside_corridor": jnp.where(penalty > 0, weights.mean, 0.0).sum(),
+        "clip_fraction": (weights.mean * surrogate.clipped).sum(),
+        "dual_clip_fraction": (weights.mean * surrogate.dual_clipped).sum(),
+        "approx_kl": -(weights.mean * surrogate.log_ratio).sum(),
+        "approx_kl_k3": (weights.mean * (jnp.expm1(surrogate.log_ratio) - surrogate.log_ratio)).sum(),
     }
     if objective.kl != "none" and objective.kl_place == "loss":
-        kl = full_kl if objective.kl == "full" else policy.kl_estimate(log_prob, rows.ref_log_prob, objective.kl)
-        sums["kl"] = (rows.mean_weight * kl).sum()
-        loss += hyper.kl_coef * (rows.weight * kl).sum()
+        estimated = objective.kl != "full"
+        kl = policy.kl_estimate(current.log_prob, old.ref_log_prob, objective.kl) if estimated else current.full_kl
+        sums["kl"] = (weights.mean * kl).sum()
+        loss += hyper.kl_coef * (weights.policy * kl).sum()
     return loss, {"loss": loss} | sums
 
 
 def record(
-    history: EntropyHistory,
-    behaviour_entropy: Float[Array, "B T"],
-    policy_mask: Float[Array, "B T"],
-    trajectory: Int[Array, "B T"],
-    turn: Int[Array, "B T"],
-    hyper: Hyper,
-    objective: ObjectiveConfig,
+    history: EntropyHistory, batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig
 ) -> EntropyHistory:
-    """The history with this RL step's mean entropy over policy tokens, of the data as it was sampled, for the steps to
-    come. SIREN's is the mean that its own term takes."""
-    weight = policy_mask
+    """The history with this RL step's mean entropy, for the steps to come; [B, T].
+
+    The mean is over the policy tokens of the data as it was sampled; for SIREN it is the mean that its own term takes.
+    """
+    num_turns = objective.max_turns if objective.history_index == "turn" else None
+    weight = batch.policy_mask
     if objective.entropy_term == "siren":
-        peaks = _regularised(behaviour_entropy, policy_mask, trajectory, hyper, objective)
+        peaks = _regularized(batch, old, batch.policy_mask, hyper, objective)
         shape = objective.num_trajectories, objective.max_turns
         weight = policy.token_weights(
-            peaks, trajectory, turn, *shape, objective.entropy_aggregation, hyper.turn_decay, objective.max_tokens
+            peaks, batch.trajectory, batch.turn, *shape, objective.entropy_aggregation, hyper.turn_decay, objective.max_tokens
         )
-    num_turns = objective.max_turns if objective.history_index == "turn" else None
-    step = entropy.step_entropy(behaviour_entropy, weight, turn, num_turns)
-    return entropy.append(history, *(released_rows.left_padded(*step) if objective.released else step))
+    return entropy.append(history, *entropy.step_entropy(old.entropy, weight, batch.turn, num_turns))
 
 
-def _regularised(behaviour_entropy, policy_mask, trajectory, hyper, objective):
-    """Mask of the tokens whose entropy is regularised: all, or with SIREN those of peak entropy."""
+def _regularized(batch, old, mask, hyper, objective):
+    """The mask of the tokens whose entropy is regularized: all, or with SIREN those of peak entropy."""
     if objective.entropy_term == "siren":
-        return controls.peak_mask(
-            behaviour_entropy, policy_mask, trajectory, objective.num_trajectories, hyper.peak_quantile
-        )
-    return policy_mask
+        return controls.peak_mask(old.entropy, mask, batch.trajectory, objective.num_trajectories, hyper.peak_quantile)
+    return mask

@@ -9,7 +9,7 @@ from epo_jax.common.errors import UserError, nearest
 from epo_jax.objectives import advantages, controls
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 
-# (episodes, hyper, objective) -> (advantage, returns), both [B, T]
+# (batch, old, hyper, objective) -> (advantage, returns), both [B, T]
 ESTIMATORS = {
     "gae": advantages.gae_estimate,
     "grpo": advantages.by_trajectory(advantages.grpo),
@@ -20,7 +20,7 @@ ESTIMATORS = {
     "gigpo": advantages.gigpo,
 }
 
-# (advantage, episodes, hyper, objective) -> advantage
+# (advantage, batch, old, hyper, objective) -> advantage
 SHAPERS = {
     "none": lambda advantage, *_: advantage,
     "ea": controls.entropy_shaped,
@@ -73,10 +73,9 @@ OVERLAYS: dict[str, dict] = {
     "kl_cov": {"lam": 0.0, "token_control": "kl_cov", "clip_low": 1.0, "clip_high": 1e9, "dual_clip": 1e9},  # no clip
     "siren": {"entropy_term": "siren", "history": "initial", "entropy_aggregation": "seq-mean-token-mean"},
     "target": {"alpha": 0.0, "coefficient": "target"},
-    # Turn rows and their averages by `released`; what is a choice of ours anyway, by that choice.
     "released": {
-        "released": True, "penalty": "indicator", "penalty_scope": "token", "history": "cumulative",
-        "history_index": "turn", "phase": "released", "phase_steps": 150, "turn_gate": True,
+        "step": "epo_jax.parity.step", "mini_batches_by": "turn", "penalty": "indicator", "penalty_scope": "token",
+        "history": "cumulative", "history_index": "turn", "phase": "released", "phase_steps": 150, "turn_gate": True,
     },
 }  # fmt: skip
 

@@ -41,14 +41,15 @@ class ObjectiveConfig(Choices):
     entropy_term: str = "epo"
     coefficient: Literal["fixed", "target"] = "fixed"
     phase_steps: int | None = None  # K of the phase schedule; None = the run's own length
-    released: bool = False  # advantages, averages and history as the reference implementation has them: `released_rows`
+    step: str = "epo_jax.training.step"  # the module that defines the train step
+    mini_batches_by: Literal["episode", "turn"] = "episode"  # "turn": the train step cuts mini-batches out of one packed batch
     # shapes
     num_trajectories: int = 1  # N
     max_turns: int = 1  # U
     max_tokens: int = 1  # divisor of `seq-mean-token-sum-norm`
-    turn_tokens: int = 1  # tokens of a turn at most, for `released`
-    mini_turns: int = 1  # turns of a mini-batch of `released`, a multiple of `micro_turns`
-    micro_turns: int = 1  # turns of a micro-batch of `released`, each of which counts alike
+    turn_tokens: int = 1  # tokens of a turn at most
+    mini_turns: int = 1  # for mini-batches by turn: turns in a mini-batch, a multiple of `micro_turns`
+    micro_turns: int = 1  # ... and in a micro-batch, each of which counts alike
 
     @property
     def episode_means(self) -> bool:
@@ -78,45 +79,6 @@ class EntropyHistory(NamedTuple):
     values: Float[Array, "K I"]
     observed: Float[Array, "K I"]
     count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count
-
-
-class Episodes(NamedTuple):
-    """Sampled data from which advantages are estimated.
-
-    All [B, T] but the last three (packed rows; where padding, `policy_mask`, `trajectory` and `turn` are 0).
-    `reward` holds each turn's reward on the turn's last policy token; `valid` is 1 where the token's turn parsed;
-    `value` is the critic's (zeros without one); `anchor` identifies the observation before each turn: equal integers in
-    [0, N * U) mean the same observation of the same group (GiGPO; zeros otherwise).
-    """
-
-    policy_mask: Float[Array, "B T"]
-    trajectory: Int[Array, "B T"]
-    turn: Int[Array, "B T"]
-    reward: Float[Array, "B T"]
-    valid: Float[Array, "B T"]
-    value: Float[Array, "B T"]
-    log_prob: Float[Array, "B T"]
-    ref_log_prob: Float[Array, "B T"]
-    entropy: Float[Array, "B T"]
-    returns: Float[Array, " N"]
-    group: Int[Array, " N"]
-    anchor: Int[Array, "N U"]
-
-
-class LossRows(NamedTuple):
-    """A mini-batch as the loss sees it, all [B, T]; slice or reshape along B for micro-batches."""
-
-    policy_mask: Float[Array, "B T"]
-    trajectory: Int[Array, "B T"]
-    turn: Int[Array, "B T"]
-    old_log_prob: Float[Array, "B T"]
-    ref_log_prob: Float[Array, "B T"]
-    advantage: Float[Array, "B T"]
-    weight: Float[Array, "B T"]  # of the KL loss: the aggregation asked for
-    surrogate_weight: Float[Array, "B T"]  # the same, less what token control and importance sampling take away
-    divergence_weight: Float[Array, "B T"]  # of |log ratio|, where KL-Cov asks for it
-    entropy_weight: Float[Array, "B T"]  # of the entropy term
-    mean_weight: Float[Array, "B T"]  # plain mean over policy tokens, for metrics
 
 
 class Smoothing(NamedTuple):

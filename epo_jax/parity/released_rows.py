@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from epo_jax.objectives import advantages, policy, registry
-from epo_jax.objectives.advantages import Estimate
-from epo_jax.objectives.spec import Episodes, Hyper, ObjectiveConfig
+from epo_jax.objectives.batch import Old, TokenBatch
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.parity import released
 
 
@@ -73,20 +73,20 @@ def turn_weights(
 
 
 def estimate(
-    episodes: Episodes, key: Array, hyper: Hyper, objective: ObjectiveConfig
-) -> tuple[Estimate, Float[Array, "M K"]]:
-    """Advantages as the release has them, and what a token of turn k = trajectory * max_turns + turn weighs in the
+    batch: TokenBatch, old: Old, key: Array, hyper: Hyper, objective: ObjectiveConfig
+) -> tuple[Old, Float[Array, "M K"]]:
+    """`old` with advantages as the release has them, and what a token of turn k = trajectory * max_turns + turn weighs in the
     averages of mini-batch m.
 
     The episode's return is the reward of every turn's last token, less the format penalty of that turn and the KL of its
     tokens.
     """
     shape, length = (objective.num_trajectories, objective.max_turns), objective.turn_tokens
-    mask, turn_key = episodes.policy_mask, episodes.trajectory * objective.max_turns + episodes.turn
+    mask, turn_key = old.mask, batch.trajectory * objective.max_turns + batch.turn
     if objective.drop_uniform_groups:
-        kept = advantages.informative(episodes.returns, episodes.group, objective.num_trajectories)
-        mask = mask * kept[episodes.trajectory]
-        episodes = episodes._replace(policy_mask=mask)
+        kept = advantages.informative(batch.returns, batch.group, objective.num_trajectories)
+        mask = mask * kept[batch.trajectory]
+        old = old._replace(mask=mask)
     position = jnp.arange(mask.size).reshape(mask.shape)
     first = jax.ops.segment_min(jnp.where(mask > 0, position, mask.size).ravel(), turn_key.ravel(), shape[0] * shape[1])
     column = jnp.where(mask > 0, position - first[turn_key], length)  # a turn's tokens lie side by side
@@ -94,44 +94,44 @@ def estimate(
     def by_turn(x: Float[Array, "B T"]) -> Float[Array, "K L"]:
         return jnp.zeros((shape[0] * shape[1], length), x.dtype).at[turn_key, column].set(x, mode="drop")
 
-    ends = advantages.turn_ends(mask, episodes.trajectory, episodes.turn, shape)
-    reward = (episodes.returns[episodes.trajectory] - hyper.format_penalty * (1.0 - episodes.valid)) * ends
+    ends = advantages.turn_ends(mask, batch.trajectory, batch.turn, shape)
+    reward = (batch.returns[batch.trajectory] - hyper.format_penalty * (1.0 - batch.valid)) * ends
     if objective.kl_place == "reward" and objective.kl != "none":
-        reward -= hyper.kl_coef * policy.kl_estimate(episodes.log_prob, episodes.ref_log_prob, objective.kl) * mask
+        reward -= hyper.kl_coef * policy.kl_estimate(old.log_prob, old.ref_log_prob, objective.kl) * mask
     turn_mask = by_turn(mask)
     tokens = turn_mask.sum(1).astype(jnp.int32)
     rows = turn_rows(tokens, objective.mini_turns, objective.micro_turns, key)
-    advantage, returns = _row_advantages(rows, by_turn, episodes, reward, turn_mask, hyper, objective)
+    advantage, returns = _row_advantages(rows, by_turn, batch, old, reward, turn_mask, hyper, objective)
 
     def by_token(x: Float[Array, "R L"]) -> Float[Array, "B T"]:
         place = jnp.where(rows.live > 0, rows.key, tokens.size)
         of_turn = jnp.zeros(turn_mask.shape, x.dtype).at[place].set(x, mode="drop")  # a copy's advantage is its original's
         return of_turn[turn_key, jnp.minimum(column, length - 1)] * mask
 
-    shaped = registry.SHAPERS[objective.shaper](by_token(advantage), episodes, hyper, objective)
+    shaped = registry.SHAPERS[objective.shaper](by_token(advantage), batch, old, hyper, objective)
     weights = turn_weights(rows, tokens, objective.mini_turns, objective.micro_turns)
-    return Estimate(shaped * mask, by_token(returns), mask), weights
+    return old._replace(advantage=shaped * mask, returns=by_token(returns), mask=mask), weights
 
 
-def _row_advantages(rows, by_turn, episodes, reward, turn_mask, hyper, objective):
+def _row_advantages(rows, by_turn, batch, old, reward, turn_mask, hyper, objective):
     """(advantages, returns) [B, L] of the turn rows. Empty rows form a group and an anchor of their own."""
     live = rows.live > 0
     rewards, mask = by_turn(reward)[rows.key] * rows.live[:, None], turn_mask[rows.key] * rows.live[:, None]
     trajectory = rows.key // objective.max_turns
-    group = jnp.where(live, episodes.group[trajectory], objective.num_trajectories)
+    group = jnp.where(live, batch.group[trajectory], objective.num_trajectories)
     match objective.estimator:
         case "gae":
             return released.gae(
-                rewards, by_turn(episodes.value)[rows.key] * mask, mask, hyper.discount, hyper.gae_lambda
+                rewards, by_turn(old.value)[rows.key] * mask, mask, hyper.discount, hyper.gae_lambda
             )
         case "reinforce_pp":
             return released.reinforce_pp(rewards, mask, hyper.discount)
         case "gigpo":
             turn_rewards = advantages.turn_sums(
-                episodes.reward * episodes.policy_mask, episodes.trajectory, episodes.turn, episodes.anchor.shape
+                batch.reward * old.mask, batch.trajectory, batch.turn, batch.anchor.shape
             )
             steps = advantages.step_returns(turn_rewards, hyper.discount).ravel()[rows.key]
-            anchor = jnp.where(live, episodes.anchor.ravel()[rows.key], rows.key.size - 1)
+            anchor = jnp.where(live, batch.anchor.ravel()[rows.key], rows.key.size - 1)
             advantage = released.gigpo(
                 rewards, steps * rows.live, mask, anchor, group, trajectory, hyper.gigpo_weight, normalise=False
             )

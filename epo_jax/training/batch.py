@@ -5,7 +5,7 @@ import numpy as np
 
 from epo_jax.common import keys
 from epo_jax.objectives.batch import TokenBatch
-from epo_jax.objectives.loss import ObjectiveConfig
+from epo_jax.objectives.spec import ObjectiveConfig
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.trajectory import Trajectory
 
@@ -15,8 +15,8 @@ def step_batch(
 ) -> TokenBatch:
     """What the learner sees of RL step `step`, in micro-batches of `micro_rows`: the mini-batches of every epoch, each of which
     deals the episodes to them in another order."""
-    # The release's mini-batches are cut from turns, inside the train step, and are the same in every epoch.
-    mini_batches, epochs = (1, 1) if objective.released else (config.algo.mini_batches, config.algo.epochs)
+    by_episode = objective.mini_batches_by == "episode"  # else the train step cuts its own
+    mini_batches, epochs = (config.algo.mini_batches, config.algo.epochs) if by_episode else (1, 1)
     orders = np.stack([
         keys.generator(config.seed, "mini-batches", step, epoch).permutation(len(trajectories)) for epoch in range(epochs)
     ])  # fmt: skip

@@ -1,10 +1,12 @@
 """From a config to what the train step takes: objective, coefficients, and its static config."""
 
+import importlib
+
 import jax
 import numpy as np
 
 from epo_jax.objectives import registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.settings.config import flatten
 from epo_jax.settings.table import SETTINGS
 from epo_jax.training.optim import OptimConfig
@@ -44,19 +46,13 @@ def _recomputes_old_log_prob(config) -> bool:
 def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 1) -> LearnerConfig:
     """What is static about the run's train step, on a mesh that deals rows to `row_shards`."""
     algo = config.algo
-    updates = config.train.steps * (1 if objective.released else algo.epochs * algo.mini_batches)
-
-    def optim(**changes) -> OptimConfig:
-        settings = config.optim.to_dict() | {"lr": 1.0} | changes  # the rates themselves are in Hyper
-        return OptimConfig(updates=updates, released=objective.released, **settings)
-
-    critic = {"warmup_ratio": 0.0, "floor_ratio": 1.0} if objective.released else {}  # the release's critic has one rate
-
-    return LearnerConfig(
+    # The rates themselves are in Hyper.
+    optim = OptimConfig(**config.optim.to_dict() | {"lr": 1.0}, updates=config.train.steps * algo.epochs * algo.mini_batches)
+    learner = LearnerConfig(
         model=model,
         objective=objective,
-        optim=optim(),
-        critic_optim=optim(**critic) if objective.estimator == "gae" else None,
+        optim=optim,
+        critic_optim=optim if objective.estimator == "gae" else None,
         reference=objective.kl != "none",
         epochs=algo.epochs,
         micro_rows=algo.micro_batch_rows * row_shards,
@@ -67,3 +63,4 @@ def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 
             config.env.max_turns * config.agent.response_tokens if config.agent.context == "window" else None
         ),
     )
+    return importlib.import_module(objective.step).configure(learner)

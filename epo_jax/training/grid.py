@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.settings.config import base_config, flatten
 from epo_jax.settings.sweep import COEFFICIENTS
 from epo_jax.settings.validate import validate

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from epo_jax.models.decoder import Params
 from epo_jax.objectives.batch import TokenBatch
-from epo_jax.objectives.loss import Hyper
+from epo_jax.objectives.spec import Hyper
 from epo_jax.training.optim import stuck
 from epo_jax.training.state import LearnerConfig, TrainState
 from epo_jax.training.step import Metrics, step_function

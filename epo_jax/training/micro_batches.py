@@ -82,12 +82,12 @@ def gradient_by_slopes(
     The chain rule in two passes. First `statistics(params, inputs)` of all rows, and the slope of `loss(statistics, rows)` by
     each of them; then the gradient of each micro-batch's statistics times their slopes. It costs a forward pass more.
     """
-    whole = in_rows(functools.partial(statistics, params), rows.inputs, live, micro_rows)
-    slopes, (sums, maxima) = jax.grad(loss, has_aux=True)(whole, rows.loss)
+    whole = in_rows(functools.partial(statistics, params), rows.batch, live, micro_rows)
+    slopes, (sums, maxima) = jax.grad(loss, has_aux=True)(whole, rows)
 
     def sloped(params, micro):
-        inputs, slopes = micro
-        return optax.tree.vdot(slopes, statistics(params, inputs)), ({}, {})
+        rows, slopes = micro
+        return optax.tree.vdot(slopes, statistics(params, rows)), ({}, {})
 
-    gradient, _, _ = summed_gradients(sloped, params, (rows.inputs, slopes), live, micro_rows, axes)
+    gradient, _, _ = summed_gradients(sloped, params, (rows.batch, slopes), live, micro_rows, axes)
     return gradient, sums, maxima

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from epo_jax.models.decoder import Params
 
@@ -18,8 +18,7 @@ class OptimConfig:
 
     With `muon`, updates of the layers' matrices are orthogonalised (Muon, https://kellerjordan.github.io/posts/muon) and scaled
     to the size of Adam's; all else has Adam with Nesterov's momentum.
-    With `released` the rate is the release's: `updates` are RL steps, all updates of a step have one rate, and the warm-up begins
-    at 0, so that the first step moves nothing.
+    Without `scheduled` the rate is `lr` throughout; whoever updates may scale it.
     """
 
     lr: float
@@ -31,12 +30,12 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     muon: bool = False
-    released: bool = False
+    scheduled: bool = True
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """The optimiser; with `released` at its highest rate, which `guarded_update` lowers."""
-    rate = config.lr if config.released else _schedule(config, config.lr)
+    """The optimizer that a config describes."""
+    rate = warmup_cosine(config, config.lr, config.lr / (_warmup(config) + 1)) if config.scheduled else config.lr
     if config.muon:
         update = optax.contrib.muon(
             rate,
@@ -78,13 +77,17 @@ def _clip(limit: float) -> optax.GradientTransformation:
     )
 
 
-def _schedule(config: OptimConfig, peak: float) -> optax.Schedule:
-    warmup = int(config.warmup_ratio * config.updates)
+def _warmup(config: OptimConfig) -> int:
+    return int(config.warmup_ratio * config.updates)
+
+
+def warmup_cosine(config: OptimConfig, peak: float, start: float) -> optax.Schedule:
+    """A rate that rises from `start` to `peak` and falls along a cosine to `floor_ratio * peak`."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.released else peak / (warmup + 1),
+        init_value=start,
         peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=max(config.updates, warmup + 1),
+        warmup_steps=_warmup(config),
+        decay_steps=max(config.updates, _warmup(config) + 1),
         end_value=config.floor_ratio * peak,
     )
 
@@ -101,17 +104,14 @@ def guarded_update(
     opt_state: optax.OptState,
     params: Params,
     lr: Float[Array, ""] | float,
-    step: Int[Array, ""],
     tokens: Float[Array, ""],
 ) -> tuple[Params, optax.OptState, Float[Array, ""], Float[Array, ""]]:
-    """(params, opt_state, norm of the gradient, skipped) after an update on `tokens` policy tokens in RL step `step`, times `lr`.
+    """(params, opt_state, norm of the gradient, skipped) after an update on `tokens` policy tokens, times `lr`.
 
     Without tokens, or where the norm is not finite, nothing changes; `skipped` is 1 in the second case.
     """
     norm = optax.tree.norm(gradient)
     updates, next_state = make_optimizer(config).update(gradient, opt_state, params)
-    if config.released:
-        lr *= _schedule(config, 1.0)(step)
     updated = optax.apply_updates(params, optax.tree.scale(lr, updates)), next_state
     finite = jnp.isfinite(norm)
     made = finite & (tokens > 0)

@@ -18,7 +18,7 @@ from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params, init_params, param_axes
 from epo_jax.models.value import critic_axes, init_critic
 from epo_jax.objectives import entropy
-from epo_jax.objectives.loss import EntropyHistory, ObjectiveConfig
+from epo_jax.objectives.spec import EntropyHistory, ObjectiveConfig
 from epo_jax.parallel import mesh
 from epo_jax.settings.table import CriticKind
 from epo_jax.training.optim import OptimConfig, like_parameters, make_optimizer

@@ -18,12 +18,13 @@ from epo_jax.common.vocabulary import unused_ids
 from epo_jax.models import generate
 from epo_jax.models.decoder import init_params, param_axes
 from epo_jax.models.tokenizer import train_tokenizer
+from epo_jax.objectives.batch import NO_ARRAYS
 from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.parallel import mesh
 from epo_jax.runs.policies import fit_vocabulary
 from epo_jax.training import sft
 from epo_jax.training.state import init_state_on
-from epo_jax.training.step import Inputs, batch_shardings, make_train_step, policy_statistics
+from epo_jax.training.step import batch_shardings, make_train_step, policy_statistics
 from tests import tiny
 
 fresh = jax.jit(init_params, static_argnums=0)
@@ -145,7 +146,9 @@ def test_the_learner_scores_what_was_sampled():
     assert out.tokens.max() < V
     tokens = jnp.concatenate([first, out.tokens[:, :-1]], axis=1)
     place = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), tokens.shape)
-    rows = Inputs(tokens, place, jnp.ones_like(tokens), place, out.tokens)
+    rows = NO_ARRAYS._replace(
+        tokens=tokens, positions=place, segment_ids=jnp.ones_like(tokens), index=place, label=out.tokens
+    )
     log_prob, entropy = policy_statistics(PADDED, wide_params(), rows, 1.0)
     np.testing.assert_allclose(log_prob, out.log_prob, atol=1e-5)
     np.testing.assert_allclose(entropy, out.entropy, atol=1e-5)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from epo_jax.objectives.spec import Episodes
+from epo_jax.objectives.batch import NO_ARRAYS, Old, Rows, TokenBatch
+from epo_jax.objectives.loss import weigh
 
 NUM, TURNS, GROUPS = 6, 3, 2  # trajectories, turns at most, groups
 FIELDS = (
@@ -64,11 +65,31 @@ ONE_PER_ROW = [[i] for i in range(NUM)]
 PACKED = [[4, 1], [2], [], [0, 5, 3], [], []]
 
 
-def episodes_of(rows: dict, returns, group, anchor=None) -> Episodes:
-    return Episodes(
+def batch_of(rows: dict, returns=None, group=None, anchor=None) -> TokenBatch:
+    """The rows as a batch, without what the model reads; the sampler's log-probabilities are the reference's."""
+    return NO_ARRAYS._replace(
         policy_mask=rows["mask"], trajectory=rows["trajectory"], turn=rows["turn"],
-        reward=rows["reward"] * rows["mask"], valid=rows["valid"], value=rows["value"] * rows["mask"],
-        log_prob=rows["old_log_prob"], ref_log_prob=rows["ref_log_prob"], entropy=rows["old_entropy"],
-        returns=jnp.asarray(returns, jnp.float32), group=jnp.asarray(group, jnp.int32),
+        reward=rows["reward"] * rows["mask"], valid=rows["valid"],
+        behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=rows["old_entropy"],
+        returns=jnp.asarray(np.zeros(NUM) if returns is None else returns, jnp.float32),
+        group=jnp.asarray(np.zeros(NUM) if group is None else group, jnp.int32),
         anchor=jnp.zeros((NUM, TURNS), jnp.int32) if anchor is None else jnp.asarray(anchor, jnp.int32),
     )  # fmt: skip
+
+
+def old_of(rows: dict, advantage=None) -> Old:
+    """What is known of the rows before an update."""
+    return Old(
+        rows["old_log_prob"], rows["old_entropy"], rows["value"] * rows["mask"], rows["ref_log_prob"], rows["mask"], advantage,
+        advantage,
+    )  # fmt: skip
+
+
+def weighed(rows: dict, advantage, hyper, objective, keys=None) -> Rows:
+    """The rows as the loss sees them."""
+    return weigh(batch_of(rows), old_of(rows, advantage), hyper, objective, episode_keys() if keys is None else keys)
+
+
+def episodes_of(rows: dict, returns, group, anchor=None) -> tuple[TokenBatch, Old]:
+    """What advantages are estimated from."""
+    return batch_of(rows, returns, group, anchor), old_of(rows)

@@ -14,7 +14,7 @@ from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_
 
 RETURNS = np.array([1.0, 0.0, 0.0, 2.0, 2.0, 2.0])
 GROUP = np.array([0, 0, 0, 1, 1, 1])
-estimate_ = jax.jit(estimate, static_argnums=2)
+estimate_ = jax.jit(estimate, static_argnums=3)
 
 
 def objective(**settings):
@@ -42,7 +42,7 @@ def test_gae_within_turns_is_the_release_on_turn_rows():
     rows = pack(trajectories(1), PACKED, 60)
     batch = episodes_of(rows, RETURNS, GROUP)
     hyper = Hyper(discount=0.9, gae_lambda=0.8, format_penalty=0.0)
-    found = estimate_(batch, hyper, objective(estimator="gae", gae_scope="turn")).returns
+    found = estimate_(*batch, hyper, objective(estimator="gae", gae_scope="turn")).returns
     for i, e in enumerate(trajectories(1)):
         for t in set(e["turn"]):
             keep = (e["mask"] > 0) & (e["turn"] == t)
@@ -60,7 +60,7 @@ def test_gae_within_turns_charges_each_turn_for_itself():
     hyper = Hyper(format_penalty=0.1, kl_coef=0.3)  # discount and lambda are 1: padding after a row's end costs nothing
     settings = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, estimator="gae", gae_scope="turn",
                                format_penalty_place="before", kl="k1", kl_place="reward")  # fmt: skip
-    found = estimate_(episodes_of(rows, RETURNS, GROUP), hyper, settings)
+    found = estimate_(*episodes_of(rows, RETURNS, GROUP), hyper, settings)
     turns = [(i, e, (e["mask"] > 0) & (e["turn"] == t), t) for i, e in enumerate(trajectories(7)) for t in set(e["turn"])]
     rewards, values, mask = np.zeros((3, len(turns), 8), np.float32)
     for row, (i, e, keep, _) in enumerate(turns):
@@ -79,9 +79,9 @@ def test_gae_within_turns_charges_each_turn_for_itself():
 def test_whitening_can_be_left_out(estimator):
     batch, hyper = episodes_of(pack(trajectories(3), PACKED, 60), RETURNS, GROUP), Hyper(format_penalty=0.0)
     plain, whitened = (
-        estimate_(batch, hyper, objective(estimator=estimator, whiten=on)).advantage for on in (False, True)
+        estimate_(*batch, hyper, objective(estimator=estimator, whiten=on)).advantage for on in (False, True)
     )
-    np.testing.assert_allclose(advantages.whiten(plain, batch.policy_mask), whitened, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(advantages.whiten(plain, batch[0].policy_mask), whitened, rtol=1e-4, atol=1e-5)
     assert np.abs(plain - whitened).max() > 0.1
 
 
@@ -136,7 +136,7 @@ def test_gigpo_adds_the_step_advantage():
     anchor[:3, 0] = 0
     batch = episodes_of(rows, RETURNS, GROUP, anchor)
     hyper = Hyper(format_penalty=0.0, gigpo_weight=0.5)
-    found, plain = (estimate_(batch, hyper, objective(estimator=name)).advantage for name in ("gigpo", "dr_grpo"))
+    found, plain = (estimate_(*batch, hyper, objective(estimator=name)).advantage for name in ("gigpo", "dr_grpo"))
     first = np.array([e["reward"].sum() for e in trajectories(2)])[:3]
     step = 0.5 * (first - first.mean())
     for i in range(NUM):
@@ -152,7 +152,7 @@ def test_every_estimator_ignores_how_episodes_are_packed(estimator):
     episodes, found = trajectories(4), []
     for layout in (ONE_PER_ROW, PACKED):
         rows = pack(episodes, layout, 60)
-        result = estimate_(episodes_of(rows, RETURNS, GROUP), Hyper(), objective(estimator=estimator))
+        result = estimate_(*episodes_of(rows, RETURNS, GROUP), Hyper(), objective(estimator=estimator))
         for field in (result.advantage, result.returns):
             assert jnp.isfinite(field).all() and (field[rows["mask"] == 0] == 0).all()
         order = [(rows["trajectory"] == i) & (rows["mask"] > 0) for i in range(NUM)]
@@ -166,12 +166,12 @@ def test_every_estimator_under_vmap_over_coefficients_is_a_loop(estimator):
     settings = objective(estimator=estimator, kl="k1", kl_place="reward", shaper="ea")
     base = Hyper(discount=0.9, gae_lambda=0.8)
     members = [Hyper(*(jnp.float32(x * scale) for x in base)) for scale in (0.5, 0.8, 1.1)]
-    mapped = jax.vmap(lambda hyper: estimate_(batch, hyper, settings))(jax.tree.map(lambda *x: jnp.stack(x), *members))
+    mapped = jax.vmap(lambda hyper: estimate_(*batch, hyper, settings))(jax.tree.map(lambda *x: jnp.stack(x), *members))
     for m, hyper in enumerate(members):
-        alone, atol = estimate_(batch, hyper, settings), 1e-5
+        alone, atol = estimate_(*batch, hyper, settings), 1e-5
         if estimator == "grpo":
             # The returns 2, 2, 2 of a group differ only by their divergences, by which GRPO divides what rounding leaves.
-            returns = [alone.returns[(batch.trajectory == i) & (batch.policy_mask > 0)][0] for i in range(3, 6)]
+            returns = [alone.returns[(batch[0].trajectory == i) & (batch[0].policy_mask > 0)][0] for i in range(3, 6)]
             atol = rounding.bound(3, max(returns)) / np.std(returns, ddof=1)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[m], b, rtol=1e-4, atol=atol), mapped, alone)  # noqa: B023
     assert np.abs(mapped.advantage[0] - mapped.advantage[2]).max() > 1e-3
@@ -180,14 +180,14 @@ def test_every_estimator_under_vmap_over_coefficients_is_a_loop(estimator):
 def test_format_penalty_after_normalisation_costs_what_it_says():
     rows = pack(trajectories(7), ONE_PER_ROW, 24)
     batch = episodes_of(rows, RETURNS, GROUP)
-    with_, without = (estimate_(batch, Hyper(format_penalty=p), objective()).advantage for p in (0.1, 0.0))
+    with_, without = (estimate_(*batch, Hyper(format_penalty=p), objective()).advantage for p in (0.1, 0.0))
     np.testing.assert_allclose(without - with_, 0.1 * (1 - rows["valid"]) * rows["mask"], atol=1e-6)
 
 
 def test_format_penalty_before_normalisation_lowers_the_return():
     rows = pack(trajectories(7), ONE_PER_ROW, 24)
     before = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, format_penalty_place="before")
-    found = estimate_(episodes_of(rows, RETURNS, GROUP), Hyper(format_penalty=0.1), before).advantage
+    found = estimate_(*episodes_of(rows, RETURNS, GROUP), Hyper(format_penalty=0.1), before).advantage
     invalid = [len(set(e["turn"][(e["mask"] > 0) & (e["valid"] == 0)])) for e in trajectories(7)]
     expected = advantages.grpo(jnp.asarray(RETURNS - 0.1 * np.array(invalid), jnp.float32), jnp.asarray(GROUP), 2)
     np.testing.assert_allclose(found, expected[rows["trajectory"]] * rows["mask"], rtol=1e-4, atol=1e-5)
@@ -197,7 +197,7 @@ def test_kl_in_the_reward_lowers_the_return_by_its_sum():
     rows = pack(trajectories(8), PACKED, 60)
     batch = episodes_of(rows, RETURNS, GROUP)
     settings = objective(estimator="dr_grpo", kl="k1", kl_place="reward")
-    found = estimate_(batch, Hyper(kl_coef=0.5, format_penalty=0.0), settings).returns
+    found = estimate_(*batch, Hyper(kl_coef=0.5, format_penalty=0.0), settings).returns
     for i, e in enumerate(trajectories(8)):
         cost = 0.5 * ((e["old_log_prob"] - e["ref_log_prob"]) * e["mask"]).sum()
         here = (rows["trajectory"] == i) & (rows["mask"] > 0)
@@ -209,5 +209,5 @@ def test_uniform_groups_are_dropped():
     rows = pack(trajectories(9), PACKED, 60)
     for settings in ({}, {"kl": "k1", "kl_place": "reward"}):
         chosen = objective(drop_uniform_groups=True, **settings)
-        result = estimate_(episodes_of(rows, RETURNS, GROUP), Hyper(), chosen)
+        result = estimate_(*episodes_of(rows, RETURNS, GROUP), Hyper(), chosen)
         np.testing.assert_array_equal(result.policy_mask, rows["mask"] * (rows["trajectory"] < 3))

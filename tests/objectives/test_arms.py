@@ -28,7 +28,7 @@ def trained(arm: str) -> np.ndarray:
     config, hyper = tiny.learner(arm)
     given = {k: np.float32(v) for k, v in STRONG.items() if k not in overridden(arm)}
     hyper = hyper._replace(**given, lam=np.float32(0.1 * (hyper.lam > 0)))
-    state, mini_batches = tiny.start(config), 1 if config.objective.released else 2
+    state, mini_batches = tiny.start(config), 1 if config.objective.mini_batches_by == "turn" else 2
     for batch in batches(mini_batches):
         state, metrics = tiny.program(config, mini_batches)(state, batch, hyper)
         assert all(np.isfinite(value) for value in metrics.values()), metrics

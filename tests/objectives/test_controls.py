@@ -4,9 +4,22 @@ import numpy as np
 import pytest
 
 from epo_jax.objectives import controls, entropy, registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
+from epo_jax.objectives.batch import Current
+from epo_jax.objectives.loss import epo_loss, record, smoothing_terms
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from tests import rounding
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episode_keys, episodes_of, pack, trajectories
+from tests.objectives.problems import (
+    NUM,
+    ONE_PER_ROW,
+    PACKED,
+    TURNS,
+    advantages,
+    episode_keys,
+    episodes_of,
+    pack,
+    trajectories,
+    weighed,
+)
 
 OBJECTIVE = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS)
 
@@ -27,22 +40,18 @@ def advantage(rows):
 
 
 def table(rows, advantage, hyper, objective=OBJECTIVE, key=0):
-    return loss_rows(
-        rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"],
-        advantage * rows["mask"], hyper, objective,
-        behaviour_entropy=rows["old_entropy"], episode_keys=episode_keys(key),
-    )  # fmt: skip
+    return weighed(rows, advantage * rows["mask"], hyper, objective, episode_keys(key))
 
 
 def test_entropy_shaping_never_turns_an_advantage_round(batch, advantage):
-    shaped = controls.entropy_shaped(advantage, batch, Hyper(shaping_scale=0.4, shaping_kappa=2.0), OBJECTIVE)
-    expected = advantage + np.minimum(0.4 * batch.entropy, np.abs(advantage) / 2)
+    shaped = controls.entropy_shaped(advantage, *batch, Hyper(shaping_scale=0.4, shaping_kappa=2.0), OBJECTIVE)
+    expected = advantage + np.minimum(0.4 * batch[1].entropy, np.abs(advantage) / 2)
     np.testing.assert_allclose(shaped, expected, rtol=1e-6)
     assert (shaped * advantage >= 0).all()
 
 
 def test_empg_against_loops(rows, batch, advantage):
-    found = controls.empg(advantage, batch, Hyper(empg_sharpness=1.5, empg_bonus=0.2), OBJECTIVE)
+    found = controls.empg(advantage, *batch, Hyper(empg_sharpness=1.5, empg_bonus=0.2), OBJECTIVE)
     episodes = trajectories(0)
     mean = {(i, t): e["old_entropy"][(e["mask"] > 0) & (e["turn"] == t)].mean()
             for i, e in enumerate(episodes) for t in set(e["turn"])}  # fmt: skip
@@ -69,16 +78,16 @@ def test_kl_cov_charges_the_tokens_of_largest_covariance(rows, advantage):
     found = controls.kl_cov(table(rows, advantage, Hyper()), None, Hyper(cov_fraction=0.1, cov_coef=2.0))
     count = int(0.1 * keep.sum())
     expected = share >= np.sort(share.ravel())[-count]
-    np.testing.assert_allclose(found.divergence_weight, 2.0 * found.weight * expected, rtol=1e-6)
-    np.testing.assert_array_equal(found.surrogate_weight, found.weight)
+    np.testing.assert_allclose(found.weights.divergence, 2.0 * found.weights.policy * expected, rtol=1e-6)
+    np.testing.assert_array_equal(found.weights.surrogate, found.weights.policy)
 
 
 def test_the_divergence_of_kl_cov_takes_the_place_of_every_clip(rows, advantage):
     objective, hyper = registry.arm("grpo+kl_cov", OBJECTIVE, Hyper(kl_coef=0.0, cov_fraction=0.1))
     part = table(rows, advantage, hyper, objective)
-    smoothing = smoothing_terms(entropy.init_history(4), 0, 4, rows["old_entropy"], part, hyper, objective)
+    smoothing = smoothing_terms(entropy.init_history(4), 0, 4, part, hyper, objective)
     log_ratio = 5.0 * (rows["log_prob"] - rows["old_log_prob"])  # far beyond what PPO keeps
-    loss, sums = epo_loss(rows["old_log_prob"] + log_ratio, rows["entropy"], part, smoothing, hyper, objective)
+    loss, sums = epo_loss(Current(rows["old_log_prob"] + log_ratio, rows["entropy"]), part, smoothing, hyper, objective)
     share, keep = covariances(rows, advantage)
     charged = share >= np.sort(share.ravel())[-int(0.1 * keep.sum())]
     terms = (-advantage * np.exp(log_ratio) + charged * np.abs(log_ratio))[keep]  # advantages of both signs
@@ -92,7 +101,7 @@ def test_clip_cov_silences_some_tokens_of_the_band(rows, advantage):
     silenced = []
     for key in range(2):
         found = controls.clip_cov(table(rows, advantage, hyper), episode_keys(key), hyper)
-        off = np.asarray(found.surrogate_weight == 0) & keep
+        off = np.asarray(found.weights.surrogate == 0) & keep
         assert off.sum() == int(0.1 * keep.sum())
         assert ((share > 0.1) & (share < 1.0))[off].all()
         silenced.append(off)
@@ -114,7 +123,7 @@ def test_clip_covs_draws_follow_the_token_wherever_it_is_packed():
 def test_clip_cov_with_an_empty_band_silences_nothing(rows, advantage):
     hyper = Hyper(cov_low=1e6, cov_high=2e6)
     found = controls.clip_cov(table(rows, advantage, hyper), episode_keys(), hyper)
-    np.testing.assert_array_equal(found.surrogate_weight, found.weight)
+    np.testing.assert_array_equal(found.weights.surrogate, found.weights.policy)
 
 
 def peaks_by_hand(rows, quantile):
@@ -139,7 +148,7 @@ def test_siren_pulls_peak_tokens_towards_the_first_step(rows, advantage):
     first = entropy.append(entropy.init_history(4), jnp.array([0.6]), jnp.ones(1))
     history = entropy.append(first, jnp.array([99.0]), jnp.ones(1))
     part = table(rows, advantage, hyper, objective)
-    smoothing = smoothing_terms(history, 2, 4, rows["old_entropy"], part, hyper, objective)
+    smoothing = smoothing_terms(history, 2, 4, part, hyper, objective)
 
     def term(h):
         return controls.siren_term(h, part, smoothing, hyper, objective)[0]
@@ -151,9 +160,7 @@ def test_siren_pulls_peak_tokens_towards_the_first_step(rows, advantage):
     share = sum(o / (NUM * o.sum()) for o in own)
     np.testing.assert_allclose(value, 0.5 * (mean - 0.6) ** 2, rtol=1e-4)
     np.testing.assert_allclose(slope, 0.5 * 2 * (mean - 0.6) * share, rtol=1e-4, atol=1e-7)
-    anchored = record(
-        entropy.init_history(4), rows["old_entropy"], rows["mask"], rows["trajectory"], rows["turn"], hyper, objective
-    )
+    anchored = record(entropy.init_history(4), part.batch, part.old, hyper, objective)
     np.testing.assert_allclose(anchored.values[0, 0], mean, rtol=1e-5)
 
 

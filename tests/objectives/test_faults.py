@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 
 from epo_jax.objectives import entropy, registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, estimate, loss_rows, record, smoothing_terms
+from epo_jax.objectives.batch import Current
+from epo_jax.objectives.loss import epo_loss, estimate, record, smoothing_terms
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.parity import released
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episode_keys, episodes_of, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_of, pack, trajectories, weighed
 
 SHAPES = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, max_tokens=40)
 
 
 def table(rows, hyper, objective):
-    zero = jnp.zeros_like(rows["mask"])
-    return loss_rows(
-        rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"],
-        zero, hyper, objective, behaviour_entropy=rows["old_entropy"], episode_keys=episode_keys(),
-    )  # fmt: skip
+    return weighed(rows, jnp.zeros_like(rows["mask"]), hyper, objective)
 
 
 @pytest.mark.parametrize("base", sorted(registry.BASES))
@@ -34,8 +32,8 @@ def test_1_and_2_the_corridor_has_a_gradient_in_every_arm(base):
     def loss(token_entropy, alpha):
         changed = hyper._replace(alpha=alpha)
         part = table(rows, changed, objective)
-        smoothing = smoothing_terms(history, 1, 4, rows["old_entropy"], part, changed, objective)
-        return epo_loss(rows["log_prob"], token_entropy, part, smoothing, changed, objective)[0]
+        smoothing = smoothing_terms(history, 1, 4, part, changed, objective)
+        return epo_loss(Current(rows["log_prob"], token_entropy), part, smoothing, changed, objective)[0]
 
     with_, without = (jax.grad(loss)(rows["entropy"], alpha) for alpha in (hyper.alpha, 0.0))
     above = (rows["mask"] > 0) & (rows["entropy"] > 0.1 * hyper.kappa_r)
@@ -48,12 +46,12 @@ def test_4a_the_corridor_never_sees_the_current_step():
     history, means = entropy.init_history(5), []
     for k in range(4):
         sampled = rows["old_entropy"] * (k + 1.0)
-        part = table(rows, Hyper(), SHAPES)
-        smoothing = smoothing_terms(history, k, 5, sampled, part, Hyper(), SHAPES)
+        part = table({**rows, "old_entropy": sampled}, Hyper(), SHAPES)
+        smoothing = smoothing_terms(history, k, 5, part, Hyper(), SHAPES)
         assert smoothing.known[0] == (k > 0)
         if k:
             np.testing.assert_allclose(smoothing.center, [np.mean(means)], rtol=1e-5)
-        history = record(history, sampled, rows["mask"], rows["trajectory"], rows["turn"], Hyper(), SHAPES)
+        history = record(history, part.batch, part.old, Hyper(), SHAPES)
         means.append((sampled * rows["mask"]).sum() / rows["mask"].sum())
 
 
@@ -80,7 +78,7 @@ def test_7_rows_are_padded_not_duplicated():
     """An empty row changes no advantage; a copy of an episode, the release's filler, would."""
     episodes, returns, group = trajectories(1), np.arange(NUM), np.zeros(NUM)
     plain, padded = (
-        estimate(episodes_of(pack(episodes, layout, 24), returns, group), Hyper(), SHAPES).advantage
+        estimate(*episodes_of(pack(episodes, layout, 24), returns, group), Hyper(), SHAPES).advantage
         for layout in (ONE_PER_ROW, [*ONE_PER_ROW, [], []])
     )
     np.testing.assert_array_equal(plain, padded[:NUM])
@@ -104,7 +102,7 @@ def test_8b_a_badly_formatted_turn_costs_its_own_episode_alone():
     returns, group = np.arange(NUM) % 3, np.zeros(NUM)
     own, others = (rows["trajectory"] == 2) & (rows["mask"] > 0), rows["trajectory"] != 2
     clean, bad = (
-        estimate(episodes_of({**rows, "valid": valid}, returns, group), Hyper(), SHAPES).advantage
+        estimate(*episodes_of({**rows, "valid": valid}, returns, group), Hyper(), SHAPES).advantage
         for valid in (jnp.ones_like(rows["valid"]), jnp.where(others, 1.0, 0.0))
     )
     np.testing.assert_array_equal(clean[others], bad[others])
@@ -118,5 +116,5 @@ def test_9_micro_batches_of_different_length_are_not_averaged_alike():
     means = [released.aggregate(x[s], mask[s], "token-mean") for s in (slice(0, 2), slice(2, 6))]
     whole = released.aggregate(x, mask, "token-mean")
     assert abs(np.mean(means) - whole) > 1e-3
-    weight = table(rows, Hyper(), SHAPES).mean_weight
+    weight = table(rows, Hyper(), SHAPES).weights.mean
     np.testing.assert_allclose((weight[:2] * x[:2]).sum() + (weight[2:] * x[2:]).sum(), whole, rtol=1e-5)

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo_jax.objectives import entropy, registry, spec
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig, epo_loss, loss_rows, record, smoothing_terms
+from epo_jax.objectives.batch import Current
+from epo_jax.objectives.loss import epo_loss, record, smoothing_terms
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.settings.table import Aggregation, HistoryMode, Penalty, PenaltyScope, Phase
 from tests import rounding
 from tests.objectives import transcription
-from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episode_keys, pack, trajectories
+from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, advantages, episodes_of, pack, trajectories, weighed
 
 STEPS = 8
 PAST = (0.7, 0.9)  # mean entropies of the steps before
@@ -36,21 +38,22 @@ def past(objective):
     return history
 
 
+def sliced(rows, tree):
+    """Those rows of everything that has rows."""
+    return jax.tree.map(lambda x: x[rows] if x.ndim == 2 and x.shape != (NUM, TURNS) else x, tree)
+
+
 @functools.partial(jax.jit, static_argnames=("objective", "split"))
 def total(rows, advantage, hyper, objective, split=None, history=None):
     """The mini-batch's (loss, sums), added up over micro-batches of `split` rows; differentiable."""
 
     def whole(log_prob, token_entropy):
-        table = loss_rows(
-            rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"],
-            advantage[rows["trajectory"]] * rows["mask"], hyper, objective,
-            behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=rows["old_entropy"], episode_keys=episode_keys(),
-        )  # fmt: skip
+        table = weighed(rows, advantage[rows["trajectory"]] * rows["mask"], hyper, objective)
         past_steps = past(objective) if history is None else history
-        smoothing = smoothing_terms(past_steps, 2, STEPS, rows["old_entropy"], table, hyper, objective)
+        smoothing = smoothing_terms(past_steps, 2, STEPS, table, hyper, objective)
         count = log_prob.shape[0]
         parts = [
-            epo_loss(*jax.tree.map(lambda x: x[s], (log_prob, token_entropy, table)), smoothing, hyper, objective)  # noqa: B023
+            epo_loss(*sliced(s, (Current(log_prob, token_entropy), table)), smoothing, hyper, objective)
             for s in (slice(i, i + (split or count)) for i in range(0, count, split or count))
         ]
         loss, sums = jax.tree.map(lambda *x: sum(x), *parts)
@@ -186,11 +189,8 @@ def test_the_corridor_never_contains_the_current_step(name):
 
     @jax.jit
     def seen(history, sampled):
-        table = loss_rows(
-            rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"], 0.0 * rows["mask"],
-            hyper, objective, behaviour_log_prob=rows["ref_log_prob"], behaviour_entropy=sampled, episode_keys=episode_keys(),
-        )  # fmt: skip
-        return smoothing_terms(history, 2, STEPS, sampled, table, hyper, objective).center
+        table = weighed({**rows, "old_entropy": sampled}, 0.0 * rows["mask"], hyper, objective)
+        return smoothing_terms(history, 2, STEPS, table, hyper, objective).center
 
     @given(st.floats(0.0, 10.0, width=32))
     @few
@@ -198,8 +198,8 @@ def test_the_corridor_never_contains_the_current_step(name):
         np.testing.assert_array_equal(seen(history, rows["old_entropy"]), seen(history, scale * rows["old_entropy"]))
 
     check()
-    place = (rows["mask"], rows["trajectory"], rows["turn"])
-    later = record(history, 3.0 * rows["old_entropy"], *place, hyper, objective)
+    tripled = {**rows, "old_entropy": 3.0 * rows["old_entropy"]}
+    later = record(history, *episodes_of(tripled, None, None), hyper, objective)
     moved = jnp.abs(seen(later, rows["old_entropy"]) - seen(history, rows["old_entropy"]))
     assert (moved > 0.1).all() or objective.history == "initial"
 
@@ -289,11 +289,11 @@ def test_batch_scope_compares_the_mean_of_the_batch():
 
 def test_record_appends_the_sampled_entropy_of_this_step():
     rows = pack(trajectories(0), PACKED, 60)
-    history = record(past(BASE), rows["old_entropy"], rows["mask"], rows["trajectory"], rows["turn"], HYPER, BASE)
+    history = record(past(BASE), *episodes_of(rows, None, None), HYPER, BASE)
     assert history.count == 3
     np.testing.assert_allclose(history.values[2, 0], by_token(rows["old_entropy"], rows).mean(), rtol=1e-5)
     by_turn = dataclasses.replace(BASE, history_index="turn")
-    history = record(past(by_turn), rows["old_entropy"], rows["mask"], rows["trajectory"], rows["turn"], HYPER, by_turn)
+    history = record(past(by_turn), *episodes_of(rows, None, None), HYPER, by_turn)
     last = np.asarray(rows["old_entropy"])[(rows["turn"] == 2) & (rows["mask"] > 0)].mean()
     np.testing.assert_allclose(history.values[2, 2], last, rtol=1e-5)
 
@@ -314,12 +314,9 @@ def test_truncated_importance_scales_the_surrogate_alone():
 
 def test_full_kl_takes_the_place_of_the_estimate():
     rows = pack(trajectories(0), PACKED, 60)
-    part = loss_rows(
-        rows["mask"], rows["trajectory"], rows["turn"], rows["old_log_prob"], rows["ref_log_prob"],
-        jnp.zeros_like(rows["mask"]), HYPER, BASE,
-    )  # fmt: skip
+    part = weighed(rows, jnp.zeros_like(rows["mask"]), HYPER, BASE)
     objective = dataclasses.replace(BASE, kl="full")
-    smoothing = smoothing_terms(past(BASE), 2, STEPS, rows["old_entropy"], part, HYPER, objective)
+    smoothing = smoothing_terms(past(BASE), 2, STEPS, part, HYPER, objective)
     given_kl = rows["value"]
-    sums = epo_loss(rows["log_prob"], rows["entropy"], part, smoothing, HYPER, objective, given_kl)[1]
+    sums = epo_loss(Current(rows["log_prob"], rows["entropy"], given_kl), part, smoothing, HYPER, objective)[1]
     np.testing.assert_allclose(sums["kl"], by_token(given_kl, rows).mean(), rtol=1e-4, atol=1e-6)

@@ -3,7 +3,7 @@ import pytest
 
 from epo_jax.common.errors import UserError
 from epo_jax.objectives import registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 
 BASES = ("ppo", "grpo", "gigpo", "rloo", "reinforce_pp", "dr_grpo", "dapo")
 OVERLAYS = (

@@ -19,7 +19,7 @@ from epo_jax.rollout import lane, prompts, scheduler
 from epo_jax.rollout.episode import LiveEpisode
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.trajectory import Trajectory
-from epo_jax.training.step import Inputs, policy_statistics
+from epo_jax.training.step import policy_statistics
 from tests.envs import wander_env
 
 OPTIONS = {"name": "toy"}
@@ -114,7 +114,7 @@ def test_the_learner_scores_what_was_sampled(wander, stirred, settings):
     batch = pack(trajectories, BatchShape(256, 64, 5, 2, 1, *contexts))
     worst, seen = 0.0, 0
     for m in range(2):
-        rows = Inputs(*(jnp.asarray(x[m]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
+        rows = jax.tree.map(lambda x, m=m: jnp.asarray(x[m]), batch.by_row())
         log_prob, entropy = policy_statistics(MODEL, stirred, rows, 1.0)
         mask = batch.policy_mask[m] > 0
         np.testing.assert_allclose(log_prob[mask], batch.behaviour_log_prob[m][mask], atol=1e-4)
@@ -205,7 +205,7 @@ def test_sampling_in_fewer_bits_moves_log_probabilities_by_so_much(wander, stirr
     """What the learner (float32) says of tokens that were sampled in fewer bits: close, and measurably not the same."""
     trajectories, _ = wander(dataclasses.replace(CHAT, **options))
     batch = pack(trajectories, BatchShape(256, 64, 5))
-    rows = Inputs(*(jnp.asarray(x[0]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
+    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), batch.by_row())
     mask = batch.policy_mask[0] > 0
     gap = np.abs(np.asarray(policy_statistics(MODEL, stirred, rows, 1.0)[0]) - batch.behaviour_log_prob[0])[mask]
     # Four other seeds: means of .0099 to .0106 and .0044 to .0052; the largest gap is that of one unlikely token.

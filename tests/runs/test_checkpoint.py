@@ -11,7 +11,7 @@ import pytest
 
 from epo_jax.common.errors import UserError
 from epo_jax.models.decoder import DecoderConfig, init_params, param_axes
-from epo_jax.objectives.loss import ObjectiveConfig
+from epo_jax.objectives.spec import ObjectiveConfig
 from epo_jax.parallel import mesh
 from epo_jax.runs import checkpoint, versions
 from epo_jax.training.optim import OptimConfig

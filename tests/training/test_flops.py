@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from epo_jax.models.decoder import DecoderConfig, Lora, init_params
+from epo_jax.objectives.batch import NO_ARRAYS
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training import flops
-from epo_jax.training.step import Inputs, head_inputs
+from epo_jax.training.step import head_inputs
 from tests import tiny
 
 MODEL = DecoderConfig(512, 64, 2, 4, 2, 16, 192)
@@ -36,7 +37,8 @@ def test_a_forward_pass_is_what_the_compiler_counts(lora):
     wide, narrow = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (ROW, POLICY))
 
     def logits(params, *rows):
-        hidden, head = head_inputs(model, params, Inputs(*rows))
+        names = ("tokens", "positions", "segment_ids", "index", "label")
+        hidden, head = head_inputs(model, params, NO_ARRAYS._replace(**dict(zip(names, rows, strict=True))))
         return hidden @ head.T
 
     found = compilers_count(logits, params, wide, wide, wide, narrow, narrow)

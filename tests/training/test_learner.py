@@ -13,13 +13,13 @@ from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.objectives import registry
-from epo_jax.objectives.loss import Hyper, ObjectiveConfig
+from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.rollout import prompts, scheduler
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
 from epo_jax.training.state import LearnerConfig, init_state
-from epo_jax.training.step import Inputs, make_train_step, policy_statistics
+from epo_jax.training.step import make_train_step, policy_statistics
 
 OPTIONS = {"name": "toy"}
 GROUPS, SIZE = 8, 8
@@ -81,7 +81,7 @@ def update(world, sampled, config, hyper, mini_batches=2, rows_multiple=4, steps
 def test_the_learner_agrees_with_the_sampler(world, sampled):
     """Log-probability and entropy of the sampled tokens: decode with a cache against the packed forward."""
     batch = pack(sampled, BatchShape(128, 64, 2))
-    rows = Inputs(*(jnp.asarray(x[0]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index, batch.label)))
+    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), batch.by_row())
     log_prob, entropy = policy_statistics(world[1], jax.tree.map(jnp.asarray, world[2]), rows, 1.0)
     mask = batch.policy_mask[0] > 0
     np.testing.assert_allclose(log_prob[mask], batch.behaviour_log_prob[0][mask], atol=1e-4)

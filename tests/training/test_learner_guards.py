@@ -12,7 +12,9 @@ import pytest
 from epo_jax.common import keys
 from epo_jax.models.decoder import init_params
 from epo_jax.objectives import controls, entropy
-from epo_jax.objectives.loss import Hyper, loss_rows
+from epo_jax.objectives.batch import Old
+from epo_jax.objectives.loss import weigh
+from epo_jax.objectives.spec import Hyper
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.settings.config import base_config
 from epo_jax.training.batch import step_batch
@@ -118,12 +120,10 @@ def draws(trajectories, seed=0, **sizes):
     episode_keys = jax.vmap(functools.partial(jax.random.fold_in, keys.key(batch.seed, "learner")))(batch.episode)
     found = {}
     for m in range(len(batch.rows)):
-        mask, trajectory, turn = (jnp.asarray(x[m]) for x in (batch.policy_mask, batch.trajectory, batch.turn))
+        mini = jax.tree.map(lambda x, m=m: jnp.asarray(x[m]), batch.by_row())
+        mask, trajectory, turn = mini.policy_mask, mini.trajectory, mini.turn
         zeros = jnp.zeros_like(mask)
-        rows = loss_rows(
-            mask, trajectory, turn, zeros, zeros, zeros, Hyper(), objective, behaviour_entropy=zeros,
-            episode_keys=episode_keys,
-        )  # fmt: skip
+        rows = weigh(mini, Old(zeros, zeros, zeros, zeros, mask, zeros, zeros), Hyper(), objective, episode_keys)
         uniform, seen = np.asarray(controls.uniforms(rows, episode_keys)), {}
         for r, p in np.argwhere(np.asarray(mask) > 0):
             turn_of = int(batch.episode[trajectory[r, p]]), int(turn[r, p])

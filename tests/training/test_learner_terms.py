@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epo_jax.objectives.loss import Estimate
+from epo_jax.objectives.batch import Old
 from epo_jax.settings.config import base_config
 from epo_jax.training.from_config import objective_and_hyper
 from epo_jax.training.step import advantage_statistics
@@ -137,11 +137,12 @@ def test_the_ratio_from_its_smallest_to_its_largest():
 def test_advantage_statistics_are_of_the_tokens_trained_on():
     advantage = jnp.array([[1.0, -2.0, 9.0], [4.0, 0.0, 0.0]])
     mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    found = advantage_statistics(Estimate(advantage, advantage, mask))
+    old = Old(*4 * [advantage], mask, advantage, advantage)
+    found = advantage_statistics(old)
     kept = np.array([1.0, -2.0, 4.0])
     expected = {"mean": kept.mean(), "std": kept.std(), "rms": np.sqrt(np.square(kept).mean()), "min": -2.0, "max": 4.0}
     assert {name.removeprefix("advantage_"): float(x) for name, x in found.items()} == pytest.approx(expected)
-    nothing = advantage_statistics(Estimate(advantage, advantage, jnp.zeros_like(mask)))
+    nothing = advantage_statistics(old._replace(mask=jnp.zeros_like(mask)))
     assert nothing["advantage_mean"] == nothing["advantage_std"] == 0.0 and not np.isfinite(nothing["advantage_max"])
 
 
