@@ -14,6 +14,7 @@ from epo_jax.objectives.loss import epo_loss, estimate, record, smoothing_terms
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.parity import released
 from tests.objectives.problems import NUM, ONE_PER_ROW, PACKED, TURNS, episodes_of, pack, trajectories, weighed
+from tests.parity import actor
 
 SHAPES = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, max_tokens=40)
 
@@ -113,8 +114,8 @@ def test_9_micro_batches_of_different_length_are_not_averaged_alike():
     """The release's mean of means depends on the split; our weights do not."""
     rows = pack(trajectories(2), PACKED, 60)
     x, mask = rows["entropy"], rows["mask"]
-    means = [released.aggregate(x[s], mask[s], "token-mean") for s in (slice(0, 2), slice(2, 6))]
-    whole = released.aggregate(x, mask, "token-mean")
+    means = [actor.aggregate(x[s], mask[s], "token-mean") for s in (slice(0, 2), slice(2, 6))]
+    whole = actor.aggregate(x, mask, "token-mean")
     assert abs(np.mean(means) - whole) > 1e-3
     weight = table(rows, Hyper(), SHAPES).weights.mean
     np.testing.assert_allclose((weight[:2] * x[:2]).sum() + (weight[2:] * x[2:]).sum(), whole, rtol=1e-5)

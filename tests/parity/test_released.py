@@ -17,6 +17,7 @@ from epo_jax.settings.config import base_config
 from epo_jax.training.from_config import learner_config
 from epo_jax.training.optim import OptimConfig, stuck
 from tests import tiny
+from tests.parity import actor
 
 LENGTH, GATE = 4, tiny.TURNS // 2
 PAST = [0.0, 2.0, 2.4]  # one earlier step, which ended after two turns
@@ -97,7 +98,7 @@ def test_an_update_is_the_releases(base):
                for t in range(tiny.TURNS)]  # fmt: skip
     center = jnp.mean(jnp.array([PAST, by_turn]), axis=0)
     reference = tiny.own_statistics(batch, tiny.parameters(1))[0]
-    penalty = released.PenaltyConfig(1.0, 0.9, 1.1, 0.7, "token", GATE)
+    penalty = actor.PenaltyConfig(1.0, 0.9, 1.1, 0.7, "token", GATE)
 
     def loss(params):
         log_p = tiny.dense_log_p(params, inputs)
@@ -105,7 +106,7 @@ def test_an_update_is_the_releases(base):
         fields = (chosen, -(jnp.exp(log_p) * log_p).sum(-1), jnp.asarray(batch.behaviour_log_prob[0]), reference)
         columns = [padded(field, rows) for field in fields]
         micro = [
-            released.actor_loss(*(x[s] for x in (*columns, advantage, mask, turn)), center, 1, numbers, "token-mean", "k3",
+            actor.actor_loss(*(x[s] for x in (*columns, advantage, mask, turn)), center, 1, numbers, "token-mean", "k3",
                                 penalty, True)[0]
             for s in (slice(i, i + 5) for i in range(0, len(rows), 5))
         ]  # fmt: skip

@@ -1,12 +1,14 @@
 """Advantage estimators of the release, on turn rows."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from epo_jax.objectives import advantages
 from epo_jax.parity import released
-from tests.objectives import golden
+from tests.parity import actor, golden
 
 
 def both(advantage, returns=None):
@@ -28,16 +30,15 @@ def reinforce_pp(a, gamma):
 
 def remax(a):
     rewards, mask = rows(a)
-    return both(*released.remax(rewards, a["reward_baselines"], mask))
+    return both(*actor.remax(rewards, a["reward_baselines"], mask))
 
 
 def outcome(name):
+    estimate = actor.pass_at_k if name == "pass@k" else functools.partial(released.outcome_advantage, name)
+
     def advantage(a, compute_mean_std_cross_all_data, norm_adv_by_std_in_grpo=True):
-        return both(
-            released.outcome_advantage(
-                name, *rows(a), a["index"], a["traj_index"], compute_mean_std_cross_all_data, norm_adv_by_std_in_grpo
-            )
-        )
+        flags = compute_mean_std_cross_all_data, norm_adv_by_std_in_grpo
+        return both(estimate(*rows(a), a["index"], a["traj_index"], *flags))
 
     return advantage
 

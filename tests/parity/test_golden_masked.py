@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from epo_jax.parity import released
-from tests.objectives import golden
+from tests.parity import actor, golden
 
 
 def mean(a, axis=None):
@@ -24,11 +24,11 @@ def whitened(a, shift_mean=True):
 
 
 def response_mask(a, eos_token):
-    return {"mask": released.response_mask(a["response_id"], tuple(np.ravel(eos_token).tolist()))}
+    return {"mask": actor.response_mask(a["response_id"], tuple(np.ravel(eos_token).tolist()))}
 
 
 def aggregated(a, loss_agg_mode):
-    return {"loss": released.aggregate(a["loss_mat"], a["loss_mask"], loss_agg_mode)}
+    return {"loss": actor.aggregate(a["loss_mat"], a["loss_mask"], loss_agg_mode)}
 
 
 REPRODUCED = {

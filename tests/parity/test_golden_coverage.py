@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tests.objectives import golden, test_golden_actor, test_golden_advantages, test_golden_losses, test_golden_masked
-from tests.objectives.test_golden_raising import ANSWERS
+from tests.parity import golden, test_golden_actor, test_golden_advantages, test_golden_losses, test_golden_masked
+from tests.parity.test_golden_raising import ANSWERS
 
 MODULES = (test_golden_actor, test_golden_advantages, test_golden_losses, test_golden_masked)
 

@@ -7,7 +7,7 @@ from epo_jax.objectives import policy, value
 from epo_jax.objectives.head import log_prob_entropy_from_logits
 from epo_jax.objectives.spec import Hyper
 from epo_jax.parity import released
-from tests.objectives import golden
+from tests.parity import actor, golden
 
 KL_NAMES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 
@@ -16,14 +16,14 @@ def surrogate(a, cliprange=0.2, cliprange_low=None, cliprange_high=None, clip_ra
     low, high = (cliprange if bound is None else bound for bound in (cliprange_low, cliprange_high))
     hyper = Hyper(clip_low=low, clip_high=high, dual_clip=clip_ratio_c)
     log_prob, old, advantage, mask = (a[k] for k in ("log_prob", "old_log_prob", "advantages", "response_mask"))
-    return released.surrogate(log_prob, old, advantage, mask, hyper, loss_agg_mode, a.get("entropy_mask"))[1]
+    return actor.surrogate(log_prob, old, advantage, mask, hyper, loss_agg_mode, a.get("entropy_mask"))[1]
 
 
 def value_loss(a, cliprange_value, loss_agg_mode):
     part = value.value_loss(a["vpreds"], a["values"], a["returns"], cliprange_value)
     mask = a["response_mask"]
     return {
-        "vf_loss": released.aggregate(part.loss, mask, loss_agg_mode),
+        "vf_loss": actor.aggregate(part.loss, mask, loss_agg_mode),
         "vf_clipfrac": released.masked_mean(part.clipped, mask),
     }
 
@@ -55,7 +55,7 @@ def log_prob(a):
 
 
 def entropy_loss(a, loss_agg_mode):
-    return {"loss": released.aggregate(entropy(a)["entropy"], a["response_mask"], loss_agg_mode)}
+    return {"loss": actor.aggregate(entropy(a)["entropy"], a["response_mask"], loss_agg_mode)}
 
 
 REPRODUCED = {

@@ -8,7 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from tests.objectives import golden, test_golden_actor, test_golden_advantages, test_golden_losses, test_golden_masked
+from tests.parity import actor, golden, test_golden_actor, test_golden_advantages, test_golden_losses, test_golden_masked
 
 
 def refused(reproduce):
@@ -32,8 +32,8 @@ def group_of_one(case):
 
 def beyond_the_history(case):
     a = golden.inputs(case)
-    reproduce = test_golden_actor.released.outside_corridor
-    outside = reproduce(a["entropy"], a["entropy_history"], a["rollout_step"], test_golden_actor.released.PenaltyConfig())
+    reproduce = actor.outside_corridor
+    outside = reproduce(a["entropy"], a["entropy_history"], a["rollout_step"], actor.PenaltyConfig())
     np.testing.assert_array_equal(jnp.isnan(outside).all(1), a["rollout_step"] >= a["entropy_history"].size)
 
 

@@ -8,8 +8,7 @@ import pytest
 from epo_jax.objectives.entropy import phase_weight
 from epo_jax.objectives.head import log_prob_entropy_from_logits
 from epo_jax.objectives.spec import Hyper
-from epo_jax.parity import released
-from tests.objectives import golden
+from tests.parity import actor, golden
 
 OPTIONAL = ("entropy_mask_ratio", "kl_loss")
 
@@ -21,8 +20,8 @@ def corridor(name, inside):
         if not a["entropy_history"].size:
             # One tensor of ones, which the release's update then refuses: see test_golden_raising.
             return {name: jnp.ones(a["entropy"].shape if mask_mode == "token" else a["entropy"].shape[:1])}
-        penalty = released.PenaltyConfig(low=min_ratio, high=max_ratio, scope=mask_mode)
-        outside = released.outside_corridor(a["entropy"], a["entropy_history"], a["rollout_step"], penalty)
+        penalty = actor.PenaltyConfig(low=min_ratio, high=max_ratio, scope=mask_mode)
+        outside = actor.outside_corridor(a["entropy"], a["entropy_history"], a["rollout_step"], penalty)
         return {name: jnp.where(outside > 0, out_range_penalty, inside), "within_ratio": 1.0 - outside.mean()}
 
     return values
@@ -42,7 +41,7 @@ def actor_update(a, **k):
     )  # fmt: skip
     penalty = None
     if k["entropy_smooth"]:
-        penalty = released.PenaltyConfig(
+        penalty = actor.PenaltyConfig(
             k["entropy_smooth_coeff"], k["entropy_smooth_min_ratio"], k["entropy_smooth_max_ratio"],
             k["entropy_smooth_out_range_penalty"], k["entropy_smooth_mask_mode"], k["max_step"] // 2,
         )  # fmt: skip
@@ -53,7 +52,7 @@ def actor_update(a, **k):
         logits = table[a["input_ids"][rows, -length - 1 : -1]]
         log_prob, entropy = log_prob_entropy_from_logits(logits, a["responses"][rows], k["temperature"])
         old = a["old_log_probs"][rows]
-        return released.actor_loss(
+        return actor.actor_loss(
             log_prob, entropy, old, a.get("ref_log_prob", a["old_log_probs"])[rows], a["advantages"][rows], mask[rows],
             a["rollout_step"][rows], a["entropy_history"], k["epoch"], hyper, k["loss_agg_mode"],
             "k3" if k["use_kl_loss"] else "none", penalty, k["enable_smooth_weights"],
