@@ -210,4 +210,4 @@ def test_uniform_groups_are_dropped():
     for settings in ({}, {"kl": "k1", "kl_place": "reward"}):
         chosen = objective(drop_uniform_groups=True, **settings)
         result = estimate_(*episodes_of(rows, RETURNS, GROUP), Hyper(), chosen)
-        np.testing.assert_array_equal(result.policy_mask, rows["mask"] * (rows["trajectory"] < 3))
+        np.testing.assert_array_equal(result.mask, rows["mask"] * (rows["trajectory"] < 3))
