@@ -80,7 +80,7 @@ def configure(config: LearnerConfig) -> LearnerConfig:
 
 def batch_shardings(on: Mesh) -> TokenBatch:
     """The sharding of each array of a batch."""
-    return TokenBatch(*(NamedSharding(on, mesh.spec(*axes)) for axes in BATCH_AXES))
+    return TokenBatch._make(NamedSharding(on, mesh.spec(*axes)) for axes in BATCH_AXES)
 
 
 @jax.named_scope("train_step")
