@@ -1,18 +1,18 @@
-"""The processes of a run on several hosts: one on each, all running the same program in step.
+"""The processes of a run on several hosts: one process per host, all running the same program in step.
 
-Every process plays its share of the episodes with its own worker processes and devices, and keeps its own slices of the arrays
-that are spread over all devices. The first one alone prints and writes results; all take part in checkpoints. What a run
-learns does not depend on their number.
+Every process plays its share of the episodes with its own worker processes and devices, and stores its own shards of the arrays.
+Only the first process prints and writes results; all take part in checkpoints. The number of processes does not change what a
+run learns.
 
-A process that dies would leave the others waiting for it for ever: a thread of each gives signs of life through the coordination
-service of `jax.distributed`, and ends its own process with a message when another has fallen silent or failed.
+A process that dies would leave the others waiting forever. JAX's coordination service receives heartbeats from every process;
+a thread of each process asks it which processes are alive, and ends its own process with a message when one is missing. A
+process that fails with an error sends the message to the others in place of what they wait for in `gather`.
 """
 
 import argparse
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import sys
@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -35,10 +35,12 @@ from epo_jax.parallel.mesh import devices_in_use
 
 Item = TypeVar("Item")
 
-# Seconds between signs of life; of silence after which a process is taken for dead; and where an exchange with it has failed.
-_BEAT = 1.0
-_SILENCE = 30.0
-_SILENCE_AFTER_FAILURE = 5.0
+# Seconds without a heartbeat after which a process counts as dead, and between two checks of the others.
+_SILENCE = 30
+_CHECK = 1.0
+
+# Seconds that a failed process waits for the others to take its message.
+_FAREWELL = 5.0
 
 _OPTIONS = (
     ("coordinator", str, "HOST:PORT of the first process of several."),
@@ -46,27 +48,25 @@ _OPTIONS = (
     ("process", int, "Which of them this one is, from 0."),
 )
 
-_ALIVE = "epo_jax/alive"
-_DONE = "done"
-_FAILED = "failed: "
-
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The options that say which processes make up the run. On Cloud TPU they are found out."""
-    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
+    """Defines the options that name the processes of the run. Cloud TPU needs none of them."""
+    define: dict[type, Callable] = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
     for name, kind, about in _OPTIONS:
         define[kind](name, None, about, flag_values=values)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `define_flags`, for a program that parses its own."""
+    """Adds the options of `define_flags` to a parser."""
     for name, kind, about in _OPTIONS:
         parser.add_argument(f"--{name}", type=kind, help=about)
 
 
 @contextlib.contextmanager
 def joined(values: flags.FlagValues | argparse.Namespace) -> Iterator[None]:
-    """Context of a run: connects the processes, and ends all of them when one of them fails. Before any use of a device.
+    """Context of a run: connects the processes, and ends all of them when one fails.
+
+    Enter it before any use of a device.
 
     Raises:
         UserError: the options do not fit together, or the processes do not find each other.
@@ -80,14 +80,12 @@ def joined(values: flags.FlagValues | argparse.Namespace) -> Iterator[None]:
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
             yield
-        gather(None)  # the service ends with the first process, so that all go together
+        watch.leave()
     except Stopped:
-        gather(None)
+        watch.leave()
         raise
     except (Exception, KeyboardInterrupt) as error:
         watch.fail(error)
-    finally:
-        watch.close()
 
 
 def _connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -104,17 +102,19 @@ def _connect(coordinator: str | None, processes: int | None, process: int | None
             raise UserError(f"--process={process} must be from 0 to {processes - 1}, as --processes={processes}.")
         if not coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator={coordinator} has no port; write it as HOST:PORT.")
+    # Without this JAX aborts a process as soon as another one dies, before `_Watch` can name it.
+    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
             coordinator, processes, process, cluster_detection_method="deactivate" if coordinator else None,
-            heartbeat_timeout_seconds=int(_SILENCE + 20 * _BEAT), shutdown_timeout_seconds=60,
+            heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=60,
         )  # fmt: skip
     except ValueError:
         if coordinator:
             raise
     except RuntimeError as error:
-        told = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"The processes did not find each other ({told}); start all of them within 5 minutes.") from None
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"The processes did not find each other ({reason}); start all of them within 5 minutes.") from None
 
 
 def is_first() -> bool:
@@ -123,18 +123,26 @@ def is_first() -> bool:
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of `items`: as many for each, neighbours together."""
+    """This process's part of `items`: consecutive ones, equally many per process up to one."""
     first, last = (len(items) * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
     return items[first:last]
 
 
 def gather(value: Any) -> list[Any]:
-    """`value`, anything that JSON can hold, of every process in their order. All must call this together."""
+    """`value`, anything that JSON can represent, of every process in order. All processes must call this together."""
     if jax.process_count() == 1:
         return [value]
-    own = np.frombuffer(zlib.compress(json.dumps(value).encode(), level=1), np.uint8)
+    messages = _exchange({"value": value})
+    for process, message in enumerate(messages):
+        if "failed" in message:
+            _end(f"process {process} {message['failed']}")
+    return [message["value"] for message in messages]
+
+
+def _exchange(message: dict) -> list[dict]:
+    own = np.frombuffer(zlib.compress(json.dumps(message).encode(), level=1), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(own.size, np.int32))
-    # In few shapes, each of which is a program of its own.
+    # Padded to a power of two: each shape is a program of its own.
     padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
     padded[: own.size] = own
     parts = multihost_utils.process_allgather(padded)
@@ -142,7 +150,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(what: str, value: Any) -> None:
-    """Raises UserError unless `value`, anything that JSON can hold, is the same in every process."""
+    """Raises UserError unless `value`, anything that JSON can represent, is the same in every process."""
     digests = gather(hashlib.sha256(json.dumps(value).encode()).hexdigest())
     for process, digest in enumerate(digests):
         if digest != digests[0]:
@@ -152,11 +160,11 @@ def agree(what: str, value: Any) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises UserError unless every process sees the run folder that the first has made."""
+    """Raises UserError unless every process sees the run folder that the first one has made."""
     gather(None)
-    patience = time.monotonic() + _SILENCE  # network file systems remember for a while that a file was not there
+    deadline = time.monotonic() + _SILENCE  # network file systems cache for a while that a file was missing
     while not (folder / "config.json").exists():
-        if time.monotonic() > patience:
+        if time.monotonic() > deadline:
             raise UserError(
                 f"--workdir={folder} is not one folder for all: process {jax.process_index()} does not see in it what process 0 "
                 "wrote; name a folder that all hosts share."
@@ -165,74 +173,64 @@ def check_shared(folder: Path) -> None:
 
 
 class _Watch:
-    """The thread that gives this process's signs of life and looks for those of the others."""
+    """A thread that ends this process when another one is no longer alive."""
 
     def __init__(self):
-        # The coordination service has no public interface.
-        from jax._src.distributed import global_state
-
-        self._client = global_state.client
-        self._own = f"{_ALIVE}/{jax.process_index()}"
-        self._host = os.uname().nodename
-        self._patience = _SILENCE
-        self._closing = threading.Event()
+        self._leaving = threading.Event()
+        self._hosts: dict[int, str] = {}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        self._hosts = dict(enumerate(gather(os.uname().nodename)))
 
-    def close(self) -> None:
-        """For a process that is through."""
-        self._stop(_DONE)
+    def leave(self) -> None:
+        """Ends the watch of all processes together; the first process, which coordinates, is the last to leave."""
+        gather(None)
+        self._leaving.set()
+        gather(None)  # from here on every process expects the others to leave
+        self._thread.join()
+        if not is_first():
+            jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Ends this process with its error, and the others with word of it."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # Perhaps because another process has died; then the thread soon knows which, and ends this one.
-            self._patience = _SILENCE_AFTER_FAILURE
-            time.sleep(_SILENCE_AFTER_FAILURE + 2 * _BEAT)
+        """Ends this process with its error, and the others with a message about it."""
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            # Perhaps because another process has died: then the thread will name it and end this one.
+            time.sleep(_SILENCE + 5 * _CHECK)
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt):
             print("stopped as asked, before a point at which all processes save; a run goes on with --resume", file=sys.stderr)
         else:
             traceback.print_exception(error)
-        with contextlib.suppress(RuntimeError):
-            self._stop(f"{_FAILED}{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-            if is_first():  # the service ends with it: let the others read first
-                time.sleep(2 * _BEAT)
+        self._leaving.set()
+        words = f"on {os.uname().nodename} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        # The others take it if they wait in `gather`. In any other place they find out that this process has left.
+        farewell = threading.Thread(target=_exchange, args=({"failed": words},), daemon=True)
+        farewell.start()
+        farewell.join(_FAREWELL)
+        if not is_first():
+            threading.Thread(target=jax.distributed.shutdown, daemon=True).start()
+        time.sleep(2 * _CHECK)
         _exit(stopping.CODE if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1)
 
-    def _stop(self, last: str) -> None:
-        self._closing.set()
-        self._thread.join()
-        self._say(last)
-
-    def _say(self, what: str) -> None:
-        self._client.key_value_set(self._own, f"{self._host} {what}", allow_overwrite=True)
-
     def _run(self) -> None:
-        heard: dict[str, tuple[str, float]] = {}
-        for beat in itertools.count():
+        everybody = {device.process_index for device in jax.devices()}
+        alive = everybody
+        # The coordination service answers when all living processes have asked; it ends with the first process.
+        while not self._leaving.is_set() or is_first() and len(alive) > 1:
             try:
-                self._say(str(beat))
-                said = dict(self._client.key_value_dir_get(_ALIVE))
-            except RuntimeError:
-                _end("process 0, which coordinates the run, does not answer")
-            now = time.monotonic()
-            for key, value in said.items():
-                if key not in heard or heard[key][0] != value:
-                    heard[key] = value, now
-                host, _, last = value.partition(" ")
-                name = f"process {key.rpartition('/')[2]} on {host}"
-                if last.startswith(_FAILED):
-                    _end(f"{name} {last}")
-                elif last != _DONE and now - heard[key][1] > self._patience:
-                    _end(f"{name} has given no sign of life for {self._patience:.0f} s")
-            if self._closing.wait(_BEAT):
-                return
+                with multihost_utils.live_devices(jax.devices()) as devices:
+                    alive = {device.process_index for device in devices}
+            except multihost_utils.ProcessFailureError as failure:
+                if not self._leaving.is_set():
+                    process = min(device.process_index for device in failure.failed_devices)
+                    host = self._hosts.get(process, "its host")
+                    _end(f"process {process} on {host} has failed, or has given no sign of life for {_SILENCE} s")
+            self._leaving.wait(_CHECK)
 
 
 def _end(why: str) -> NoReturn:
-    print(f"error: {why}; this process ends too. Mend it and start again, a run with --resume.", file=sys.stderr, flush=True)
+    print(f"error: {why}; this process ends too. Fix it and start again, a run with --resume.", file=sys.stderr, flush=True)
     _exit(1)
 
 

@@ -1,6 +1,7 @@
 """Runs of several processes on this machine: what they learn is what one learns, and none outlives another."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -12,13 +13,14 @@ import pytest
 from epo_jax import main as program
 from epo_jax.common.errors import UserError
 from epo_jax.parallel import hosts
-from tests.processes import Processes, apart, learnt
+from tests.processes import ROOT, Processes, apart, learnt
 
 SINGLE = "--config=tests/toy_sweep.py:single"
 
-# Processes of two devices each that gather weights, and then exchange numbers until one of them dies or fails.
+# Processes of two devices each that gather weights, and then exchange numbers until one of them dies, fails or is busy.
 EXCHANGE = """
 import sys
+import time
 import jax
 import numpy as np
 from absl import flags
@@ -29,7 +31,7 @@ from epo_jax.common.errors import UserError
 def main(argv):
     values = flags.FlagValues()
     hosts.define_flags(values)
-    failing = values(argv)[1:]
+    mode = values(argv)[1:]
     with hosts.joined(values):
         weights = {"lm_head": np.arange(32, dtype=np.float32).reshape(4, 8)}
         on = mesh.make_mesh(1, 2, 2)
@@ -41,8 +43,10 @@ def main(argv):
             if hosts.gather([i, values.process]) != [[i, p] for p in range(values.processes)]:
                 raise AssertionError
             print("together", i, flush=True)
-            if failing and i == 3:
+            if mode == ["fail"] and i == 3:
                 raise UserError("the game is damaged.")
+            if mode == ["busy"] and i == 3:
+                time.sleep(600)
 
 sys.exit(command.run(main))
 """
@@ -106,6 +110,18 @@ def test_what_one_process_refuses_ends_the_others_with_its_words(tmp_path):
         assert running.codes(60) == [2, 1]
         assert "error: the game is damaged.\n" in running.said(0)
         assert "error: process 0 on " in running.said(1) and "failed: UserError: the game is damaged." in running.said(1)
+
+
+def test_a_process_that_fails_while_the_others_are_busy_is_named(tmp_path):
+    with Processes(2, tmp_path, "-c", EXCHANGE, only={0: ("busy",), 1: ("fail",)}, devices=2) as running:
+        assert running.codes(60) == [1, 2]
+        assert "error: the game is damaged.\n" in running.said(1)
+        assert "error: process 1 on " in running.said(0) and "has failed" in running.said(0)
+
+
+def test_hosts_use_public_jax_alone():
+    private = re.compile(r"\b(jax|jaxlib|orbax|flax|optax)(\.\w+)*\._\w+\b")
+    assert not [file for file in (ROOT / "epo_jax").rglob("*.py") if private.search(file.read_text())]
 
 
 def wait_for(running: Processes, text: str, seconds: float = 120.0) -> None:
