@@ -1,7 +1,7 @@
-"""Attention: over packed rows in the learner, by the platform's own kernel, and over a cache in the sampler.
+"""Attention: over packed rows in the learner, with the platform's kernel, and over a cache in the sampler.
 
-A packed row holds several segments; a token attends to itself and to the earlier tokens of its own segment, with a `window`
-only to the last `window` of these. Tokens of one segment lie side by side, so a window is a band of the row.
+A packed row holds several segments. A token attends to itself and earlier tokens of its segment; with a `window`, only to the
+last `window` of these. The tokens of a segment are contiguous, so a window is a band of the row.
 """
 
 import functools
@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from epo_jax.common.errors import UserError
 from epo_jax.parallel import mesh
 
-# What attention gives its backward pass, by the name that a rematerialisation policy knows it under: output and normaliser.
-# Queries, keys and values are larger together, and quickly made again.
+# The name, in rematerialization policies, of what attention saves for its backward pass: output and normalizer. Queries, keys
+# and values are larger together and cheap to recompute.
 SAVED = "attention"
 
 TPU_ROWS = 128
@@ -33,7 +33,7 @@ def packed_attention(
     segment_ids: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Attention among the tokens of packed rows, by the kernel of the platform; on a mesh each device has rows and heads."""
+    """Attention within packed rows, with the platform's kernel; a mesh shards rows and heads."""
     kernel = {"gpu": gpu_attention, "tpu": tpu_attention}.get(mesh.platform(), blocked_attention)
     queries, keys = ("rows", "row_tokens", "heads", "head_dim"), ("rows", "row_tokens", "kv_heads", "head_dim")
     attend = mesh.locally(functools.partial(kernel, window=window), (queries, keys, keys, ("rows", "row_tokens")), queries)
@@ -41,16 +41,16 @@ def packed_attention(
 
 
 def check_rows(tokens: int) -> None:
-    """Raises UserError for rows of packed tokens, `config.train.rows_tokens`, that the platform's kernel cannot take."""
+    """Raises UserError if the platform's kernel cannot take rows of `tokens` (`config.train.rows_tokens`)."""
     if mesh.platform() == "tpu" and tokens % TPU_ROWS:
         raise UserError(
-            f"config.train.rows_tokens={tokens} must be a multiple of {TPU_ROWS} on TPUs, in whose registers attention works; "
+            f"config.train.rows_tokens={tokens} must be a multiple of {TPU_ROWS} on TPUs, the width of their registers; "
             f"choose {-(-tokens // TPU_ROWS) * TPU_ROWS}."
         )
 
 
 def gpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Array, "B T H d"]:
-    """cuDNN's flash attention, which knows half precision only; float32 goes through XLA."""
+    """cuDNN's flash attention for half precision, XLA's attention for float32."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(
         q, k, v, mask=same, is_causal=True,
@@ -60,7 +60,7 @@ def gpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Arra
 
 
 def tpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Array, "B T H d"]:
-    """Splash attention; rows must be a multiple of TPU_ROWS tokens."""
+    """Splash attention; T must be a multiple of TPU_ROWS."""
     t, h = q.shape[1:3]
     shape = (t, t)
     band = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
@@ -73,11 +73,11 @@ def tpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Arra
 
 
 def blocked_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Array, "B T H d"]:
-    """Attention in plain XLA, made for CPUs.
+    """Attention in plain XLA, written for CPUs.
 
-    Queries go in blocks that look at earlier keys only, which skips most of what a causal mask would throw away. With heads
-    ahead of tokens, and the queries that share a key side by side, every product is a plain matrix product, which a CPU runs
-    three times faster than the same einsum. The backward pass recomputes a block's weights from their normaliser.
+    A block of queries multiplies earlier keys only, which skips most of what a causal mask would discard. With heads before
+    tokens, and the queries of a key head next to each other, every product is a plain matrix product, which a CPU computes three
+    times faster than the same einsum. The backward pass recomputes a block's weights from their normalizer.
     """
     b, t, h, d = q.shape
     kv = k.shape[2]
@@ -94,7 +94,7 @@ def _blocks(t: int, window: int | None) -> list[tuple[int, int, int]]:
 
 
 def _earliest(segment_ids, window: int | None) -> Int[Array, "B T"]:
-    """The first place in its row that each token sees: where its segment begins, or its window."""
+    """The first column that each token attends to: the beginning of its segment or of its window."""
     places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
     begins = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     begun = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
@@ -102,10 +102,10 @@ def _earliest(segment_ids, window: int | None) -> Int[Array, "B T"]:
 
 
 def _scores(q, k, earliest, block) -> Float[Array, "B K G q k"]:
-    """Masked logits of one block; `q` and `k` are whole.
+    """Masked logits of one block; `q` and `k` are those of all blocks.
 
-    The mask asks one thing of a query and nothing of a key. Two segments compared for every pair, and looked up in a loop over
-    micro-batches, would keep XLA:CPU from using vectors, and take longer than the products.
+    The mask needs one number per query and none per key. Comparing the segments of every pair, sliced in a loop over
+    micro-batches, would prevent vectorization in XLA:CPU and take longer than the products.
     """
     start, end, first = block
     q = q[:, :, :, start:end]
@@ -117,12 +117,12 @@ def _scores(q, k, earliest, block) -> Float[Array, "B K G q k"]:
 
 
 def _visible(key, query, window: int | None) -> Bool[Array, "..."]:
-    """Whether the token at position `query` sees that at `key`."""
+    """Whether the token at position `query` attends to the one at `key`."""
     return key <= query if window is None else (key <= query) & (key > query - window)
 
 
 def _flat(x):
-    """Queries of all heads that share a key head in one axis: [B K G q x] -> [B K Gq x]."""
+    """Merges the queries of all heads that share a key head: [B K G q x] -> [B K Gq x]."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
@@ -178,21 +178,22 @@ def cached_attention(
     ends: Int[Array, " T"],
     window: int | None = None,
 ) -> Float[Array, "S T H d"]:
-    """Attention of new tokens over a cache that holds them already.
+    """Attention of new tokens over a cache that already contains them.
 
-    Several new tokens go in blocks of queries over blocks of keys, with the running maximum and sum of flash attention
-    (arXiv 2205.14135): on a CPU the scores of a block stay near the core, and room of the cache that no token sees is not read.
+    If there are several new tokens, blocks of queries loop over blocks of keys with the running maximum and sum of flash
+    attention (arXiv 2205.14135): the scores of a block fit in a CPU core's cache, and unused positions are not read.
 
     Args:
-        positions: of the new tokens in their rows; a token sees those up to its own, with a `window` the last `window` of these.
-        ends: of each column, one past the last position that a token there sees in any row.
+        positions: of the new tokens in their rows; a token attends to positions up to its own, with a `window` to the last
+            `window` of these.
+        ends: for each column, one past the last position that a token there attends to in any row.
     """
     s, t, h, d = q.shape
     kv, capacity = keys.shape[1], keys.shape[-1]
     q = (q * d**-0.5).reshape(s, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
 
     def scores(q, positions, keys, start, first) -> Float[Array, "S K G q k"]:
-        """Of keys that begin at position `start`, those from `first` on."""
+        """Masked logits of keys at positions from `start` on; keys before `first` are masked too."""
         logits = jnp.matmul(_flat(q), keys.astype(q.dtype), preferred_element_type=jnp.float32)
         at = (start + jnp.arange(keys.shape[-1]))[None, None]
         seen = (at >= first) & _visible(at, positions[..., None], window)
@@ -208,7 +209,7 @@ def cached_attention(
 
         def over_keys(carry):
             first, largest, total, out = carry
-            start = jnp.minimum(first, capacity - size)  # where blocks do not fill the room, the last one begins earlier
+            start = jnp.minimum(first, capacity - size)  # the last block overlaps the one before if blocks do not fit evenly
             block = scores(q, positions, jax.lax.dynamic_slice_in_dim(keys, start, size, axis=3), start, first)
             new = jnp.maximum(largest, block.max(axis=-1, keepdims=True))
             kept, exponent = jnp.exp(largest - new), jnp.exp(block - new)
@@ -218,7 +219,7 @@ def cached_attention(
         empty = jnp.zeros((*q.shape[:4], 1), jnp.float32)
         carry = jnp.int32(0), empty + _MASKED, empty, jnp.zeros(q.shape, jnp.float32)
         _, _, total, out = jax.lax.while_loop(lambda carry: carry[0] < last, over_keys, carry)
-        return out / jnp.maximum(total, 1.0)  # a token that sees nothing is padding
+        return out / jnp.maximum(total, 1.0)  # a token that attends to nothing is padding
 
     if t == 1:
         out = weighted(jax.nn.softmax(scores(q, positions, keys, 0, 0), axis=-1), values)
@@ -235,5 +236,5 @@ def cached_attention(
 
 
 def _block_sizes() -> tuple[int, int]:
-    """(queries, keys) of a block. On a CPU the scores of one row's heads then fit in a core's cache."""
+    """(queries, keys) of a block; on a CPU the scores of one row's heads fit in a core's cache."""
     return (64, 128) if mesh.platform() == "cpu" else (256, 512)

@@ -1,8 +1,9 @@
-"""The chat frame: what a model's chat template puts around messages and answers.
+"""The chat frame: the text that a chat template puts around messages and answers.
 
-A template is a program over whole conversations; a rollout appends to one. So the template is rendered with markers, the text
-around them is cut out, and the result is compared with what the template renders for longer conversations. A template that
-rewrites earlier turns (Qwen3 and DeepSeek-R1 drop their thoughts) still gives the frame of a window, whose turns stand alone.
+A template is a program over a whole conversation; a rollout appends to one. Therefore the template is rendered with markers, the
+text around them becomes the frame, and the frame is checked against what the template renders for longer conversations. A
+template that rewrites earlier turns (Qwen3 and DeepSeek-R1 drop their thoughts) still gives a frame for window contexts, in which
+each turn is separate.
 """
 
 import dataclasses
@@ -10,10 +11,10 @@ import json
 import re
 from collections.abc import Callable, Collection
 
-# The tags of an answer (epo_jax.envs.agent) are text, also where a tokenizer calls them special tokens.
+# The tags of an answer (epo_jax.envs.agent) are text, even if a tokenizer has them as special tokens.
 TAGS = frozenset({"<think>", "</think>", "<action>", "</action>"})
 
-# A thought at the end of a prompt: begun, or empty and closed (Qwen3 without thinking).
+# A thought at the end of a prompt: opened, or empty and closed (Qwen3 without thinking).
 _OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 _MESSAGE, _ANSWER, _LATER = "\u27e61\u27e7", "\u27e62\u27e7", "\u27e63\u27e7"
@@ -23,20 +24,22 @@ Render = Callable[[list[dict[str, str]], bool], str]
 
 
 class UnusableTemplate(ValueError):
-    """Why a chat template has no frame; what follows "its chat template" in a sentence."""
+    """A chat template has no frame; the message continues the sentence "its chat template"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatFrame:
-    """The text around a conversation's parts: `head` message `reply` answer `stop` `between` message `reply` answer ...
+    """The text around the parts of a conversation.
+
+    A conversation is `head` message `reply` answer `stop` `between` message `reply` answer ...
 
     Attributes:
         stop: the token that ends an answer in the template; the policy emits it.
         stops: other tokens that end a turn.
-        answer_start, answer_end: blanks around an answer, which the policy emits too (one each in Llama 2's template).
-        trims: messages lose the blanks around them.
-        rewrites: what later turns of the template change in earlier ones: "" nothing, so a conversation can be appended to;
-            "thoughts": it can be unless answers hold thoughts; "turns": it cannot be.
+        answer_start, answer_end: whitespace around an answer, which the policy emits too (one each in Llama 2's template).
+        trims: the template strips whitespace around messages.
+        rewrites: what later turns change in earlier ones: "" nothing, so a conversation can be appended to; "thoughts" the
+            thoughts, so it can be appended to if answers have none; "turns" more, so it cannot be appended to.
     """
 
     head: str
@@ -57,16 +60,16 @@ class ChatFrame:
 
     @property
     def opened(self) -> str:
-        """The beginning of a thought with which the prompt ends: the policy goes on from there as if it had written it."""
+        """The opening of a thought at the end of the prompt, which the policy continues as if it were its own."""
         found = _OPENED.search(self.reply)
         return found[0] if found else ""
 
     def message(self, text: str) -> str:
-        """A message's text as the template renders it."""
+        """The text of a message as the template renders it."""
         return text.strip() if self.trims else text
 
     def template(self) -> str:
-        """The same as a Hugging Face chat template. System and tool messages are joined to the user's by newlines."""
+        """The frame as a Hugging Face chat template; newlines join system and tool messages to user messages."""
         head, reply, between, start, end = (
             json.dumps(part, ensure_ascii=False)
             for part in (self.head, self.reply, self.between, self.reply + self.answer_start, self.answer_end + self.stop)
@@ -81,11 +84,11 @@ class ChatFrame:
 
 
 def frame_of_template(render: Render, tokens: Collection[str], ends: Collection[str]) -> ChatFrame:
-    """The frame of the template that `render` renders.
+    """The frame of the template behind `render`.
 
     Args:
         tokens: the added tokens of the tokenizer.
-        ends: those of them that the model's files name as ends of a turn.
+        ends: those that the model's files list as ends of a turn.
 
     Raises:
         UnusableTemplate: a message or the end of an answer cannot be found in what the template renders.
@@ -101,17 +104,17 @@ def frame_of_template(render: Render, tokens: Collection[str], ends: Collection[
     stops = tuple(sorted({*ends, _next_token(_after(last), tokens) or stop} - {stop}))
     frame = ChatFrame(head, reply, between="", stop=stop, stops=stops, trims=trims, rewrites="turns")
 
-    # What the template has between the message and the answer, against what a prompt ends with.
+    # Compare the text between message and answer with the end of a prompt.
     parts = re.fullmatch(f"{re.escape(head + _MESSAGE)}(.*){_ANSWER}(.*){_LATER}{re.escape(reply)}", thread, re.DOTALL)
     if parts is None:
         return frame
     start, end = parts.groups()
     end, _, between = end.partition(stop)
-    given = missing = ""  # what a prompt has of the answer; what the generation prompt lacks
+    given = missing = ""  # the part of the answer in the prompt; the part that the generation prompt lacks
     if start.startswith(reply) and not start.removeprefix(reply).strip():
         start = start.removeprefix(reply)
     elif start.startswith(reply) and "<think>" not in start.removeprefix(reply):
-        # A template that knows no add_generation_prompt.
+        # The template ignores add_generation_prompt.
         reply, start, missing = start, "", start.removeprefix(reply)
     elif frame.opened and start + frame.opened == reply:
         start, given = "", frame.opened
@@ -125,13 +128,13 @@ def frame_of_template(render: Render, tokens: Collection[str], ends: Collection[
 
 
 def control_tokens(frame: ChatFrame, tokens: Collection[str]) -> frozenset[str]:
-    """Those of the added tokens `tokens` that frame a turn, and are no text."""
+    """Those of the added `tokens` that frame a turn; the others are text."""
     framed = find_tokens(tokens).findall(frame.head + frame.reply + frame.between) if tokens else []
     return frozenset({frame.stop, *frame.stops, *framed}) - TAGS
 
 
 def find_tokens(tokens: Collection[str]) -> re.Pattern:
-    """Matches any of the tokens, the longest one first, as the tokenizer does."""
+    """A pattern that matches any of the tokens, the longest first, like the tokenizer."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
@@ -144,7 +147,7 @@ def _assistant(text: str) -> dict[str, str]:
 
 
 def _rendered(render: Render, messages: list[dict[str, str]], generate: bool) -> str:
-    """The conversation, "" where the template refuses it."""
+    """The rendered conversation, or "" if the template raises an error."""
     try:
         return render(messages, generate)
     except Exception:  # whatever the template raises
@@ -161,18 +164,21 @@ def _trims(render: Render, head: str, reply: str) -> bool:
 
 
 def _after(text: str) -> str:
-    """What follows the answer, up to the next message."""
+    """The text between the answer and the next message."""
     return text.partition(_ANSWER)[2].partition(_LATER)[0]
 
 
 def _next_token(text: str, tokens: Collection[str]) -> str | None:
-    """The token that `text` begins with, blanks aside."""
+    """The token at the beginning of `text`, after whitespace."""
     found = find_tokens(tokens).match(text.lstrip())
     return found[0] if found else None
 
 
 def _stop(thread: str, last: str, tokens: Collection[str], ends: Collection[str]) -> str:
-    """The token after an answer. Where the last answer has none, it may be the next message's; then the model must know it."""
+    """The token after an answer.
+
+    If there is none after the last answer, it may belong to the next message; then it must be one of `ends`.
+    """
     between, final = _next_token(_after(thread), tokens), _next_token(_after(last), tokens)
     if between and (final or between in ends):
         return between
@@ -187,7 +193,7 @@ def _thought(text: str) -> str:
 
 
 def _appends(render: Render, frame: ChatFrame, given: str, missing: str, answer: Callable[[str], str]) -> bool:
-    """Whether the template renders three turns, one by one, as appending does."""
+    """Whether appending three turns one by one gives what the template renders."""
     text, messages = "", []
     for turn in range(3):
         message, said = f"message {turn}", answer(f"answer {turn}")

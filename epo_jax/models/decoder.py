@@ -1,9 +1,9 @@
 """A decoder-only transformer in Flax NNX: the families Qwen2 (with 2.5), Qwen3 and Llama (with SmolLM2).
 
-Read top to bottom: configuration, one block, the stack. What tells the families apart is data: which projections have
-biases, whether queries and keys are normalised, how rotary positions are stretched, which layers see only a window. The same
-block serves the learner (`Decoder.__call__`: packed rows, no cache) and the sampler (`Decoder.extend`: new tokens appended to
-a cache), so the two cannot drift apart.
+Read it from top to bottom: configuration, one block, the stack. The families differ in data only: which projections have
+biases, whether queries and keys are normalized, how rotary positions are scaled, which layers attend to a window. The learner
+(`Decoder.__call__`: packed rows, no cache) and the sampler (`Decoder.extend`: new tokens appended to a cache) share the block,
+so the two cannot drift apart.
 
 Axes: B rows, S slots, T tokens, C cache length, D width, H query heads, K key/value heads, d head width, L layers, V vocabulary.
 """
@@ -38,7 +38,7 @@ PROJECTIONS = {
     "down_proj": ("mlp", "embed"),
 }
 
-# What a layer keeps for its backward pass; the rest is computed again. "none" keeps everything, the others less and less.
+# What a layer saves for its backward pass, which recomputes the rest. "none" saves everything, each later policy less.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -54,7 +54,7 @@ _UNROLL_LAYERS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685): alpha / rank * x A B is added to the output of each projection in `targets`."""
+    """Low-rank adapters (arXiv 2106.09685): each projection in `targets` adds alpha / rank * x A B to its output."""
 
     rank: int
     alpha: float
@@ -63,7 +63,7 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Static shape of a decoder; the field names of a Hugging Face `config.json` are given where they differ.
+    """Static shape of a decoder; names in parentheses are those of a Hugging Face `config.json`.
 
     Attributes:
         vocab_size: V.
@@ -75,17 +75,17 @@ class DecoderConfig:
         d_ff: width of the gated MLP (`intermediate_size`).
         rope_theta: base of the rotary frequencies.
         norm_eps: RMSNorm epsilon (`rms_norm_eps`).
-        tie_embeddings: the output head is the embedding (`tie_word_embeddings`).
+        tie_embeddings: the embedding is also the output head (`tie_word_embeddings`).
         qkv_bias, o_bias, mlp_bias: biases on these projections.
         qk_norm: RMSNorm on each head's queries and keys (Qwen3).
         rope_scaling: items of `rope_parameters` without `rope_theta`, see `rope.SCALINGS`; () is plain rotary positions.
-        windows: for each layer, how many tokens back it sees, itself included; 0 sees all. () is 0 everywhere.
-        max_positions: the longest sequence that the model was trained for (`max_position_embeddings`).
-        unused_ids: ranges [first, end) of ids below V that the tokenizer does not define, as where the embedding is padded to
-            a round number of rows: no token is sampled from them, and in the learner too their probability is zero.
-        dtype: compute dtype; parameters and reductions stay float32.
+        windows: for each layer, the number of last tokens that a token attends to, itself included; 0 is all. () is 0 everywhere.
+        max_positions: the longest sequence that the model was trained on (`max_position_embeddings`).
+        unused_ids: ranges [first, end) of ids below V that the tokenizer does not define, for example padding of the embedding
+            to a round number of rows. Their probability is 0, in the sampler and in the learner.
+        dtype: compute dtype; parameters and reductions are float32.
         remat: what the backward pass recomputes, see `REMAT_POLICIES`.
-        lora: adapters beside the projections.
+        lora: adapters of the projections.
     """
 
     vocab_size: int
@@ -111,7 +111,7 @@ class DecoderConfig:
     lora: Lora | None = None
 
     def layer_windows(self) -> list[int | None]:
-        """The window of each layer, None where it sees all."""
+        """The window of each layer; None attends to all tokens."""
         return [window or None for window in self.windows or (0,) * self.num_layers]
 
     def axis_sizes(self) -> dict[str, int]:
@@ -134,7 +134,7 @@ class DecoderConfig:
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """Root-mean-square normalisation (arXiv 1910.07467), reduced in float32."""
+    """Root-mean-square normalization (arXiv 1910.07467), reduced in float32."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale = jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
@@ -160,7 +160,7 @@ class Block(nnx.Module):
             return nnx.Param(jnp.full([sizes[axis] for axis in axes], value, jnp.float32), axes=axes)
 
         for name, axes in PROJECTIONS.items():
-            # Those that write to the residual stream start at zero: an untrained block is the identity.
+            # Projections that write to the residual stream start at zero, so that an untrained block is the identity.
             setattr(self, name, constant(0.0, *axes) if name in ("o_proj", "down_proj") else normal(*axes))
         biased = "q_proj k_proj v_proj " * c.qkv_bias + "o_proj " * c.o_bias + "gate_proj up_proj down_proj" * c.mlp_bias
         for name in biased.split():
@@ -196,7 +196,7 @@ class Block(nnx.Module):
 
     @jax.named_scope("attention")
     def qkv(self, x: Float[Array, "N D"], rope) -> tuple[Array, Array, Array]:
-        """Rotated queries [B T H d], rotated keys and values [B T K d] of the N = B * T tokens of `rope`'s shape."""
+        """Rotated queries [B T H d], rotated keys and values [B T K d]; N = B * T, with the B and T of `rope`."""
         c = self.config
         x = mesh.constrain(rms_norm(x, self.input_norm[...], c.norm_eps), "tokens")
         q, k, v = (
@@ -225,10 +225,11 @@ def _bias(projection: str) -> str:
 
 @jax.named_scope("embed")
 def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
-    """Rows of the embedding.
+    """The embeddings of tokens.
 
-    On a mesh a device looks up the tokens of its `fsdp` group, those that are words of its own, in the columns that it
-    keeps; then the rows are added up and put together where their tokens are. No table is ever put together.
+    On a mesh the table is never gathered. A device looks up the tokens of its `fsdp` group in its shard: those in its rows of the
+    vocabulary, in its columns. A reduce-scatter over `tensor` and an all-to-all over `fsdp` then complete each token's embedding
+    on the token's own device.
     """
     if not mesh.divides("residual_tokens", tokens.shape[0]):
         return table[tokens]
@@ -243,10 +244,10 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, 
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the caller applies the output head (`output_embedding`) where it needs logits.
+    """Token ids to final hidden states; the caller applies the output head (`output_embedding`).
 
-    Its layers are one block of stacked arrays, which the learner (`__call__`) loops over, or else a list of blocks, which the
-    sampler (`extend`) reads.
+    The layers are one block of stacked arrays, over which the learner (`__call__`) loops, or a list of blocks, which the sampler
+    (`extend`) reads.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stacked: bool = True):
@@ -266,6 +267,7 @@ class Decoder(nnx.Module):
             self.lm_head = table()
 
     def output_embedding(self) -> Float[Array, "V D"]:
+        """The output head: a logit is its product with a hidden state."""
         return (self.embedding if self.config.tie_embeddings else self.lm_head)[...]
 
     def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
@@ -280,14 +282,14 @@ class Decoder(nnx.Module):
         Args:
             tokens: token ids.
             positions: position of each token inside its own segment, from 0.
-            segment_ids: segment of each token, from 1; 0 marks padding. A token attends to the earlier tokens of its segment.
+            segment_ids: segment of each token, from 1; 0 is padding. A token attends to itself and earlier tokens of its segment.
         """
         c = self.config
         rope = self.rope(positions)
         graph, stacked = nnx.split(self.layers)
         x = embed(self.embedding[...], tokens.ravel()).astype(c.dtype)
         start = 0
-        # Layers with the same window are one loop; most models have a single window, or none.
+        # One loop per run of layers with the same window; most models have one window or none.
         for window, run in itertools.groupby(c.layer_windows()):
             length = len(list(run))
 
@@ -313,16 +315,16 @@ class Decoder(nnx.Module):
         counts: Int[Array, " R"],
         slots: Int[Array, " R"] | None = None,
     ) -> tuple[Float[Array, "R T D"], tuple[LayerCache, ...]]:
-        """Appends `counts[r]` of the `tokens[r]` to slot r, or to slot `slots[r]`, whose cache holds `lengths[r]` tokens already.
+        """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]` (slot r if `slots` is None).
 
-        A row whose slot is past the last one is padding. Returns the hidden states of the new tokens (garbage past `counts`)
-        and the cache; nothing is written past `counts`.
+        The slot holds `lengths[r]` tokens before. A row with a slot past the last one is padding. Returns the hidden states of
+        the new tokens (garbage past `counts`) and the cache, in which nothing is written past `counts`.
         """
         c = self.config
         offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = lengths[:, None] + offsets
         capacity = cache[0][0].shape[-1]
-        # An index past the end is dropped by the scatter: that is how padding stays out of the cache.
+        # The scatter drops an index past the end, which keeps padding out of the cache.
         write = jnp.where(offsets < counts[:, None], positions, capacity)
         rows = (jnp.arange(tokens.shape[0], dtype=jnp.int32) if slots is None else slots)[:, None]
         ends = jnp.where(offsets < counts[:, None], positions + 1, 0).max(axis=0)
@@ -340,7 +342,7 @@ class Decoder(nnx.Module):
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
-    """Fresh parameters as a nested dict of float32 arrays; arrays under `layers` have a leading axis L."""
+    """Initial parameters, a nested dict of float32 arrays; arrays in `layers` have a leading axis L."""
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
@@ -354,10 +356,10 @@ def param_axes(config: DecoderConfig) -> PyTree[mesh.Axes]:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def unstack(config: DecoderConfig, params: Params) -> Params:
-    """Parameters as sampling reads them: in the compute dtype, and under `layers` a dict of each layer's own arrays by number.
+    """Parameters for sampling: in the compute dtype, `layers` a dict from a layer's number to its arrays.
 
-    A program that takes layers out of a stack copies them, every time it is called. Some of the parameters are unstacked as
-    all of them are; what is unstacked already stays as it is.
+    A program that slices layers out of a stack copies them at every call. Works on part of the parameters too, and leaves
+    unstacked ones unchanged.
     """
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
     layers = params.get("layers", {})
@@ -373,17 +375,17 @@ def _skeleton(config: DecoderConfig, stacked: bool) -> tuple[nnx.GraphDef, PyTre
 
 
 def decoder_config(model) -> DecoderConfig:
-    """The `model` section of a run's config as a `DecoderConfig`."""
+    """A `DecoderConfig` from the `model` section of a run's config."""
     return DecoderConfig(**{field.name: model[field.name] for field in dataclasses.fields(DecoderConfig) if field.name in model})
 
 
 def with_adapters(config: DecoderConfig, model) -> DecoderConfig:
-    """`config` with the adapters that the `model` section of a run's config asks for."""
+    """`config` with the adapters of the `model` section of a run's config."""
     return dataclasses.replace(config, lora=Lora(model.lora_rank, model.lora_alpha, tuple(model.lora_targets)))
 
 
 def bind(config: DecoderConfig, params: Params) -> Decoder:
-    """The `Decoder` module over `params`; cheap, meant to be called inside a traced function."""
+    """The `Decoder` module with `params`; cheap, for use inside a traced function."""
     graph, abstract = _skeleton(config, stacked=0 not in params["layers"])
     state = jax.tree.map(lambda a: a, abstract)
     nnx.replace_by_pure_dict(state, params)

@@ -1,9 +1,8 @@
-"""Sampling with a key/value cache that lives across turns: `extend` appends given tokens, `decode` samples new ones.
+"""Sampling with a key/value cache that persists across turns: `extend` appends given tokens, `decode` samples new ones.
 
-Both are pure functions of (params, cache, ...) with static shapes, and both may be mapped over a leading axis of params and
-cache. A slot is a row of the cache that holds one episode; slots have their own lengths, temperatures, truncations and
-budgets, all traced, so one program serves every turn of every episode. Parameters are read layer by layer: what is called
-often is given unstacked ones (`decoder.unstack`).
+Both are pure functions of (params, cache, ...) with static shapes, and can be mapped over a leading axis of params and cache. A
+slot is a row of the cache that holds one episode. Its length, temperature, truncation and budget are traced, so that one program
+serves every turn of every episode. Frequent callers pass unstacked parameters (`decoder.unstack`), which are read layer by layer.
 """
 
 import functools
@@ -18,15 +17,15 @@ from epo_jax.models import kv_cache
 from epo_jax.models.decoder import DecoderConfig, Params, bind, unstack
 from epo_jax.models.kv_cache import LayerCache
 
-# Words summed at once when a token is looked up by its cumulative probability.
+# Tokens per block in the cumulative sum by which a token is drawn.
 _SUM_BLOCK = 64
 
-# Temperatures beyond these sample as these do: the likeliest token alone, and all tokens alike.
+# Temperatures are clipped to these: at the lowest only the likeliest token is sampled, at the highest all tokens equally.
 _COLDEST, _HOTTEST = 1e-30, 1e30
 
 
 class Cache(NamedTuple):
-    """Keys and values of every slot, how many tokens each slot holds, and the hidden state of its last token."""
+    """Keys and values of every slot, the number of tokens it holds, and the hidden state of its last one."""
 
     layers: tuple[LayerCache, ...]
     lengths: Int[Array, " S"]
@@ -40,13 +39,15 @@ def cache_axes(cache: Cache) -> Cache:
 
 
 class Sampling(NamedTuple):
-    """The distribution that each slot samples from: softmax(logits / temperature), truncated to the `top_k` likeliest
-    tokens and then to the fewest of them that hold `top_p` of the mass (ties with the last one stay), and renormalised.
+    """The distribution that each slot samples from.
+
+    It is softmax(logits / temperature), truncated to the `top_k` likeliest tokens and then to the fewest of them with a mass of
+    `top_p` (ties with the last one stay), and renormalized.
 
     Attributes:
-        temperature: 0 takes the likeliest token; what is recorded is then the distribution of temperature 1, whole.
-        top_k: 0 keeps all.
-        top_p: 1 keeps all.
+        temperature: 0 takes the likeliest token and records the distribution of temperature 1 without truncation.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
     """
 
     temperature: Float[Array, " S"]
@@ -55,11 +56,11 @@ class Sampling(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What `decode` sampled; columns at or past `counts` are zero.
+    """The result of `decode`; columns at or past `counts` are zero.
 
     Attributes:
-        tokens: sampled ids, a stop token included.
-        log_prob: log-probability of each under the distribution it was sampled from, nats.
+        tokens: sampled ids, including a stop token.
+        log_prob: log-probability of each token under the distribution it was sampled from, nats.
         entropy: entropy of that distribution, nats.
         counts: number of tokens sampled in each slot.
     """
@@ -71,7 +72,7 @@ class Generated(NamedTuple):
 
 
 def init_cache(config: DecoderConfig, slots: int, capacity: int, dtype: str | None = None) -> Cache:
-    """An empty cache for `slots` episodes of at most `capacity` tokens, in the compute dtype or in `dtype` ("int8")."""
+    """An empty cache for `slots` episodes of at most `capacity` tokens, in the compute dtype or `dtype` ("int8")."""
     shape = slots, config.num_kv_heads, config.head_dim, capacity
     return Cache(
         layers=tuple(kv_cache.init_layer(*shape, dtype or config.dtype) for _ in range(config.num_layers)),
@@ -82,16 +83,16 @@ def init_cache(config: DecoderConfig, slots: int, capacity: int, dtype: str | No
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def take_slots(cache: Cache, slots: Int[Array, " R"], capacity: int) -> Cache:
-    """The cache of the given slots alone, each with room for `capacity` tokens; a slot may be given twice."""
+    """A cache of the given slots, each with room for `capacity` tokens; a slot may be given twice."""
     layers = tuple(kv_cache.take(layer, slots, capacity) for layer in cache.layers)
     return Cache(layers, cache.lengths[slots], cache.hidden[slots])
 
 
 @functools.partial(jax.jit, static_argnames=("columns",), donate_argnames=("cache",))
 def copy_slots(cache: Cache, source: Int[Array, " R"], target: Int[Array, " R"], columns: int) -> Cache:
-    """Copies what slots `source` hold, at most `columns` tokens each, to slots `target`, in place.
+    """Copies the first `columns` tokens of slots `source` to slots `target`, in place.
 
-    No slot may be both source and target. A row of padding has a target past the last slot.
+    No slot may be both source and target. A target past the last slot is padding.
     """
     layers = tuple(kv_cache.copy(layer, source, target, columns) for layer in cache.layers)
     lengths, hidden = (
@@ -110,9 +111,10 @@ def extend(
     fresh: Bool[Array, " R"],
     slots: Int[Array, " R"] | None = None,
 ) -> Cache:
-    """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]` (slot r where `slots` is None, with R = S).
+    """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]` (slot r if `slots` is None; then R = S).
 
-    Only the R rows given are computed. A `fresh` row's slot is emptied first. A row of padding has a slot past the last one.
+    Only the R given rows are computed. The slot of a `fresh` row is emptied first. A row with a slot past the last one is
+    padding.
     """
     model = bind(config, unstack(config, params))
     known = cache.lengths if slots is None else cache.lengths.at[slots].get(mode="clip")
@@ -132,30 +134,30 @@ def extend(
 def sample(
     keys: Key[Array, " S"], logits: Float[Array, "S V"], sampling: Sampling
 ) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
-    """A token for each row with its log-probability and the entropy of the distribution it came from, nats, float32."""
+    """Samples (token, log-probability, entropy of its distribution) for each row; nats, float32."""
     greedy = sampling.temperature <= 0
-    # At an extreme temperature the quotient would overflow, or 1 / temperature be 0, and weights be NaN.
+    # At an extreme temperature the quotient would overflow, or 1 / temperature would be 0, and the weights NaN.
     scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, jnp.clip(sampling.temperature, _COLDEST, _HOTTEST))[:, None]
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
     whole = greedy | ((sampling.top_k <= 0) & (sampling.top_p >= 1.0))
-    # A sort of the vocabulary for every token is worth avoiding where nobody truncates.
+    # Without truncation, do not sort the vocabulary for every token.
     scaled = jax.lax.cond(
         jnp.all(whole), lambda x: x, lambda x: jnp.where(whole[:, None], x, _truncated(x, sampling)), scaled
     )
     weights = jnp.exp(scaled)
     tokens, total = _drawn(jax.vmap(jax.random.uniform)(keys), weights)
-    # So is looking for the likeliest word, where nobody asks for it.
+    # Nor search for the likeliest token if no row is greedy.
     likeliest = jax.lax.cond(jnp.any(greedy), lambda x: jnp.argmax(x, axis=-1), lambda x: jnp.zeros(len(x), int), scaled)
     tokens = jnp.where(greedy, likeliest, tokens).astype(jnp.int32)
     log_z = jnp.log(total)
     log_prob = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_z
-    # -sum p log p; a probability that is 0 contributes 0, not 0 * -inf.
+    # -sum p log p; a probability of 0 contributes 0, not 0 * -inf.
     entropy = log_z - jnp.sum(weights * jnp.where(weights > 0, scaled, 0.0), axis=-1) / total
     return tokens, log_prob, entropy
 
 
 def _truncated(scaled: Float[Array, "S V"], sampling: Sampling) -> Float[Array, "S V"]:
-    """Logits with -inf outside each row's support."""
+    """Logits with -inf outside the support of each row."""
     vocabulary = scaled.shape[-1]
     ordered = jnp.flip(jnp.sort(scaled, axis=-1), axis=-1)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocabulary), vocabulary)
@@ -163,7 +165,7 @@ def _truncated(scaled: Float[Array, "S V"], sampling: Sampling) -> Float[Array, 
     probs = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
     kept = ((before < sampling.top_p[:, None]) | (sampling.top_p >= 1.0)[:, None]) & (ordered >= kth)
-    kept = kept.at[:, 0].set(True)  # a top_p that float32 takes for 0 included
+    kept = kept.at[:, 0].set(True)  # even if top_p rounds to 0 in float32
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= least, scaled, -jnp.inf)
 
@@ -171,13 +173,13 @@ def _truncated(scaled: Float[Array, "S V"], sampling: Sampling) -> Float[Array, 
 def _drawn(
     uniform: Float[Array, " S"], weights: Float[Array, "S V"]
 ) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
-    """A token in proportion to its weight, by the inverse of the cumulative sum, and the sum of the weights.
+    """Draws a token in proportion to its weight by inverting the cumulative sum; also returns the sum of the weights.
 
-    One random number in [0, 1) a row: the Gumbel trick needs one for every word, which on a CPU costs as much as the forward
-    pass of a small model. The sum is taken in blocks, so that only one of them is looked through word by word.
+    `uniform` is one number in [0, 1) for each row: the Gumbel trick needs one for every token, which on a CPU costs as much as
+    the forward pass of a small model. The sum goes over blocks, so that only one block is searched token by token.
 
-    A token of weight 0 is never drawn. Rounding makes that more than a comparison: a parallel cumulative sum is not monotone,
-    and may rise where a block has no weight; a block's own sum may exceed the running sum of its words.
+    A token of weight 0 is never drawn. Because of rounding this takes more than a comparison: a parallel cumulative sum is not
+    monotone and may rise where a block has no weight, and the sum of a block may exceed the running sum of its tokens.
     """
     slots, vocabulary = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocabulary % _SUM_BLOCK))).reshape(slots, -1, _SUM_BLOCK)
@@ -193,7 +195,7 @@ def _drawn(
 
 
 def _first_or_last(reached: Bool[Array, "S n"], allowed: Bool[Array, "S n"]) -> Int[Array, " S"]:
-    """The first place of each row that is `reached`; where there is none, the last that is `allowed`."""
+    """The first column of each row that is `reached`, or if there is none, the last that is `allowed`."""
     last = allowed.shape[-1] - 1 - jnp.argmax(allowed[:, ::-1], axis=-1)
     return jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), last)
 
@@ -213,20 +215,19 @@ def decode(
     block: int,
     mapped_over: str | None = None,
 ) -> tuple[Cache, Generated]:
-    """Samples up to `block` tokens in every slot with a positive `budget`, fewer where a stop token or the budget ends it.
+    """Samples up to `block` tokens in every slot, until a stop token or the slot's budget.
 
-    The last token of each slot is sampled and not yet appended: it belongs in front of what the next `extend` brings, where
-    it costs nothing. The key of a token is fold_in(fold_in(fold_in(key, episode), turn), position): a trajectory depends on
-    its episode and the parameters, not on which slot holds it, on what the other slots do, nor on how its turn is cut into
-    blocks.
+    The last sampled token of a slot is not appended to the cache: it goes in front of the tokens of the next `extend`, where it
+    costs nothing. The key of a token is fold_in(fold_in(fold_in(key, episode), turn), position), so a trajectory depends on its
+    episode and the parameters, and not on its slot, on the other slots, or on the split of a turn into blocks.
 
     Args:
-        position: tokens that the turn has sampled already, in an earlier block.
-        budget: most tokens to sample in each slot from here on; 0 leaves the slot alone.
+        position: number of tokens that earlier blocks of the turn have sampled.
+        budget: the most tokens to sample in each slot from here on; 0 leaves the slot unchanged.
         stop_tokens: each of them ends a turn; ids that no token has, such as -1, are allowed.
         block: static width of the result.
-        mapped_over: name of the axis that `vmap` maps over. The loop then has one end for all, without which every step would
-            copy the whole cache to keep that of members who are done.
+        mapped_over: name of the axis that `vmap` maps over. The loop then ends for all members at once; otherwise every step
+            would copy the whole cache to preserve that of finished members.
     """
     model = bind(config, unstack(config, params))
     head = model.output_embedding()
@@ -234,9 +235,9 @@ def decode(
     slots = budget.shape[0]
 
     def draw(live, i, cache, out):
-        """Samples token i of the live slots; (slots that go on, the tokens, out)."""
+        """Samples token i of the live slots; returns (slots that continue, the tokens, out)."""
         with jax.named_scope("head"):
-            # This orientation streams the [V, D] table once, as it is stored.
+            # This orientation reads the [V, D] table once, in its own layout.
             logits = jnp.matmul(head, cache.hidden.T, preferred_element_type=jnp.float32).T
             logits = mask_unused(logits, config.unused_ids, axis=1)
         with jax.named_scope("sample"):

@@ -1,4 +1,4 @@
-"""GGUF files, converted once into a Hugging Face folder: weights dequantised to float32, the tokenizer rebuilt."""
+"""Converts a GGUF file into a Hugging Face folder: dequantizes weights to float32 and rebuilds the tokenizer."""
 
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ _TENSORS = {
     "ffn_norm": "post_attention_layernorm",
 }
 
-# The frequencies of Llama 3.1 and later lie in a GGUF as a table only; this is what every such model was made with.
+# A GGUF has the frequencies of Llama 3.1 and later as a table only; all such models share these settings.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 _WORDS = (
@@ -48,18 +48,18 @@ _SPECIAL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
 def converted(path: Path) -> Path:
-    """The Hugging Face folder made of the GGUF file `path`, in the cache ($EPO_JAX_DATA, else ~/.cache/epo_jax).
+    """The Hugging Face folder of the GGUF file `path`, in the cache ($EPO_JAX_DATA, else ~/.cache/epo_jax).
 
-    A model in parts (NAME-00001-of-00003.gguf) may be named by any of them. A tokenizer.json beside the file is preferred to
-    the vocabulary inside it. A folder appears in the cache whole, once all tensors of the model are known to be there.
+    `path` may be any part of a model in parts (NAME-00001-of-00003.gguf). A tokenizer.json next to the file takes precedence over
+    the vocabulary in it. A folder appears in the cache only when it is complete.
 
     Raises:
-        UserError: the file or a part is missing, damaged, or holds a model, a tokenizer or a quantization that is not known.
+        UserError: the file or a part is missing or damaged, or has an unsupported model, tokenizer or quantization.
     """
     parts = _parts(Path(path))
     stats = [(part.resolve(), part.stat()) for part in parts]
-    told = " ".join(f"{part} {stat.st_size} {stat.st_mtime_ns}" for part, stat in stats)
-    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    identity = " ".join(f"{part} {stat.st_size} {stat.st_mtime_ns}" for part, stat in stats)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     cache = cache_folder() / "models"
     folder = cache / f"{parts[0].stem}-{digest}"
     if not folder.is_dir():
@@ -67,7 +67,7 @@ def converted(path: Path) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as made:
                 _convert(parts, Path(made) / "model")
-                with contextlib.suppress(OSError):  # another process was quicker
+                with contextlib.suppress(OSError):  # another process was faster
                     (Path(made) / "model").rename(folder)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -78,7 +78,7 @@ def converted(path: Path) -> Path:
 
 
 def _parts(path: Path) -> list[Path]:
-    """All files of the model that `path` is a file of."""
+    """All files of the model to which `path` belongs."""
     if match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name):
         parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[2]}.gguf") for number in range(1, int(match[2]) + 1)]
     else:
@@ -90,8 +90,8 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _read(parts: list[Path]) -> tuple[Any, dict[str, Any]]:
-    """The first part, which holds the metadata, and the tensors of all parts by name."""
-    import gguf  # only such a file needs it
+    """(reader of the first part, which has the metadata; tensors of all parts by name)."""
+    import gguf  # needed for such files only
 
     readers, tensors = [], {}
     for number, part in enumerate(parts):
@@ -113,7 +113,7 @@ def _read(parts: list[Path]) -> tuple[Any, dict[str, Any]]:
         readers.append(reader)
     total = _value(readers[0], "split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise UserError(f"{parts[0]} tells of {total} tensors, but there are {len(tensors)}; download it again.")
+        raise UserError(f"{parts[0]} lists {total} tensors, but there are {len(tensors)}; download it again.")
     for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors.values()}.items():
         try:
             gguf.quants.dequantize(tensor.data[:1], kind)
@@ -138,13 +138,13 @@ def _convert(parts: list[Path], folder: Path) -> None:
             found = f"of shape {tensors[names[name]].shape[::-1].tolist()}" if name in names else "missing"
             raise UserError(f"{path}: the tensor for {name} {list(shape)} is {found}; download it again.")
     for name in names.keys() - expected.keys():
-        raise UserError(f"{path}: tensor {names[name]} is one that a model of its metadata does not have; download it again.")
+        raise UserError(f"{path}: tensor {names[name]} is not part of the model that its metadata describes; download it again.")
 
     def tensor(name: str) -> np.ndarray:
         source = tensors[names[name]]
         array = gguf.quants.dequantize(source.data, source.tensor_type)
         rotated = heads.get(names[name].split(".")[-2])
-        if rotated:  # llama.cpp turns neighbouring elements of a head, Hugging Face those half a head apart
+        if rotated:  # llama.cpp rotates neighboring elements of a head, Hugging Face elements half a head apart
             array = array.reshape(rotated, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         return array
 
@@ -220,7 +220,7 @@ def _config(path: Path, reader, tensors: dict) -> DecoderConfig:
 
 
 def _tokenizer(path: Path, reader, folder: Path) -> None:
-    """Puts tokenizer.json and tokenizer_config.json into `folder`: those beside the GGUF, or made of its vocabulary."""
+    """Writes tokenizer.json and tokenizer_config.json to `folder`: those next to the GGUF, or rebuilt from its vocabulary."""
     beside = [path.parent / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     if beside[0].exists():
         for file in beside:

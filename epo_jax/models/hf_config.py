@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json` as a `DecoderConfig`, and back."""
+"""Converts between a Hugging Face `config.json` and a `DecoderConfig`."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from epo_jax.models.rope import SCALINGS
 
 _FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
-# The value that each key must have, where it is there and not null, for the decoder to compute what the model was trained as.
+# The only supported value of each key, if it is present and not null.
 _ONLY = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0, "is_causal": True}
 
 
@@ -19,11 +19,11 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
 
     Args:
         folder: a Hugging Face model folder.
-        dtype: compute dtype; the file's own says how the weights are stored.
+        dtype: compute dtype; that of the file is the type of the stored weights.
         remat: what the backward pass recomputes, as in `DecoderConfig`.
 
     Raises:
-        UserError: the file is missing or damaged, or the model is of another kind.
+        UserError: the file is missing or damaged, or the model is not supported.
     """
     path = Path(folder) / "config.json"
     try:
@@ -35,7 +35,7 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
     family = stated.get("model_type") if isinstance(stated, dict) else None
     if family not in _FAMILIES:
         raise UserError(f"{path}: model_type={family!r} is not supported; choose a model of type {' or '.join(_FAMILIES)}.")
-    if stated.get("sliding_window", 0) is None:  # as good as switched off
+    if stated.get("sliding_window", 0) is None:  # the same as off
         stated["use_sliding_window"] = False
     stated = {key: value for key, value in stated.items() if value is not None}
     for key, only in _ONLY.items():
@@ -88,7 +88,7 @@ def read_config(folder: Path, dtype: str, remat: str) -> DecoderConfig:
 
 
 def _other(folder: Path) -> str:
-    """What else a folder without config.json may be, as the end of a sentence."""
+    """The end of a sentence: a suggestion for a folder without config.json."""
     if files := sorted(Path(folder).glob("*.gguf")):
         return f"; name one of its GGUF files in config.model.path, such as {files[0]}"
     if (Path(folder) / "adapter_config.json").exists():
@@ -97,7 +97,7 @@ def _other(folder: Path) -> str:
 
 
 def _rope(path: Path, stated: dict) -> tuple:
-    """(theta as it stands, scaling), from rope_theta and rope_scaling or, since transformers 5, from rope_parameters."""
+    """(theta, scaling) from rope_theta and rope_scaling or, since transformers 5, from rope_parameters."""
     found = [_rope_of_table(path, stated, key) for key in ("rope_scaling", "rope_parameters") if stated.get(key)]
     if found[1:] and found[0] != found[1]:
         raise UserError(f"{path}: rope_scaling and rope_parameters disagree; keep the one that the model was made with.")
@@ -119,7 +119,7 @@ def _rope_of_table(path: Path, stated: dict, key: str) -> tuple:
     reads = SCALINGS.get(kind) if isinstance(kind, str) else None
     length = "original_max_position_embeddings"
     if length in (reads or {}):
-        # In the table, beside it, or else the length that the model has.
+        # In the table, next to it, or the model's own length.
         beside = stated.get(length, rope.get(length, stated.get("max_position_embeddings")))
         if beside is not None and rope.setdefault(length, beside) != beside:
             raise refused(f"{length}={beside} beside it says something else")
@@ -134,7 +134,7 @@ def _rope_of_table(path: Path, stated: dict, key: str) -> tuple:
 
 
 def _windows(path: Path, stated: dict, size) -> tuple[int, ...]:
-    """The window of each layer of a Qwen model, () where none has any."""
+    """The window of each layer of a Qwen model; () if none has one."""
     layers = size("num_hidden_layers")
     window, full = size("sliding_window", 4096), stated.get("max_window_layers", 28)
     kinds = stated.get("layer_types", ["full_attention" if i < full else "sliding_attention" for i in range(layers)])
@@ -145,7 +145,7 @@ def _windows(path: Path, stated: dict, size) -> tuple[int, ...]:
 
 
 def write_config(folder: Path, config: DecoderConfig, more: dict | None = None) -> None:
-    """Writes `folder`/config.json, from which `read_config` and transformers make the same model; `more` keys go into it."""
+    """Writes `folder`/config.json for `read_config` and transformers, with `more` additional keys."""
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.o_bias else "llama"
     stated = {
         "architectures": [_FAMILIES[family]],

@@ -1,4 +1,4 @@
-"""From what `config.model.path` says to a model folder on this machine."""
+"""From `config.model.path` to a model folder on this machine."""
 
 from pathlib import Path
 
@@ -11,11 +11,12 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
 
 
 def resolve(path: str) -> Path:
-    """The model folder that `path` means: a local folder, a GGUF file (converted once, into the cache), or else a name on the
-    Hugging Face hub, fetched into its cache.
+    """The local model folder of `path`: a folder, a GGUF file, or a name on the Hugging Face hub.
+
+    A GGUF file is converted once, into the cache; a hub model is downloaded into the cache of the hub's client.
 
     Raises:
-        UserError: there is no such folder or file, and the hub does not know the name or cannot be reached.
+        UserError: there is no such folder or file, and the hub has no such model or cannot be reached.
     """
     local = expand_user(path, "config.model.path")
     if local.is_dir():
@@ -29,6 +30,6 @@ def resolve(path: str) -> Path:
     except Exception as error:  # its own errors and those of its HTTP and transfer libraries have no common base
         reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")[:200]
         raise UserError(
-            f"config.model.path={path!r} is no local folder and cannot be fetched from the Hugging Face hub "
+            f"config.model.path={path!r} is not a local folder and cannot be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason}); give a local folder in config.model.path or download the model first."
         ) from error

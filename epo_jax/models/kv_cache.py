@@ -1,8 +1,8 @@
-"""One layer's keys and values for every slot: how they are laid out, written and read.
+"""The keys and values of one layer for every slot: layout, writing and reading.
 
-Keys are laid out [slot, head, width, position] and values [slot, head, position, width], the orders in which a decode step
-reads them; on a CPU this is two to five times faster than one common order. With `int8` each vector is stored as 8-bit
-integers and one scale, its largest magnitude over 127, at half the memory of bfloat16.
+Keys are [slot, head, width, position] and values [slot, head, position, width], the orders in which a decode step reads them;
+on a CPU this is two to five times faster than one common order. With `int8` a vector is stored as 8-bit integers and one scale,
+its largest magnitude over 127, in half the memory of bfloat16.
 """
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 # (keys, values), or with int8 (keys, values, scales of the keys, scales of the values)
 LayerCache = tuple[Array, ...]
 
-# The logical axes (epo_jax/parallel/mesh.py) of each of them.
+# The logical axes (epo_jax/parallel/mesh.py) of these arrays.
 AXES = (
     ("slots", "kv_heads", "head_dim", "positions"),
     ("slots", "kv_heads", "positions", "head_dim"),
@@ -22,6 +22,7 @@ AXES = (
 
 
 def init_layer(slots: int, heads: int, width: int, capacity: int, dtype: str) -> LayerCache:
+    """An empty cache of one layer with room for `capacity` positions in every slot."""
     arrays = jnp.zeros((slots, heads, width, capacity), dtype), jnp.zeros((slots, heads, capacity, width), dtype)
     if dtype == "int8":
         arrays += tuple(jnp.zeros((slots, heads, capacity), jnp.float32) for _ in range(2))
@@ -32,7 +33,7 @@ def init_layer(slots: int, heads: int, width: int, capacity: int, dtype: str) ->
 def append(
     layer: LayerCache, rows: Int[Array, "R 1"], columns: Int[Array, "R T"], k: Float[Array, "R T K d"], v: Float[Array, "R T K d"]
 ) -> LayerCache:
-    """Writes new keys and values at (row, column); an index past the end is dropped."""
+    """Writes new keys and values at (row, column); drops an index past the end."""
     keys, values, *scales = layer
     if scales:
         (k, k_scale), (v, v_scale) = _quantised(k), _quantised(v)
@@ -46,7 +47,7 @@ def append(
 def read(
     layer: LayerCache, slots: Int[Array, " R"] | None, dtype: jnp.dtype
 ) -> tuple[Float[Array, "R K d C"], Float[Array, "R K C d"]]:
-    """Keys and values of the given slots (of all when None) in `dtype`."""
+    """Keys and values of the given slots (all slots if None) in `dtype`."""
     keys, values, *scales = layer if slots is None else (a.at[slots].get(mode="clip") for a in layer)
     keys, values = keys.astype(dtype), values.astype(dtype)
     if scales:
@@ -55,7 +56,7 @@ def read(
 
 
 def take(layer: LayerCache, slots: Int[Array, " R"], capacity: int) -> LayerCache:
-    """The given slots, each with room for `capacity` positions."""
+    """A cache of the given slots, each with room for `capacity` positions."""
 
     def fit(x, axis):
         x = x[slots]
@@ -66,7 +67,7 @@ def take(layer: LayerCache, slots: Int[Array, " R"], capacity: int) -> LayerCach
 
 
 def copy(layer: LayerCache, source: Int[Array, " R"], target: Int[Array, " R"], columns: int) -> LayerCache:
-    """Copies the first `columns` positions of slots `source` to slots `target`; a target past the last slot is dropped."""
+    """Copies the first `columns` positions of slots `source` to slots `target`; drops a target past the last slot."""
 
     def one(x, axis):
         part = (*[slice(None)] * (axis - 1), slice(columns))

@@ -1,7 +1,7 @@
-"""Low-rank adapters (arXiv 2106.09685) as a pytree of their own beside a frozen base.
+"""Low-rank adapters (arXiv 2106.09685) as a pytree separate from the frozen base.
 
-`join` makes the `Params` of an adapted decoder out of both without copying either. So a stack of M adapters needs the base
-once: `jax.vmap(lambda base, adapters: f(join(base, adapters)), in_axes=(None, 0))`.
+`join` combines both into the `Params` of an adapted decoder without a copy, so M stacked adapters need the base only once:
+`jax.vmap(lambda base, adapters: f(join(base, adapters)), in_axes=(None, 0))`.
 """
 
 import json
@@ -20,12 +20,12 @@ _MARK = "_lora_"
 
 
 def init_adapters(config: DecoderConfig, key: Array) -> Params:
-    """Adapters that change nothing yet: A random, B zero."""
+    """Initial adapters, which leave the outputs unchanged: A is random, B is zero."""
     return jax.jit(lambda key: split(init_params(config, key))[1])(key)
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """(base, adapters) of an adapted decoder's `Params`."""
+    """Splits the `Params` of an adapted decoder, or any tree of the same keys, into (base, adapters)."""
     base, adapters = {}, {}
     for key, array in params["layers"].items():
         (adapters if _MARK in key else base)[key] = array
@@ -33,13 +33,13 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def join(base: Params, adapters: Params) -> Params:
-    """The `Params` of `base` with `adapters`; either may be empty, and what remains is then the whole."""
+    """The `Params` of `base` with `adapters`; either may be empty."""
     nested = [key for key in base.keys() & adapters.keys() if isinstance(base[key], dict)]
     return base | adapters | {key: join(base[key], adapters[key]) for key in nested}
 
 
 def merge(config: DecoderConfig, params: Params) -> Params:
-    """The adapted decoder as one without adapters, W + alpha / rank * A B in place of each W."""
+    """Merges adapters into the base: each W becomes W + alpha / rank * A B."""
     base, adapters = split(params)
     layers, lora = dict(base["layers"]), config.lora
     for name in lora.targets if lora else ():
@@ -49,7 +49,7 @@ def merge(config: DecoderConfig, params: Params) -> Params:
 
 
 def save_adapters(folder: Path, config: DecoderConfig, adapters: Params, base: str) -> None:
-    """Writes a PEFT folder (adapter_config.json, adapter_model.safetensors) for the model that `base` names."""
+    """Writes a PEFT folder (adapter_config.json, adapter_model.safetensors) of adapters for the model named `base`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

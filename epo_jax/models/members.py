@@ -1,7 +1,7 @@
-"""`generate` for the members of a sweep: the same functions, mapped over a leading axis M of what the members do not share.
+"""`generate` for the members of a sweep: the same functions, mapped over a leading axis M.
 
-Every argument and result has that axis, except `Members.shared`, the sampling and the stop tokens. With adapters the base is
-shared, so that M policies hold it once.
+Every argument and result has that axis, except `Members.shared`, the sampling and the stop tokens. With adapters the members
+share the base, which is stored once.
 """
 
 import functools
@@ -17,7 +17,7 @@ from epo_jax.models.generate import Cache, Generated, Sampling
 
 
 class Members(NamedTuple):
-    """The parameters of M policies: what all have in common (with adapters the base, else empty), and [M, ...] the rest."""
+    """The parameters of M policies: `shared` (with adapters the base, else empty) and `own`, arrays [M, ...]."""
 
     shared: Params
     own: Params
@@ -35,7 +35,7 @@ def init_cache(config: DecoderConfig, members: int, slots: int, capacity: int, d
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def take_slots(cache: Cache, slots: Int[Array, "M R"], capacity: int) -> Cache:
-    """See `generate.take_slots`; slots are numbered within their member."""
+    """See `generate.take_slots`; each member numbers its slots from 0."""
     return jax.vmap(functools.partial(generate.take_slots, capacity=capacity))(cache, slots)
 
 
@@ -77,7 +77,7 @@ def decode(
     stop_tokens: Int[Array, " K"],
     block: int,
 ) -> tuple[Cache, Generated]:
-    """See `generate.decode`. It ends when no member has a slot that goes on."""
+    """See `generate.decode`; it ends when every slot of every member has ended."""
 
     def one(own, *given):
         return generate.decode(config, lora.join(params.shared, own), *given, sampling, stop_tokens, block, mapped_over="member")

@@ -1,7 +1,7 @@
-"""Rotary positions (arXiv 2104.09864) and the ways in which checkpoints stretch them beyond their training length.
+"""Rotary positions (arXiv 2104.09864) and how checkpoints scale them beyond the training length.
 
-The `rope_type` and the other keys are those of a Hugging Face config's `rope_parameters`; the arithmetic follows
-transformers' `modeling_rope_utils`, in float32 like it.
+`rope_type` and the other keys are those of `rope_parameters` in a Hugging Face config; the arithmetic follows
+`modeling_rope_utils` of transformers, in float32.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# The keys that each type reads, with the value of a key that may be left out; `...` marks one that may not.
+# The keys of each type with their defaults; `...` marks a required key.
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": ...},
@@ -33,7 +33,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def frequencies(head_dim: int, theta: float, scaling: dict) -> tuple[np.ndarray, float]:
-    """Angle per position of each of the head_dim / 2 pairs, and the factor on cosine and sine.
+    """Angle per position of each of the head_dim / 2 pairs (radians), and the factor on cosine and sine.
 
     Args:
         scaling: a `rope_type` of SCALINGS and its keys; empty for plain rotary positions.
@@ -48,12 +48,12 @@ def frequencies(head_dim: int, theta: float, scaling: dict) -> tuple[np.ndarray,
         return stretched, 1.0
     length = values["original_max_position_embeddings"]
     if kind == "llama3":
-        # Long waves are stretched, short ones kept, those between mixed.
+        # Long waves are scaled, short ones are not, and those between are interpolated.
         low, high = values["low_freq_factor"], values["high_freq_factor"]
         kept = np.clip((length * plain / (2 * math.pi) - low) / (high - low), 0, 1)
         return ((1 - kept) * stretched + kept * plain).astype(np.float32), 1.0
 
-    # YaRN (arXiv 2309.00071): the same idea along a ramp between two numbers of turns in the training length.
+    # YaRN (arXiv 2309.00071): the same idea, with a ramp between two numbers of rotations in the training length.
     def pair(turns: float) -> float:
         return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -68,7 +68,7 @@ def frequencies(head_dim: int, theta: float, scaling: dict) -> tuple[np.ndarray,
 def rotary(
     positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: dict
 ) -> tuple[Float[Array, "B T 1 d"], Float[Array, "B T 1 d"]]:
-    """Cosine and sine of the rotary angles, halves laid out as in Hugging Face checkpoints."""
+    """Cosine and sine of the rotary angles, with the halves in the order of Hugging Face checkpoints."""
     per_position, factor = frequencies(head_dim, theta, scaling)
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(per_position)[None, None]
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
@@ -76,6 +76,7 @@ def rotary(
 
 
 def rotate(x: Float[Array, "B T N d"], rope: tuple[Array, Array]) -> Float[Array, "B T N d"]:
+    """Rotates queries or keys by the angles of `rotary`."""
     cos, sin = (r.astype(x.dtype) for r in rope)
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

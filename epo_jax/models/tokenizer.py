@@ -1,7 +1,7 @@
-"""Tokens in, tokens out: a tokenizer with the chat frame that turns observations into prompt ids.
+"""Token in, token out: a tokenizer with the chat frame that turns observations into prompt ids.
 
-A conversation is append-only: `first(text)` opens it, the model answers up to its stop token, `following(text)` carries the
-next observation. The ids of earlier turns are never rendered again, so the learner sees exactly what the sampler saw.
+A conversation is append-only: `first(text)` opens it, the model answers up to its stop token, `following(text)` adds the next
+observation. Earlier turns are never tokenized again, so the learner sees exactly the ids that the sampler saw.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from epo_jax.models.chat_frame import TAGS, ChatFrame, control_tokens, find_toke
 
 _PAD, _AGENT, _END = "<|pad|>", "<|agent|>", "<|end|>"
 
-# Text games name things "cabinet 3" and speak in set phrases around the names. Keeping a noun with its number, and the words
-# between two such things together, lets the BPE make one token of each: a small model can then copy a thing in one step, and
-# episodes are half as long. A task ("put some apple in fridge") is followed by no numbered thing, so its words stay apart.
-# (The 400 keeps a long text without numbers from being searched to its end at each word.)
+# Text games name objects like "cabinet 3" and use fixed phrases between the names. A piece is a noun with its number, or the
+# words between two such names, and BPE can make one token of it: a small model then copies an object in one step, and episodes
+# are half as long. No numbered object follows a task ("put some apple in fridge"), so its words remain separate. (The limit of
+# 400 prevents a search to the end of a long text without numbers at each word.)
 _PIECES = r" ?\p{L}+ \d+|[^\d\n]{1,400}?(?= \p{L}+ \d)| ?\p{L}+| ?\d+|\s+| ?[^\s\p{L}\d]+"
 
-# A text that every tokenizer of an English model gives back.
+# A text that every tokenizer of an English model reproduces.
 _SAMPLE = "Take apple 1 from the table."
 
-# The name of a control token while text is encoded; U+10FFFD is for private use. A text that has one of them loses its first
+# The name of a control token while text is encoded; U+10FFFD is for private use. Such a name in a text loses its first
 # character.
 _ALIAS = "\U0010fffd{}\U0010fffd"
 _ALIAS_START = re.compile("\U0010fffd(?=\\d+(?:\U0010fffd|\\Z))")
@@ -44,11 +44,11 @@ _ALIAS_START = re.compile("\U0010fffd(?=\\d+(?:\U0010fffd|\\Z))")
 class ChatTokenizer:
     """A `tokenizers.Tokenizer` with the chat frame of its model.
 
-    Control tokens are those that frame a turn: they are in the frame, end a turn, or pad. All others are text.
+    Control tokens are in the frame, end a turn, or pad; all other tokens are text.
 
     Attributes:
-        roles: control tokens that the frame may not show: {"pad": ..., "bos": ...}, where there are such.
-        folder, files: where the model's own files are, and which; none for a tokenizer that was trained here.
+        roles: control tokens that need not be in the frame, as far as they exist: {"pad": ..., "bos": ...}.
+        folder, files: the folder and names of the model's published files; None and () for a tokenizer trained here.
     """
 
     backend: tokenizers.Tokenizer
@@ -64,7 +64,7 @@ class ChatTokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """All tokens that end a turn, the template's first."""
+        """All tokens that end a turn, first that of the template."""
         return tuple(self.backend.token_to_id(token) for token in (self.frame.stop, *self.frame.stops))
 
     @property
@@ -77,39 +77,39 @@ class ChatTokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without control tokens: where it spells one, its characters are encoded."""
+        """Ids of a text, without control tokens: the name of one is encoded as characters."""
         return self._framed("", text, "")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without control tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids` without control tokens; invalid UTF-8 becomes U+FFFD."""
         return self.backend.decode([i for i in ids if i not in self._control_ids], skip_special_tokens=False)
 
     def first(self, text: str) -> list[int]:
-        """Ids that open a conversation and leave it at the model's turn."""
+        """Ids that open a conversation, up to the model's turn."""
         return self._framed(self.frame.head, self.frame.message(text), self.frame.reply)
 
     def following(self, text: str, last: int | None) -> list[int]:
         """Ids of a later observation up to the model's turn.
 
         Args:
-            last: the token that the model's turn ended with. A turn that its budget ended, or another stop token than the
-                template's, is closed with the template's.
+            last: the last token of the model's turn. If it is not the template's stop token (the budget or another stop token
+                ended the turn), the template's is added.
         """
         ids = self._framed(self.frame.stop + self.frame.between, self.frame.message(text), self.frame.reply)
         return ids[1:] if last == self.stop_id else ids
 
     def answer(self, text: str) -> list[int]:
-        """Ids of a model's turn after `frame.reply`, its stop token included."""
+        """Ids of a model's turn after `frame.reply`, including the stop token."""
         frame = self.frame
         text = frame.answer_start + text + frame.answer_end
         prompt, whole = self._framed(frame.reply, "", ""), self._framed(frame.reply, text, frame.stop)
-        # A prompt is encoded before its answer is known, so no token reaches across.
+        # A prompt is encoded before its answer is known, so no token may span both.
         return whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._framed("", text, frame.stop)
 
     def _framed(self, before: str, text: str, after: str) -> list[int]:
-        """Ids of `text` between parts of the frame, whose control tokens are the only ones.
+        """Ids of `text` between parts of the frame; only the frame has control tokens.
 
-        Encoded at once, for tokens reach across from the frame to the text, as in what the template renders.
+        All is encoded at once, because tokens may span frame and text, as in the rendered template.
         """
         whole, found = before + text + after, self._special.findall
         if len(found(whole)) == len(found(before)) + len(found(after)):
@@ -134,14 +134,16 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _special(self) -> re.Pattern:
-        """Matches what must not be read as a token in a text."""
+        """Matches tokens that a text must not produce."""
         special = {token.content for token in self._added.values() if token.special}
         return find_tokens((special | {token.content for token in self._added.values() if token.content in self._control}) - TAGS)
 
     @functools.cached_property
     def _aliased(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
-        """A backend that encodes special tokens as text and has their aliases in their place; the aliases, and the ids that
-        these stand for."""
+        """(backend, aliases, ids): a backend that encodes special tokens as text and their aliases as tokens.
+
+        `aliases` maps a token to its alias, `ids` the id of an alias to that of its token.
+        """
         stored = json.loads(self.backend.to_str())
         for token in stored["added_tokens"]:
             token["special"] = bool(self._special.fullmatch(token["content"]))
@@ -157,13 +159,13 @@ class ChatTokenizer:
         return backend, aliases, ids
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes what `load_tokenizer` reads: `export`'s files and the frame."""
+        """Writes the files of `export` and the frame, for `load_tokenizer`."""
         self.export(folder)
         frame = dataclasses.asdict(self.frame) | ({"files": self.files} if self.files else {})
         write_atomically(Path(folder) / "chat_frame.json", json.dumps(frame, indent=2) + "\n")
 
     def export(self, folder: str | os.PathLike) -> None:
-        """Writes what transformers' `AutoTokenizer` reads: the model's own files, or a tokenizer trained here."""
+        """Writes the model's published files, or those of a tokenizer trained here, for transformers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.files:
@@ -182,9 +184,9 @@ class ChatTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: str = "") -> ChatTokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens trained on `texts`; the same texts give the same tokenizer.
+    """Trains a byte-level BPE of at most `vocab_size` tokens; deterministic.
 
-    What the regular expression `phrases` matches may become one token, blanks and all; elsewhere words stay apart.
+    A match of the regular expression `phrases` may become one token, whitespace included; elsewhere words remain separate.
     """
     pieces = f"{phrases}|{_PIECES}" if phrases else _PIECES
     backend = tokenizers.Tokenizer(models.BPE())
@@ -203,10 +205,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: str = "") ->
 
 
 def compose_embedding(embedding: np.ndarray, tokenizer: ChatTokenizer, seed: int) -> np.ndarray:
-    """The embedding [V, D] with each numbered thing's row set to that of its noun plus that of its number.
+    """The embedding [V, D] in which the row of a numbered object is that of its noun plus that of its number.
 
-    A model that starts from here sees at once that "apple 2" is an apple, which from random rows it would have to learn for
-    every thing apart. The sum is scaled to keep the rows' norm.
+    A model that starts from it sees at once that "apple 2" is an apple; with random rows it would have to learn that for every
+    object. The sum is scaled to preserve the norm of rows.
     """
     rng = keys.generator(seed, "embedding")
     composed, parts = np.array(embedding), {}
@@ -225,10 +227,10 @@ def compose_embedding(embedding: np.ndarray, tokenizer: ChatTokenizer, seed: int
 
 
 def load_tokenizer(folder: str | os.PathLike) -> ChatTokenizer:
-    """The tokenizer of a run folder, or of a Hugging Face model folder (its chat template gives the frame).
+    """The tokenizer of a run folder, or of a Hugging Face model folder, whose chat template gives the frame.
 
     Raises:
-        UserError: the folder holds no readable tokenizer, or its chat template has no frame.
+        UserError: the folder has no readable tokenizer, or its chat template has no frame.
     """
     tokenizer = ChatTokenizer(*tokenizer_files.read(Path(folder)))
     if tokenizer.decode(tokenizer.encode(_SAMPLE)) != _SAMPLE:

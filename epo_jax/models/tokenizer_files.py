@@ -1,4 +1,4 @@
-"""The tokenizer files of a model folder or a run folder: whatever is wrong with them is one sentence."""
+"""Reads the tokenizer files of a model folder or a run folder; any fault is a UserError of one sentence."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from epo_jax.common.errors import UserError
 from epo_jax.models.chat_frame import ChatFrame, UnusableTemplate, frame_of_template
 
-# What a model folder may hold of a tokenizer and of how its model is sampled.
+# The files of a tokenizer, and of the sampling defaults, in a model folder.
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
@@ -20,9 +20,9 @@ _TOGETHER = "copy both files from the same folder"
 
 
 def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, dict[str, str], Path, tuple[str, ...]]:
-    """(tokenizer, frame, pad and beginning-of-text tokens by role, folder, the model's own files there).
+    """(tokenizer, frame, pad and beginning-of-text tokens by role, folder, names of the model's published files there).
 
-    The frame is the one that a run stored, or else that of the chat template.
+    The frame is the one that a run has stored, or that of the chat template.
 
     Raises:
         UserError: see `epo_jax.models.tokenizer.load_tokenizer`.
@@ -35,7 +35,7 @@ def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, dict[str, str],
         pretrained, backend = _pretrained(folder)
         frame, own = _frame_of_template(pretrained, backend, folder), _FILES
     files = tuple(name for name in _FILES if name in own and (folder / name).is_file())
-    # Of a tokenizer that was saved while it made batches.
+    # A tokenizer may have been saved with the settings of a batch.
     backend.no_truncation()
     backend.no_padding()
     for token in (frame.stop, *frame.stops):
@@ -45,12 +45,12 @@ def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, dict[str, str],
 
 
 def _reason(error: Exception) -> str:
-    """An error of another library in one line."""
+    """The error of another library as one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _settings(path: Path) -> dict:
-    """The table in a JSON file, {} where there is none."""
+    """The table in a JSON file; {} if there is no file."""
     if not path.exists():
         return {}
     try:
@@ -63,7 +63,7 @@ def _settings(path: Path) -> dict:
 
 
 def _stored_frame(path: Path) -> tuple[ChatFrame, tuple[str, ...]]:
-    """The frame that `ChatTokenizer.save` wrote, and the names of the model's own files."""
+    """The frame that `ChatTokenizer.save` wrote, and the names of the model's published files."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         stated: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
@@ -76,7 +76,7 @@ def _stored_frame(path: Path) -> tuple[ChatFrame, tuple[str, ...]]:
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
-    """`folder`/tokenizer.json with the added tokens that only the other files list, as transformers reads them."""
+    """`folder`/tokenizer.json with the added tokens that only other files list, like transformers."""
     path = folder / "tokenizer.json"
     if not path.exists():
         raise UserError(f"No tokenizer can be read from {folder}: tokenizer.json is missing; copy it there.")
@@ -95,14 +95,14 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
                     f"{folder}: tokenizer.json has no room for token {token.content!r} at id {i}, where the folder's other "
                     f"files place it; {_TOGETHER}."
                 )
-    # Named tokens that the vocabulary holds as text: transformers takes them for special ones.
+    # Tokens with a role that are text in the vocabulary: transformers makes special tokens of them.
     named = _named(folder, backend, "eos", "bos", "pad", "unk").values()
     backend.add_special_tokens([token for token in named if token not in _added(backend)])
     return backend
 
 
 def _listed(folder: Path) -> list[tuple[int, AddedToken]]:
-    """The added tokens in added_tokens.json and tokenizer_config.json, by their ids."""
+    """The added tokens in added_tokens.json and tokenizer_config.json, in the order of their ids."""
     listed = {}
     try:
         for content, i in _settings(folder / "added_tokens.json").items():
@@ -123,7 +123,7 @@ def _added(backend: tokenizers.Tokenizer) -> set[str]:
 
 
 def _named(folder: Path, backend: tokenizers.Tokenizer, *roles: str) -> dict[str, str]:
-    """The tokens that the folder's files name for these roles, as far as the vocabulary has them."""
+    """Role -> token, from the folder's files; only tokens of the vocabulary."""
     stated = _settings(folder / "special_tokens_map.json") | _settings(folder / "tokenizer_config.json")
     tokens = {role: stated.get(f"{role}_token") for role in roles}
     tokens = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
@@ -131,7 +131,7 @@ def _named(folder: Path, backend: tokenizers.Tokenizer, *roles: str) -> dict[str
 
 
 def _ends(folder: Path, backend: tokenizers.Tokenizer) -> set[str]:
-    """The tokens that the model's files name as ends of a turn."""
+    """The tokens that the model's files list as ends of a turn."""
     ends = set(_named(folder, backend, "eos").values())
     for path in (folder / "generation_config.json", folder / "config.json"):
         ids = _settings(path).get("eos_token_id")
@@ -139,12 +139,14 @@ def _ends(folder: Path, backend: tokenizers.Tokenizer) -> set[str]:
         if not all(isinstance(i, int) and i >= 0 for i in ids):
             raise UserError(f"{path}: eos_token_id={ids!r} must be the id of a token, or a list of them.")
         ends |= {backend.id_to_token(i) for i in ids}
-    return ends & _added(backend)  # an id of ordinary text is a default that nobody set
+    return ends & _added(backend)  # the id of ordinary text is a library's default
 
 
 def _pretrained(folder: Path):
-    """What transformers makes of the folder, and the backend of the file that the model was trained with (transformers rebuilds
-    some families' pre-tokenizers from the class that it takes them for)."""
+    """(tokenizer of transformers, backend).
+
+    The backend is read from tokenizer.json if there is one, because transformers rebuilds the pre-tokenizers of some families.
+    """
     slow = ("vocab.json", "merges.txt")
     fast = (folder / "tokenizer.json").exists()
     if not fast and not (folder / "tokenizer.model").exists() and not all((folder / name).exists() for name in slow):
@@ -166,7 +168,7 @@ def _pretrained(folder: Path):
         ) from error
     if fast:
         return pretrained, backend
-    # transformers gives an id of its own making to a token that it expects and does not find.
+    # transformers makes up an id for a token that it expects and does not find.
     stated = {token.content: i for i, token in _listed(folder)} | converted.get_vocab(with_added_tokens=False)
     for token in sorted(_added(converted)):
         if stated.get(token) != converted.token_to_id(token):

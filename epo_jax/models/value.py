@@ -1,7 +1,7 @@
-"""The critic: one linear output, the expected return, on the hidden states of a decoder.
+"""The critic: a linear output, the expected return, on the hidden states of a decoder.
 
-The decoder is the critic's own ("own"), or adapters of its own over the policy's frozen base ("lora"), or the policy's as it
-stands, which the value's gradient does not reach ("trunk").
+The decoder is separate from the policy ("own"), or the policy's frozen base with separate adapters ("lora"), or the policy
+itself, which gets no gradient from the value ("trunk").
 """
 
 import dataclasses
@@ -43,7 +43,10 @@ def values(
     segment_ids: Int[Array, "B T"],
     index: Int[Array, "B P"],
 ) -> Float[Array, "B P"]:
-    """Value before each policy token, in units of return, float32; `config` is the policy's, `index` as in `TokenBatch`."""
+    """Value before each policy token, in units of return, float32.
+
+    `config` is that of the policy; `index` is as in `TokenBatch`.
+    """
     shared = {"own": {}, "lora": lora.split(policy)[0], "trunk": policy}[kind]
     if kind == "own":
         config = dataclasses.replace(config, lora=None)

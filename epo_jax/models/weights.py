@@ -1,7 +1,7 @@
-"""Hugging Face model folders, in and out: safetensors on disk, `Params` in memory.
+"""Reads and writes Hugging Face model folders: safetensors on disk, `Params` in memory.
 
-A checkpoint holds every projection of every layer by itself, as [out, in]; `Params` stacks the layers and keeps [in, out].
-`tensor_names` alone knows which is which.
+A checkpoint stores each projection of each layer separately, as [out, in]; `Params` stacks the layers and stores [in, out].
+`tensor_names` is the only mapping between the two.
 """
 
 import functools
@@ -30,17 +30,17 @@ _LAYER_TENSORS = {
     "k_norm": "self_attn.k_norm.weight",
 }
 
-# Size above which weights are written as several files, in bytes.
+# The largest size of a file of weights, in bytes; more weights are written as several files.
 SHARD_BYTES = 4 * 10**9
 
 
 def projection_module(name: str) -> str:
-    """The module of a projection inside a layer of a Hugging Face model: q_proj -> self_attn.q_proj."""
+    """The module of a projection in a layer of a Hugging Face model: q_proj -> self_attn.q_proj."""
     return f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
 
 
 def tensor_names(key: str, layers: int | None = None) -> list[str]:
-    """The checkpoint's names of the leaf `key` of `Params`; with `layers`, of one stacked in `Params["layers"]`."""
+    """Tensor names of leaf `key` of `Params` in a checkpoint; with `layers`, of a leaf of `Params["layers"]`."""
     if layers is None:
         return [_TENSORS[key]]
     projection = key.replace("_bias", "_proj")
@@ -52,19 +52,19 @@ def tensor_names(key: str, layers: int | None = None) -> list[str]:
 
 
 def load_params(folder: Path, config: DecoderConfig, shardings=None) -> Params:
-    """The weights of `folder`, in one safetensors file or several, as float32 arrays on the devices.
+    """Loads the weights of `folder`, in one or several safetensors files, as float32 arrays.
 
-    Names, shapes and types are checked before the first weight is read. Tensors are read one at a time, each host only the
-    slices of its own devices, so that host memory holds little more than one tensor beside the shards.
+    Names, shapes and types are checked before the first weight is read. Tensors are read one at a time, and each host reads only
+    its devices' shards, so that host memory holds little more than one tensor in addition to the shards.
 
-    The lm_head that some tied checkpoints hold is left out. Where it is not the embedding, a line says so: transformers 4 and
-    vLLM tie such a model too, transformers 5 does not.
+    The lm_head of a tied checkpoint is ignored. If it differs from the embedding, a line is printed: transformers 4 and vLLM tie
+    such a model too, transformers 5 does not.
 
     Args:
-        shardings: pytree like `Params` of shardings, the axis of layers whole; None puts everything on the default device.
+        shardings: pytree like `Params` of shardings that do not shard the axis of layers; None is the default device.
 
     Raises:
-        UserError: a file is missing or cut short, or a tensor is missing, unknown, stored twice with different values, or of
+        UserError: a file is missing or truncated, or a tensor is missing, unknown, stored twice with different values, or of
             another shape or type.
     """
     folder = Path(folder)
@@ -97,7 +97,7 @@ def _put_layer(whole, tensor, layer):
 
 
 def _read(stored, shape: tuple[int, ...], sharding: Sharding, transposed: bool) -> jax.Array:
-    """One tensor on its devices; each reads its own slice of the file."""
+    """One tensor on its devices; each device's shard is read from the file separately."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if transposed:
@@ -108,7 +108,7 @@ def _read(stored, shape: tuple[int, ...], sharding: Sharding, transposed: bool) 
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a checkpoint of this model must hold."""
+    """Name -> shape of every tensor in a checkpoint of this model."""
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     expected = {tensor_names(key)[0]: shape.shape for key, shape in shapes.items() if key != "layers"}
     for key, shape in shapes["layers"].items():
@@ -117,7 +117,7 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _checked_tensors(folder: Path, config: DecoderConfig) -> dict:
-    """Every tensor of the model as an unread slice of its file, once all of them are known to fit."""
+    """Every tensor of the model as an unread slice of its file, after checking all of them."""
     expected = expected_shapes(config)
     source, file_of = _weight_map(folder)
     opened = {file: _open(file) for file in sorted(set(file_of.values()))}
@@ -133,7 +133,7 @@ def _checked_tensors(folder: Path, config: DecoderConfig) -> dict:
             if file_of[name] != file and not _equal(reader.get_slice(name), stored(name)):
                 raise UserError(f"{file} and {file_of[name]} differ in tensor {name}; download the model again.")
 
-    # Ours -> as stored. A checkpoint of the decoder alone, without an output head's class around it, has no prefix.
+    # Our name -> stored name. A checkpoint of the bare decoder, without the class of the output head, has no prefix.
     stored_as = {f"model.{name}" if f"model.{name}" in expected else name: name for name in file_of}
     embedding, head = _TENSORS["embedding"], _TENSORS["lm_head"]
     if config.tie_embeddings and head in stored_as:
@@ -146,7 +146,7 @@ def _checked_tensors(folder: Path, config: DecoderConfig) -> dict:
                 "set tie_word_embeddings to false there to read it."
             )
     for name, under in stored_as.items():
-        # Rotary frequencies, which old Llama checkpoints carry along, follow from the config.
+        # Old Llama checkpoints include rotary frequencies, which follow from the config.
         if name not in expected and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
                 f"{file_of[under]}: {folder / 'config.json'} has no place for tensor {under}; take both from the same model."
@@ -160,7 +160,7 @@ def _checked_tensors(folder: Path, config: DecoderConfig) -> dict:
         file, found = file_of[under], stored(under)
         if tuple(found.get_shape()) != shape:
             raise UserError(
-                f"{file}: tensor {name} has shape {found.get_shape()}, but {folder / 'config.json'} asks for "
+                f"{file}: tensor {name} has shape {found.get_shape()}, but {folder / 'config.json'} requires "
                 f"{list(shape)}; take both from the same model."
             )
         if found.get_dtype() not in ("F32", "F16", "BF16"):
@@ -170,7 +170,7 @@ def _checked_tensors(folder: Path, config: DecoderConfig) -> dict:
 
 
 def _equal(left, right) -> bool:
-    """Whether two stored tensors have the same values, of which a few thousand rows at a time are in memory."""
+    """Whether two stored tensors have the same values; reads a few thousand rows at a time."""
     if left.get_shape() != right.get_shape():
         return False
     rows = (left.get_shape() or [0])[0]
@@ -181,9 +181,9 @@ def _equal(left, right) -> bool:
 def save_params(
     folder: Path, config: DecoderConfig, params: Params, more: dict | None = None, dtype: str = "float32"
 ) -> None:
-    """Writes config.json and the weights in `dtype`, which `load_params` and transformers read.
+    """Writes config.json and the weights in `dtype` for `load_params` and transformers.
 
-    `params` are without adapters (`lora.merge`); `more` keys go into config.json.
+    `params` must have no adapters (`lora.merge`); `more` are additional keys of config.json.
     """
     sources: dict[str, tuple[Any, int | None]] = {}
     sources |= {tensor_names(key)[0]: (array, None) for key, array in params.items() if key != "layers"}
@@ -200,7 +200,7 @@ def save_params(
 
 
 def write_tensors(folder: Path, sizes: dict[str, int], tensor: Callable[[str], np.ndarray], dtype: str = "float32") -> None:
-    """Writes `tensor(name)` for each name of `sizes` (numbers of elements) in `dtype`, in files of at most SHARD_BYTES."""
+    """Writes `tensor(name)` in `dtype` for each name of `sizes` (numbers of elements), in files of at most SHARD_BYTES."""
     folder, dtype = Path(folder), jnp.dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     shards, room = [], 0
@@ -221,16 +221,16 @@ def write_tensors(folder: Path, sizes: dict[str, int], tensor: Callable[[str], n
 
 
 def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file with the permissions of any new file; safetensors alone makes it readable to its owner only."""
+    """Writes a safetensors file with default permissions; safetensors makes it readable to its owner only."""
     file.touch()
     mode = file.stat().st_mode
-    # save_file writes the memory behind an array and takes no notice of strides; transformers insists on the metadata.
+    # save_file ignores the strides of an array; transformers requires the metadata.
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, file, metadata={"format": "pt"})
     file.chmod(mode)
 
 
 def _weight_map(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """The file that lists the tensors (the only weight file, or the index of several), and the file of each tensor."""
+    """The only weight file, or the index of several, and the file of each tensor."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists():
         return whole, dict.fromkeys(_open(whole).keys(), whole)
@@ -245,7 +245,7 @@ def _weight_map(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _open(file: Path) -> safe_open:
-    """`file` with its header read; the header must account for every byte, so a file cut short does not open."""
+    """Opens `file` and reads its header, which must account for every byte: a truncated file is an error."""
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:

@@ -347,7 +347,7 @@ NAME = "model.layers.1.self_attn.o_proj.weight"
     ("change", "culprit"),
     [
         (lambda t: t.pop(NAME), f"lacks tensor {NAME}"),
-        (lambda t: t.update({NAME: t[NAME].T.copy()}), rf"{NAME} has shape \[32, 24\], .* asks for \[24, 32\]"),
+        (lambda t: t.update({NAME: t[NAME].T.copy()}), rf"{NAME} has shape \[32, 24\], .* requires \[24, 32\]"),
         (lambda t: t.update({NAME: t[NAME].astype(np.int8)}), f"{NAME} is stored as I8"),
         (lambda t: t.update({NAME.replace("1", "2", 1): t[NAME]}), r"no place for tensor model.layers.2"),
     ],
