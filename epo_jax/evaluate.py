@@ -27,6 +27,7 @@ from epo_jax.command import (
     run,
     write_output,
 )
+from epo_jax.common import compilation
 from epo_jax.common.errors import UserError
 from epo_jax.envs.base import SPLITS, environment
 from epo_jax.envs.workers.pool import EnvPool
@@ -45,6 +46,7 @@ from epo_jax.training.evaluation import evaluate
 def main(argv: list[str]) -> None:
     options, rest = _parse(argv[1:])
     with hosts.joined(options):
+        compilation.keep_programs()
         _score(options, rest)
 
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from epo_jax.command import ArgumentParser, add_base_option, number_type, run
-from epo_jax.common import keys
+from epo_jax.common import compilation, keys
 from epo_jax.common.errors import UserError, nearest
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     config.model.dtype = options.dtype
     config.agent.max_tokens = 1  # the room in a context is what the model has
     print(mesh.devices_in_use(), file=sys.stderr)
+    compilation.keep_programs()
     policy = load(options.checkpoint, options.step, config, base=options.base)
     sampling = prompts.SamplingConfig(options.temperature, options.top_k, options.top_p)
     sampler = Sampler(keys.key(options.seed, "evaluation"), policy.tokenizer.stop_ids, sampling, options.max_tokens)

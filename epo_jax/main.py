@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 from epo_jax.command import parse, run
-from epo_jax.common import keys
+from epo_jax.common import compilation, keys
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import environment
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
         hosts.joined(command.flags),
         lock.hold(*written(command)) if hosts.is_first() else contextlib.nullcontext(),
     ):
+        compilation.keep_programs()
         train(command, stop)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from epo_jax.command import parse, run
-from epo_jax.common import keys
+from epo_jax.common import compilation, keys
 from epo_jax.common.errors import Stopped, UserError, explain
 from epo_jax.common.files import write_atomically
 from epo_jax.common.stopping import StopRequest
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
 
 def run_programs(command: Command, stop: StopRequest) -> None:
     print(devices_in_use(), flush=True)
+    compilation.keep_programs()
     config = command.config
     groups = programs(config)
     refuse_what_members_cannot_share(config)

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 from collections import Counter
+from pathlib import Path
 
 # Before the first import of jax, which reads them once. Processes that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,8 +20,20 @@ import jax
 import jaxtyping
 import pytest
 
+from epo_jax.common import compilation
+
 # Every annotated shape of these packages is checked at each call.
 jaxtyping.install_import_hook(["epo_jax.objectives", "epo_jax.parity", "epo_jax.models"], "beartype.beartype")
+
+# Programs are kept between sessions and shared by all processes, those that tests start included; tracing is not, so what
+# `max_traces` counts stays the same. `pytest --cache-clear` deletes them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = Path(__file__).parents[1] / ".pytest_cache" / "d" / "programs" / compilation.cpu_kind()
+    for _name, _value in (("compilation_cache_dir", str(_programs)), ("persistent_cache_min_compile_time_secs", 0.1)):
+        jax.config.update(f"jax_{_name}", _value)
+        os.environ[f"JAX_{_name.upper()}"] = str(_value)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compilation.trim(_programs)
 
 _traces: Counter[str] = Counter()
 
@@ -59,5 +72,5 @@ def max_traces(caplog):
         traced = _traces[name] - before
         if traced > allowed:
             told = [record.getMessage() for record in caplog.get_records("call")]
-            reasons = [text for text in told if "CACHE MISS" in text and name in text]
+            reasons = [text for text in told if "TRACING CACHE MISS" in text and name in text]
             pytest.fail(f"{name} was traced {traced} times, {allowed} allowed:\n" + "\n".join(reasons), pytrace=False)

@@ -10,7 +10,6 @@ import threading
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import kill
 from epo_jax import main as program
@@ -39,19 +38,14 @@ ARGUMENTS = f"--config={kill.__file__}", "--config.warm_start.steps=10", "--conf
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
+def quick():
     """What counts here is the time to compile."""
-    settings = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
-    settings["jax_compilation_cache_dir"] = str(tmp_path_factory.mktemp("cache"))
-    before = {name: jax.config.values[name] for name in settings}
+    before = jax.config.values["jax_disable_most_optimizations"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw", lambda folder: [])
-        for name, value in settings.items():
-            jax.config.update(name, value)
+        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        compilation_cache.reset_cache()
-        for name, value in before.items():
-            jax.config.update(name, value)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def run(folder, *arguments):
