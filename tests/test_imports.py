@@ -22,8 +22,6 @@ SHARED_BY_COMMANDS = "command"
 
 # (module, what it imports): why it still does, until it does no more.
 EXCEPTIONS = {
-    ("objectives.loss", "parity.released_rows"): "the loss chooses between its own averages and the reference one",
-    ("training.step", "parity.released_rows"): "the train step chooses likewise",
     ("runs.checkpoint", "training.state"): "a checkpoint is restored into a TrainState",
 }
 

@@ -1,4 +1,4 @@
-"""What ends a command without a traceback, and how an error of a library or the machine is told in a sentence."""
+"""Errors that end a command with one sentence, and sentences for library errors."""
 
 import datetime
 import difflib
@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Errors of the machine, by what libraries write of them, and what helps.
+# Errors of the machine: a pattern of the libraries' messages, and advice.
 _MACHINE = (
     (r"Too many open files", "raise the limit on open files (ulimit -n 65536)"),
     (r"RESOURCE_EXHAUSTED|[Oo]ut of memory|Cannot allocate memory|MemoryError|bad_alloc",
@@ -24,22 +24,21 @@ _MACHINE = (
 class UserError(Exception):
     """Bad input: a config value, a file, a folder, a missing program.
 
-    The message is one sentence that names the culprit and the mend. Commands print it and exit with code 2 instead of
-    showing a traceback.
+    The message is one sentence that names the cause and the fix. Commands print it without a traceback and exit with code 2.
     """
 
 
 class Stopped(Exception):
-    """The run was asked to stop, has saved all it needs, and can be resumed. Commands print it and exit with code 75."""
+    """A signal stopped the run, which is saved and can be resumed. Commands print the message and exit with code 75."""
 
 
 def explain(error: BaseException, otherwise: str) -> str:
-    """The end of a message, "(REASON); WHAT TO DO", for an error of a library.
+    """Returns "(REASON); ADVICE" for an error of a library.
 
-    The reason is an error of the machine (memory, disk, ...) if there is one in the chain.
+    The reason is an error of the machine (a full disk, a timeout) if the error or one of its causes is one.
 
     Args:
-        otherwise: what to do if the machine is not at fault, so that the file itself must be.
+        otherwise: the advice if the machine is not the cause, so that the file itself must be damaged.
     """
     for each in _chain(error):
         text = f"{type(each).__name__}: {each}"
@@ -53,26 +52,26 @@ def explain(error: BaseException, otherwise: str) -> str:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """A sentence if a full file system, quota or limit on a file's size is behind `error`, else None."""
+    """Returns a sentence if a full file system, a quota or a file size limit caused `error`, else None."""
     for each in _chain(error):
         if found := re.search(r"No space left on device|[Qq]uota exceeded|File too large", str(each)):
-            quoted = re.search(r'"(/[^"]+)"', str(each))  # by libraries that are not written in Python
+            quoted = re.search(r'"(/[^"]+)"', str(each))  # in messages of libraries that are not written in Python
             where = getattr(each, "filename", None) or (quoted[1] if quoted else "a file")
             return (
-                f"{where} cannot be written ({found[0]}); make room there and give the command again, that of a run with "
+                f"{where} cannot be written ({found[0]}); make room there and repeat the command, that of a run with "
                 "--resume."
             )
     return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message, " (nearest: 'NAME')", if `name` resembles one of `known`, else ""."""
+    """Returns " (nearest: 'NAME')" if a name in `known` is spelled like `name`, else ""."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (nearest: {near[0]!r})" if near else ""
 
 
 def keep_traceback(error: BaseException, folder: Path | None = None) -> Path:
-    """Appends the traceback of `error` to `folder`/errors.log, or to a new temporary file where that cannot be written."""
+    """Appends a traceback to `folder`/errors.log, or to a temporary file, and returns its path."""
     text = "".join([f"{datetime.datetime.now().isoformat(timespec='seconds')}\n", *traceback.format_exception(error), "\n"])
     if folder is not None:
         path = Path(folder) / "errors.log"
@@ -88,7 +87,7 @@ def keep_traceback(error: BaseException, folder: Path | None = None) -> Path:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, those in its group, and what it came from."""
+    """Yields the error, the errors of its group, and their causes."""
     while error is not None:
         yield error
         if isinstance(error, BaseExceptionGroup):
@@ -98,6 +97,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _line(text: str) -> str:
-    """The first line that is not empty, short enough for a sentence."""
+    """Returns the first line that is not empty, cut to 200 characters."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return lines[0][:200].rstrip(".: ") if lines else "no message"

@@ -1,4 +1,4 @@
-"""Paths as people write them, and files that a reader, or a crash, never meets half written."""
+"""Paths with `~`, the cache folder, and files that are written whole or not at all."""
 
 import contextlib
 import os
@@ -7,18 +7,18 @@ from pathlib import Path
 
 from epo_jax.common.errors import UserError, explain
 
-# What helps where the cache cannot be written.
+# Advice if the cache cannot be written.
 OTHER_CACHE = "make room or give the permission there, or set EPO_JAX_DATA or config.env.data_dir to another folder"
 
 
 def expand_user(path: str | Path, option: str) -> Path:
-    """`path` with a leading `~` or `~name` replaced by that home folder, which shells leave alone behind `--option=`.
+    """Replaces a leading `~` or `~name` by that home folder; shells do not expand it in `--option=~/x`.
 
     Args:
-        option: name of the option, config key or variable that holds the path, for the message.
+        option: the option, config key or variable that holds the path, for the message.
 
     Raises:
-        UserError: there is no such user, or no home folder (HOME is unset and the user has no entry).
+        UserError: the user does not exist or has no home folder (HOME is unset and the user has no entry).
     """
     try:
         return Path(path).expanduser()
@@ -28,10 +28,13 @@ def expand_user(path: str | Path, option: str) -> Path:
 
 @contextlib.contextmanager
 def from_cache(path: Path, again: str) -> Iterator[None]:
-    """Context that reads a file of the cache. Raises UserError, naming the file and the true error, if that fails.
+    """Context that reads a file of the cache.
 
     Args:
-        again: what happens if the file is not there, as "they are played again".
+        again: what happens if the file is missing, for the message: "they are played again".
+
+    Raises:
+        UserError: reading fails; names the file and the true error.
     """
     try:
         yield
@@ -40,10 +43,12 @@ def from_cache(path: Path, again: str) -> Iterator[None]:
 
 
 def cache_folder(data_dir: str = "") -> Path:
-    """Where games, gold actions and converted models are kept: `data_dir`, else $EPO_JAX_DATA, else ~/.cache/epo_jax.
+    """Returns the cache folder: `data_dir`, else $EPO_JAX_DATA, else ~/.cache/epo_jax.
+
+    It holds games, gold episodes, converted models and compiled programs.
 
     Raises:
-        UserError: there is no home folder for it.
+        UserError: there is no home folder.
     """
     for path, option in ((data_dir, "config.env.data_dir"), (os.environ.get("EPO_JAX_DATA"), "EPO_JAX_DATA")):
         if path:
@@ -56,18 +61,34 @@ def cache_folder(data_dir: str = "") -> Path:
         ) from None
 
 
+def write_to_cache(path: Path, content: str | bytes) -> None:
+    """Writes a file of the cache atomically, with its folders. Raises UserError if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; {OTHER_CACHE}.") from None
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Returns environment variables for a child process that imports this package."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, **more, "PYTHONPATH": path}
+
+
 def append(path: Path, text: str) -> None:
-    """Adds `text` to the end of a file, on disk when this returns: all of it or, where that fails, none.
+    """Appends `text` to a file and syncs it to disk; if that fails, nothing is appended.
 
     Raises:
-        OSError: the file system refuses, with the file's name.
+        OSError: the file cannot be written; `filename` is set.
     """
     try:
         with open(path, "ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
                 left = memoryview(text.encode())
-                while left:  # a file system with little room may take a part
+                while left:  # a file system with little room writes only a part
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
@@ -78,13 +99,13 @@ def append(path: Path, text: str) -> None:
         raise
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Puts `text` at `path` by writing beside it and renaming over it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes `content` to a temporary file next to `path` and renames it to `path`."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -1,7 +1,6 @@
-"""The randomness of a run: one seed, and a stream of its own for each purpose.
+"""Random streams: one seed for a run, and an independent stream for each purpose.
 
-A purpose is a name, such as "rollout". Streams of different purposes, and of different seeds, are independent: no sum of a seed
-and an offset can make two of them meet.
+A purpose is a name, such as "rollout". Streams with different purposes or seeds are independent, unlike sums of seed and offset.
 """
 
 import zlib
@@ -12,12 +11,12 @@ from jaxtyping import Array, Integer, Key
 
 
 def key(seed: int | Integer[Array, ""], purpose: str) -> Key[Array, ""]:
-    """The JAX key of a purpose. The seed may be traced."""
+    """Returns the JAX key for a purpose. The seed may be traced."""
     return jax.random.fold_in(jax.random.key(seed), _number(purpose))
 
 
 def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """The NumPy generator of a purpose on the host; `indices` (a step, an epoch) make one for each of their values."""
+    """Returns the NumPy generator for a purpose, one for each value of `indices` (a step, an epoch)."""
     return np.random.default_rng([seed, _number(purpose), *indices])
 
 

@@ -1,12 +1,12 @@
-"""Ending a command when it is asked to: by Ctrl-C, by SIGTERM, by SIGHUP (its terminal was closed), by a closed output.
+"""Stopping a command: on Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and a closed standard output.
 
-Around every command `listening` is open (`command.run`). The first signal raises KeyboardInterrupt in the main thread, so that
-files and worker processes are closed on the way out. Where something would be lost by that, a `StopRequest` defers it to a point
-at which all is saved. A second signal ends the process at once, worker processes included.
+Every command runs inside `listening` (`command.run`). The first signal raises KeyboardInterrupt in the main thread, so files and
+worker processes are closed on the way out. If a run would lose something, its `StopRequest` defers the interrupt until everything
+is saved. A second signal ends the process at once, worker processes included.
 
-Python runs its signal handlers between two instructions of the main thread, and XLA compiles for minutes in one. So the signals'
-numbers go through a pipe (`signal.set_wakeup_fd`) to a thread, which answers at once, and ends the process where the main thread
-does not come back.
+Python runs signal handlers between two bytecode instructions of the main thread, and XLA may compile for minutes within one.
+Signal numbers therefore also go through a pipe (`signal.set_wakeup_fd`) to a thread, which prints a message at once and ends the
+process if the main thread does not return.
 """
 
 import contextlib
@@ -22,31 +22,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-CODE = 75  # of a command that was stopped and can be repeated or resumed (sysexits.h: try again)
-CLOSED_OUTPUT = 128 + signal.SIGPIPE  # of one with nothing to save, as the shell reports the death by this signal
+CODE = 75  # exit code of a stopped command, which can be repeated or resumed (sysexits.h: try again)
+CLOSED_OUTPUT = 128 + signal.SIGPIPE  # exit code with nothing to save, as a shell reports death by this signal
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ASKED = "asked to stop: what is done will be saved; ask again to end at once"
-_ECHO = 1.0  # seconds: a shell, a wrapper and the kernel may each send the signal of one request
-_PATIENCE = 2.0  # seconds after which the main thread is taken to be inside a call that does not end soon
+_ECHO = 1.0  # seconds: a shell, a wrapper and the kernel may each send a signal for one request
+_PATIENCE = 2.0  # seconds: a main thread that takes longer is inside a call that will not end soon
 
-# Ids of the process groups that child processes lead, to be ended with this process.
+# Process groups led by child processes; `end_at_once` kills them.
 process_groups: set[int] = set()
 
 _listener: "_Listener | None" = None
 
 
 class _Listener:
-    """What is known of the requests to stop this process.
+    """The state of stop requests to this process.
 
     Attributes:
-        asked: there was one.
-        saving: what the command has done will be saved first.
-        deferring: it does not interrupt the main thread.
-        raised: it has interrupted it.
-        again: that was in vain.
-        output_closed: nobody reads standard output any more.
-        sentence: makes the last line of a run, which can be resumed; None in other commands.
+        asked: a request has come.
+        saving: the command will save its work before it stops.
+        deferring: a request does not interrupt the main thread.
+        raised: KeyboardInterrupt has been raised in the main thread.
+        again: the interrupt was lost and must be raised again.
+        output_closed: the reader of standard output has gone.
+        sentence: returns the last line of a run, which can be resumed; None in other commands.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class _Listener:
         self.sentence: Callable[[], str] | None = None
 
     def interrupt(self, _: int | None = None, frame: FrameType | None = None) -> None:
-        """The Python side of a signal."""
+        """Handles a signal in the main thread: raises KeyboardInterrupt unless it is deferred."""
         self.asked = True
         if frame is not None and frame.f_code is _Listener.lost.__code__:
             self.again = True
@@ -64,8 +64,10 @@ class _Listener:
             raise KeyboardInterrupt
 
     def lost(self, before: Callable, unraisable) -> None:
-        """Hook for exceptions that have nobody to go to. An interrupt that came inside a garbage collector's callback or a
-        `__del__` comes again after it: not from here, which is still inside."""
+        """Hook for unraisable exceptions.
+
+        An interrupt inside a garbage-collector callback or `__del__` is lost; the thread sends it again after the callback.
+        """
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             self.raised, self.again = False, True
         elif "Event loop is closed" not in str(unraisable.exc_value):  # Orbax's, after a save that failed
@@ -79,7 +81,7 @@ class _Listener:
             self.interrupt()
 
     def watch(self, pipe: int) -> None:
-        """The thread that reads the signals' numbers until the pipe is closed."""
+        """Body of the thread: reads signal numbers until the pipe is closed."""
         first = since = asked_by = None
         nudged = False
         while True:
@@ -89,11 +91,11 @@ class _Listener:
                 return
             if number is None:
                 waits = not self.deferring and not self.raised
-                # A signal that another thread got, or that came just before a system call, does not end that call: the main
-                # thread gets one of its own.
+                # A signal that another thread received, or that came just before a system call, does not end that call, so
+                # send one to the main thread.
                 if self.again or (waits and not nudged):
                     first, self.again, nudged = time.monotonic(), False, True
-                    # Its number comes through the pipe, too, and is taken for an echo.
+                    # Its number comes through the pipe too and counts as an echo.
                     signal.pthread_kill(threading.main_thread().ident, asked_by)
                 elif waits and time.monotonic() > since + _PATIENCE:
                     _tell(self.last_line())
@@ -112,8 +114,10 @@ class _Listener:
 
 @contextlib.contextmanager
 def listening() -> Iterator[_Listener]:
-    """Has signals stop what runs inside, in the way of the module's docstring. Inside another one, or outside the main thread,
-    it changes nothing. A signal that is ignored (nohup) stays so."""
+    """Context in which signals stop the command, as the module describes.
+
+    Nested contexts and contexts outside the main thread change nothing. Ignored signals (nohup) stay ignored.
+    """
     global _listener
     if _listener is not None or threading.current_thread() is not threading.main_thread():
         yield _listener or _Listener()
@@ -142,14 +146,14 @@ def listening() -> Iterator[_Listener]:
 
 
 class StopRequest:
-    """The part that a run takes in how it is stopped.
+    """Stop requests to a run, which saves its work before it stops.
 
-    A signal raises KeyboardInterrupt until `defer` is called; from then on it only sets `asked`, except inside `now`. Where
-    `jax.distributed` is initialized, all processes must stop after the same step: `now` defers too, `asked_here` is for an
-    exchange between them, and SIGTERM belongs to a preemption service (`CheckpointManager.reached_preemption`).
+    A signal raises KeyboardInterrupt until `defer` is called; then it only sets `asked`, except inside `now`. With several
+    processes (`jax.distributed`), all must stop after the same step: `now` defers as well, the processes exchange `asked_here`,
+    and SIGTERM belongs to the preemption service (`CheckpointManager.reached_preemption`).
 
     Args:
-        workdir: the run folder, for the sentence at the end.
+        workdir: the run folder, for the last line.
     """
 
     def __init__(self, workdir: Path):
@@ -167,7 +171,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether this process is to stop, and may do so alone."""
+        """Whether this process must stop and is the only one of its run."""
         return self.asked_here and not _among_others()
 
     @property
@@ -175,18 +179,18 @@ class StopRequest:
         return self._listener.asked
 
     def sentence(self, done: str = "") -> str:
-        """What is printed at the end, with what was `done`."""
+        """Returns the last line of the output; `done` is what was finished."""
         if not (self._workdir / "config.json").exists():
             return "stopped as asked before the run began; the same command begins it, and what was made of its data is kept"
         return f"stopped as asked{done and ', ' + done}; go on with --workdir={self._workdir} --resume"
 
     def defer(self) -> None:
-        """From here on a signal waits for a look at `asked`, or for `now`."""
+        """From here on, a signal sets `asked` and interrupts only inside `now`."""
         self._listener.saving = self._listener.deferring = True
 
     @contextlib.contextmanager
     def now(self) -> Iterator[None]:
-        """Inside, a signal raises KeyboardInterrupt, also one that came before."""
+        """Context in which a signal raises KeyboardInterrupt, even one that came before."""
         if _among_others():
             yield
             return
@@ -200,7 +204,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def now_or(self, end: Callable[[], None]) -> Iterator[None]:
-        """`now` for what changes nothing and can be given up: after it `end` is called, which saves and raises `Stopped`."""
+        """`now` for work that can be abandoned; if it is interrupted, `end` saves and raises `Stopped`."""
         try:
             with self.now():
                 yield
@@ -209,12 +213,12 @@ class StopRequest:
 
 
 def _among_others() -> bool:
-    """Whether this is one of several processes. A program without JAX is not, and stays without."""
+    """Whether this process is one of several; does not import JAX."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 class Output:
-    """A text stream whose reader may go away (`| head`, a closed terminal), which is then a request to stop."""
+    """A text stream that turns a closed pipe or terminal (`| head`) into a stop request."""
 
     def __init__(self, stream, listener: _Listener):
         self._stream, self._listener = stream, listener
@@ -235,7 +239,7 @@ class Output:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            # What is still in the stream's buffer must go somewhere when Python closes it.
+            # Python flushes the stream's buffer when it closes it.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -246,8 +250,10 @@ class Output:
 
 
 def end_at_once(code: int) -> None:
-    """Ends this process with its children, and nothing else: an interpreter that closes down under a thread that compiles ends
-    in a segmentation fault."""
+    """Kills the child process groups and exits without finalizing the interpreter.
+
+    Finalization while another thread compiles ends in a segmentation fault.
+    """
     for group in list(process_groups):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
@@ -258,4 +264,4 @@ def end_at_once(code: int) -> None:
 
 def _tell(sentence: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"{sentence}\n".encode())  # print could be in the middle of a line
+        os.write(2, f"{sentence}\n".encode())  # `print` may hold a lock or half a line

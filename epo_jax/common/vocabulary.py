@@ -1,7 +1,7 @@
-"""Ids that a model has rows for and its tokenizer does not define.
+"""Unused token ids: rows of the embedding that the tokenizer does not define.
 
-Embeddings are padded to a round number of rows (Qwen2.5: 151,936 rows for 151,665 tokens). A policy that may emit the rest
-says nothing with it, and an entropy bonus pays for it. The sampler and the learner both give these ids probability zero.
+Embeddings are padded to a round number of rows (Qwen2.5: 151,936 rows for 151,665 tokens). The padding decodes to no text, yet an
+entropy bonus would reward sampling it. Sampler and learner therefore both give these ids probability zero.
 """
 
 import functools
@@ -16,7 +16,7 @@ IdRanges = tuple[tuple[int, int], ...]
 
 
 def unused_ids(defined: Iterable[int], size: int) -> IdRanges:
-    """The ids below `size` that are not `defined`: {0, 1, 4} of 8 leaves ((2, 4), (5, 8))."""
+    """Returns the ids below `size` that are not `defined`: {0, 1, 4} of 8 gives ((2, 4), (5, 8))."""
     ranges, first = [], 0
     for token in sorted({*map(int, defined), size}):
         if first < token:
@@ -26,9 +26,9 @@ def unused_ids(defined: Iterable[int], size: int) -> IdRanges:
 
 
 def mask_unused(logits: Float[Array, "..."], unused: IdRanges, axis: int, value: float = -jnp.inf) -> Float[Array, "..."]:
-    """`logits` with `value` at the `unused` ids, which run along `axis`.
+    """Sets `logits` to `value` at the `unused` ids along `axis`.
 
-    No table is built: with the vocabulary sharded, each device masks its own rows.
+    The mask is computed from an iota, so each device masks its own shard of the vocabulary.
     """
     if not unused:
         return logits

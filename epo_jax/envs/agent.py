@@ -1,11 +1,11 @@
-"""What the agent reads and how its answer becomes an action.
+"""Prompts for the policy, and the parser of its answers.
 
-Two styles. "tagged" is for language models that follow instructions: a message holds the task, the observation, what can
-be done and the rules, and the answer is `<think>...</think><action>...</action>`, the fields and tags of the paper's
-prompts. "bare" is for small models: messages are plain observations and the whole answer is the action.
+There are two styles. "tagged" is for language models that follow instructions: a message contains the task, the observation, the
+commands and the rules; the answer is `<think>...</think><action>...</action>`, with the fields and tags of the paper's prompts.
+"bare" is for small models: messages are plain observations, and the whole answer is the action.
 
-Two ways to remember. In a conversation, `first_message` opens it and `next_message` follows every step. With a window,
-as in the paper, each turn is one message of its own, `window_message`, that repeats the task and the last few turns.
+There are two kinds of memory. A conversation begins with `first_message` and continues with `next_message` after every step.
+With a window, as in the paper, each turn is a single message, `window_message`, which repeats the task and the last few turns.
 """
 
 import bisect
@@ -25,7 +25,7 @@ MAX_ACTION_CHARS = 256
 _ACTION = re.compile(r"<action>((?:(?!<action>).)*?)</action>", re.IGNORECASE | re.DOTALL)
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f]+")
 
-# A letter that no English answer holds, by Unicode's scripts. "Common" and Latin have \u00b5 and \u00ba, Greek \u03a9 and \u0394.
+# A letter that no English answer contains, by Unicode script. \u00b5 and \u00ba are Common and Latin, \u03a9 and \u0394 Greek.
 _FOREIGN = regex.compile(r"[\p{L}--[\p{Latin}\p{Greek}\p{Common}\p{Inherited}]]", regex.V1)
 
 _OPENING = "You are an agent in a text world and act in it one command at a time."
@@ -36,11 +36,11 @@ _RULES = (
 
 
 class Window(NamedTuple):
-    """What a turn's message repeats of the turns before it.
+    """What a message repeats of earlier turns.
 
     Attributes:
-        turns: the last turns, with what was seen and the action taken (the paper: 2).
-        older_actions: also the actions of all turns before those (the paper: in ScienceWorld).
+        turns: number of last turns with observation and action (the paper: 2).
+        older_actions: whether to list the actions of all turns before those (the paper: in ScienceWorld).
     """
 
     turns: int = 2
@@ -48,24 +48,24 @@ class Window(NamedTuple):
 
 
 class ParsedAction(NamedTuple):
-    """The command for the environment ("" where there is none) and whether the answer kept to the format."""
+    """The command for the environment ("" if there is none), and whether the answer has the required format."""
 
     action: str
     valid: bool
 
 
 def parse_action(text: str, tags: bool, opened: str = "") -> ParsedAction:
-    """Reads the action out of one answer of the policy.
+    """Parses the action from an answer of the policy.
 
-    With tags, the action is the content of the last complete `<action>...</action>`, and the answer is valid if there
-    is one, it is not empty, and a complete `<think>...</think>` is there too; `opened`, the part of it that the prompt ends
-    with (`ChatFrame.opened`), counts as its beginning. Without tags, the action is the whole answer and valid unless empty.
-    Tags match in any case. In both styles:
+    With tags, the action is the content of the last complete `<action>...</action>`. The answer is valid if the action is not
+    empty and there is a complete `<think>...</think>`; `opened`, the part of the answer with which the prompt ends
+    (`ChatFrame.opened`), counts as its beginning. Without tags, the action is the whole answer, which is valid unless it is
+    empty. Tags match in any case. In both styles:
 
-    * the action is lower-cased, control characters and runs of blanks become one blank, outer blanks go, and
-      it is cut after 256 characters (a cut action is not valid);
-    * letters of a script other than Latin and Greek (whose letters are signs: \u03a9, \u0394) anywhere in the answer make it
-      invalid; the action is played all the same.
+    * The action becomes lower case; control characters and runs of blanks become one blank; outer blanks are removed. It is cut
+      after 256 characters (a cut action is not valid).
+    * Letters of a script other than Latin and Greek (used as symbols: \u03a9, \u0394) make the answer invalid; its action is
+      still played.
     """
     if tags:
         text = opened + text
@@ -79,14 +79,14 @@ def parse_action(text: str, tags: bool, opened: str = "") -> ParsedAction:
 
 
 def first_message(observation: Observation, style: str) -> str:
-    """The user turn that opens an episode, from the observation after its reset."""
+    """Returns the user turn that opens an episode, from the observation after the reset."""
     if style == "bare":
         return f"{observation.text}\n{observation.goal}".strip()
     return _lines(_OPENING, _task(observation.goal), _now(observation.text), _offer(observation), _RULES)
 
 
 def next_message(observation: Observation, style: str) -> str:
-    """The user turn after a step of a conversation."""
+    """Returns the user turn after a step of a conversation."""
     if style == "bare":
         return observation.text
     return _lines(_now(observation.text), _offer(observation), _RULES)
@@ -100,7 +100,7 @@ def message(
     window: Window | None = None,
     fits: Callable[[str], bool] = lambda message: True,
 ) -> str:
-    """The user turn that follows `observation`: with a window `window_message`, else what a conversation grows by.
+    """Returns the user turn for `observation`: `window_message` with a window, else the next turn of the conversation.
 
     Args: see `window_message`.
     """
@@ -117,16 +117,16 @@ def window_message(
     window: Window,
     fits: Callable[[str], bool] = lambda message: True,
 ) -> str:
-    """The only user turn of one step: the task, the window of past turns, and what is seen now.
+    """Returns the single user turn of a step: the task, the window of past turns, the observation.
 
-    A message that does not fit loses its middle: the oldest of the remembered turns first, and when none is left, the
-    middle of what is seen now. The task, the commands and the rules always stay, so a message can be too long even so.
+    If a message does not fit, the oldest turns of the window are left out first, then the middle of the observation. Task,
+    commands and rules always stay, so the result can still be too long.
 
     Args:
-        first: the observation after the reset; brings the goal and the forms of commands.
-        history: (text seen, action taken) of every turn so far, oldest first; empty at the first turn, whose message is
-            that of `first_message`.
-        observation: what is seen now; `first` itself at the first turn.
+        first: the observation after the reset, with the goal and the forms of commands.
+        history: (observation, action) of every turn so far, oldest first; empty at the first turn, whose message is that of
+            `first_message`.
+        observation: the current observation; `first` at the first turn.
         fits: whether a message is short enough, for example in tokens.
     """
     past = _past(history, style, window)
@@ -155,7 +155,7 @@ def window_message(
 
 
 def _past(history: Sequence[tuple[str, str]], style: str, window: Window) -> list[str]:
-    """The remembered turns, oldest first."""
+    """Returns the turns of the window as text, oldest first."""
     full = max(0, len(history) - window.turns)
     past = []
     for i, (text, action) in enumerate(history):
@@ -170,7 +170,7 @@ def _past(history: Sequence[tuple[str, str]], style: str, window: Window) -> lis
 
 
 def _without_middle(text: str, removed: int) -> str:
-    """`text` with `removed` characters of its middle replaced by an ellipsis."""
+    """Replaces `removed` characters in the middle of `text` by an ellipsis."""
     start = (len(text) - removed) // 2
     return f"{text[:start]} ... {text[start + removed :]}"
 
@@ -188,7 +188,7 @@ def _now(text: str) -> str:
 
 
 def _offer(observation: Observation) -> str:
-    """What can be done, as far as the environment says so."""
+    """Returns the lines about possible actions, as far as the environment lists them."""
     return _lines(
         f"Commands: {observation.commands}" if observation.commands else "",
         f"Things that commands can name now: {', '.join(observation.objects)}" if observation.objects else "",
@@ -202,7 +202,7 @@ def _has_thought(text: str) -> bool:
 
 
 def expert_answer(action: str, style: str, opened: str = "") -> str:
-    """The answer with which the policy would give an expert's action, after what the prompt `opened` of it."""
+    """Returns the answer for an expert's action, without the part `opened` that the prompt contains."""
     if style == "bare":
         return action
     thought = "" if "</think>" in opened else f"The next step towards the task is to {action}.</think>"

@@ -1,23 +1,22 @@
-"""The environment protocol: what a text game must offer to be trained on.
+"""The environment protocol, and environments by name.
 
 An environment is a module with
 
     list_tasks(split, options)      -> list[Task]           every task of a split, in a fixed order
     make_env(options)               -> TextEnv              called inside a worker process
 
-and, where it has use for them,
+and optionally
 
     prepare(options)                -> None                 make or check everything on disk, once, in the main process
     demonstrations(tasks, options)  -> list[Demonstration]  expert episodes for the warm start
-    rename(demonstrations, seed)    -> list[Demonstration]  each with other names in it (config.warm_start.copies)
-    PHRASES = "regular expression"                          set phrases that a tokenizer trained on its texts keeps whole
-    SLOTS_PER_WORKER = 32                                   most episodes that one worker process can hold
+    rename(demonstrations, seed)    -> list[Demonstration]  the same episodes with other names (config.warm_start.copies)
+    PHRASES = "regular expression"                          phrases that become one token in a tokenizer trained on its texts
+    SLOTS_PER_WORKER = 32                                   most episodes per worker process
 
-`config.env.name` is its name in `ENVIRONMENTS` or, for a module from elsewhere, the name by which it is imported.
-docs/environments.md builds one.
+`config.env.name` is a name in `ENVIRONMENTS` or the import path of any other module. docs/environments.md builds one.
 
-`options` is a plain dict (the `env` section of the config). A `Task` is a JSON-able dict with at least `id` (unique) and
-`type` (the row of the per-type table); the rest is the environment's own: a game file, a variation, a seed.
+`options` is a plain dict (the `env` section of the config). A `Task` is a dict of JSON values with at least `id` (unique) and
+`type` (a row of the table of success by type); the environment defines the rest: a game file, a variation, a seed.
 """
 
 import dataclasses
@@ -41,18 +40,18 @@ ENVIRONMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What the agent sees after a reset or a step.
+    """An observation after a reset or a step.
 
     Attributes:
-        text: the observation, without the goal where the environment can tell them apart.
+        text: the observation, without the goal if the environment can separate them.
         goal: the task in words; the same at every turn of an episode.
-        reward: reward of the step just taken (0 after a reset).
-        done: the episode has ended inside the environment (turn limits are the caller's).
-        won: the task was completed.
-        score: task progress in [0, 100].
-        admissible: the actions that would be accepted now, where the environment's options ask for them, else empty.
-        objects: the things that actions can name now, likewise.
-        commands: after a reset, the forms that actions take, where there is no list of admissible ones.
+        reward: reward of the last step (0 after a reset).
+        done: the episode has ended in the environment (the caller applies turn limits).
+        won: the task is completed.
+        score: progress in [0, 100].
+        admissible: the actions that are valid now, if the environment's options request them, else empty.
+        objects: the objects that actions can name now, likewise.
+        commands: after a reset, the forms of actions, if there is no list of admissible ones.
     """
 
     text: str
@@ -70,23 +69,23 @@ _BLANK = vars(Observation(text=""))
 
 
 def to_fields(observation: Observation) -> dict[str, Any]:
-    """What JSON keeps of an observation: its text, and every other field that says something."""
+    """Returns an observation as a dict for JSON: the text, and all fields that differ from their defaults."""
     return {name: value for name, value in vars(observation).items() if name == "text" or value != _BLANK[name]}
 
 
 def from_fields(fields: dict[str, Any]) -> Observation:
-    """The observation that was written as `fields`. Raises TypeError for fields that it does not have."""
+    """Inverse of `to_fields`. Raises TypeError for unknown fields."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return Observation(**values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """An expert episode, with all that an agent would be told in it.
+    """An expert episode.
 
     Attributes:
-        observations: `observations[i]` is what was seen before `actions[i]`; one more follows the last action.
-        mistakes: the turns whose actions are not for imitation: made on purpose, to show what is done after them.
+        observations: `observations[i]` precedes `actions[i]`; one more follows the last action.
+        mistakes: turns with deliberate mistakes, which behavior cloning must not imitate; they show the recovery after them.
     """
 
     task: Task
@@ -104,7 +103,7 @@ class Demonstration:
 
 
 class TextEnv(Protocol):
-    """One live episode at a time; deterministic given the task and the actions, so that a lost one can be played again."""
+    """An environment: one live episode at a time, deterministic given task and actions, so that it can be replayed."""
 
     def reset(self, task: Task) -> Observation: ...
 
@@ -113,7 +112,7 @@ class TextEnv(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """An environment module, with what it leaves out filled in. `module` is the name that worker processes import."""
+    """An environment module with defaults for what it omits; worker processes import `module`."""
 
     module: str
     list_tasks: Callable[[str, dict[str, Any]], list[Task]]
@@ -126,7 +125,7 @@ class Environment:
 
 
 def environment(name: str) -> Environment:
-    """The environment called `name`. Raises UserError if there is none, or if it lacks what every environment has."""
+    """Returns the environment `name`. Raises UserError if it does not exist or lacks a required function."""
     module_name = ENVIRONMENTS.get(name, name)
     unknown = UserError(
         f"env.name={name!r} is not an environment; choose one of {', '.join(sorted(ENVIRONMENTS))}, "
@@ -138,7 +137,7 @@ def environment(name: str) -> Environment:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # it is there, and something that it imports is not
+            raise  # the module exists, but one of its imports does not
         raise unknown from None
     for function in ("list_tasks", "make_env"):
         if not callable(getattr(module, function, None)):

@@ -1,11 +1,11 @@
-"""Plays an environment in the terminal, with the messages that a policy gets and the parser that reads its answers.
+"""Plays an environment in the terminal, with the prompts and the parser of a policy.
 
     python -m epo_jax.envs.play --env=scienceworld --task=find-animal/3
     python -m epo_jax.envs.play --env=alfworld --split=valid_unseen --expert
     python -m epo_jax.envs.play --env=toy --style=bare --window=2
 
-An answer is one line. In the tagged style a line without tags is taken for an action, and a thought is put before it. An empty
-line is an answer too; the end of input (Ctrl-D) stops the game.
+An answer is one line. In the tagged style, a line without tags is an action, and a thought is added before it. An empty line is
+an answer too; the end of the input (Ctrl-D) stops the game.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from epo_jax.settings.config import ENVIRONMENTS, base_config
 from epo_jax.settings.describe import help_text
 from epo_jax.settings.table import SECTIONS
 
-FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # enough to look at, and made in seconds
+FEW_GAMES = {f"{split}_games": 12 for split in SPLITS}  # generated in seconds
 
 
 def read_options(env: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The `env` section for `env` with `settings` ("key=value", the value in JSON or plain text) put in."""
+    """Returns the options of `env` with `settings`: "key=value", the value in JSON or plain text."""
     options = base_config(env).env.to_dict()
     options |= {key: few for key, few in FEW_GAMES.items() if key in options}
     for setting in settings:
@@ -44,7 +44,7 @@ def read_options(env: str, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def find_task(tasks: list[Task], wanted: str) -> Task:
-    """The task whose id is `wanted` or begins with it; the first one for ""."""
+    """Returns the task whose id is `wanted` or begins with it; the first task for ""."""
     found = [task for task in tasks if task["id"] == wanted] or [task for task in tasks if task["id"].startswith(wanted)]
     if not found:
         near = difflib.get_close_matches(wanted, [task["id"] for task in tasks], n=1, cutoff=0) or ["none at all"]
@@ -60,7 +60,7 @@ def expert_answers(env: Environment, task: Task, options: dict[str, Any], style:
 
 
 def ask(style: str) -> str:
-    """A person's answer. Raises EOFError at the end of input."""
+    """Reads an answer from the terminal. Raises EOFError at the end of the input."""
     line = input("> ")
     return line if style == "bare" or "<" in line else agent.expert_answer(line, style)
 
@@ -68,7 +68,7 @@ def ask(style: str) -> str:
 def play(
     pool: EnvPool, task: Task, style: str, window: agent.Window | None, max_turns: int, answer: Callable[[], str]
 ) -> Observation:
-    """Plays one episode on the terminal and returns the last observation. `answer` gives one answer a turn, or EOFError."""
+    """Plays one episode, prints it, and returns the last observation. `answer` returns an answer or raises EOFError."""
     pool.reset(0, task)
     _, observation = pool.get()
     first, history = observation, []

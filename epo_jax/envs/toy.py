@@ -1,7 +1,7 @@
-"""A two-turn text game without dependencies: name the colour of a door, then the number written on it.
+"""A two-turn text game without dependencies: name the color of a door, then the number on it.
 
-Each answer is plainly readable in the observation, so the best policy wins every episode (return 10) and a policy that
-answers uniformly over colours and digits wins one in 30. Small enough to see a learner reach its known optimum.
+The observation contains each answer, so the best policy wins every episode (return 10); a policy that answers uniformly over
+colors and digits wins one in 30. A learner reaches this known optimum in seconds.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ WIN_REWARD = 10.0
 
 
 def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
-    """All 30 doors in `train`; in the validation splits the 15 with an even and the 15 with an odd number."""
+    """Returns all 30 doors for `train`, and those with even and odd numbers for the two validation splits."""
     tasks = [
         {"id": f"{colour}-{digit}", "type": colour, "colour": colour, "digit": digit}
         for digit in DIGITS
@@ -31,7 +31,7 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
 
 
 class ToyEnv:
-    """The game. The reward is 10 after the second answer if both answers were right, otherwise 0."""
+    """The game. The reward is 10 after the second answer if both answers are right, else 0."""
 
     def reset(self, task: Task) -> Observation:
         self._answers = (task["colour"], task["digit"])
@@ -61,7 +61,7 @@ def make_env(options: dict[str, Any]) -> ToyEnv:
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
-    """The right answers, played in the game itself."""
+    """Plays the right answers."""
     demos = []
     for task in tasks:
         env = ToyEnv()

@@ -1,6 +1,6 @@
-"""From a game file's texts to all that playing needs, worked out once by the packages' own slow parts.
+"""Compiles a game file into the data that the engine needs, with the original packages.
 
-fast-downward's translator grounds the PDDL, TextWorld's parser reads the grammar, ALFWorld's `Demangler` names things.
+fast-downward's translator grounds the PDDL, TextWorld's parser reads the grammar, and ALFWorld's `Demangler` names objects.
 """
 
 import contextlib
@@ -13,26 +13,26 @@ from typing import Any
 from epo_jax.envs.alfworld.library import Atom, Proposition, borrow, give_back
 from epo_jax.envs.alfworld.text import parse_document, parse_symbols
 
-COMPILER_VERSION = 1  # part of a compiled game's file name; raise it when `compile_game` gives something else
+COMPILER_VERSION = 1  # part of the file name of a compiled game; raise it if the result of `compile_game` changes
 
 
 def compile_game(data: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that playing needs, as JSON-able data. Takes 0.1 to 1 s, and 1 s of imports the first time.
+    """Compiles a game into JSON values. Takes 0.1 to 1 s, and 1 s of imports the first time.
 
     Args:
         data: a parsed game file: `pddl_domain`, `pddl_problem` and `grammar`, all text.
 
     Returns:
         sas: the grounded task, as fast-downward's library reads it.
-        facts: predicate -> the argument lists of which it is true at first, sorted.
+        facts: predicate -> the argument lists for which it holds initially, sorted.
         entities: object id -> the fields that a grammar may use.
         rules, intro: the grammar and its start symbol (`text`).
         actions: PDDL action -> its parameters [[name, type], ...], command template and feedback.
-        changing: the predicates that some action changes.
+        changing: the predicates that at least one action changes.
     """
     task, sas = _translate(data["pddl_domain"], data["pddl_problem"])
     propositions = _initial_state(sas)
-    for atom in task.init:  # an `Assign` (a cost) has no predicate; `=` only says that things differ
+    for atom in task.init:  # an `Assign` (a cost) has no predicate; `=` states that objects differ
         if getattr(atom, "predicate", "=") != "=":
             propositions.add((atom.predicate, tuple(atom.args)))
     facts: dict[str, list[list[str]]] = {}
@@ -61,7 +61,7 @@ def compile_game(data: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _translate(domain: str, problem: str):
-    """fast-downward's task and SAS text of a PDDL problem; its translator reads sys.argv and leaves it changed."""
+    """Returns fast-downward's task and SAS text of a PDDL problem; its translator changes sys.argv, restored here."""
     from fast_downward.interface import pddl2sas
 
     argv = sys.argv
@@ -83,7 +83,7 @@ def _initial_state(sas: str) -> set[Proposition]:
 
 @contextlib.contextmanager
 def package_import():
-    """Importing `alfworld` makes ~/.cache/alfworld and points ALFWORLD_DATA there; neither is wanted."""
+    """Context for imports of `alfworld`, which would make ~/.cache/alfworld and set ALFWORLD_DATA to it."""
     before = os.environ.get("ALFWORLD_DATA")
     os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()
     try:
@@ -95,7 +95,7 @@ def package_import():
 
 
 def _entities(types: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Object id -> its fields, for things of these types."""
+    """Returns object id -> fields, for objects of these types."""
     with package_import():
         from alfworld.agents.utils.misc import Demangler
         from textworld.generator.game import EntityInfo

@@ -1,21 +1,19 @@
-"""The ALFWorld text engine, a few hundred times faster: same parts, same output, nothing done twice.
+"""A text engine for ALFWorld: the output of TextWorld's engine, a few hundred times faster.
 
-Stock TextWorld translates a game's PDDL twice at each reset, and at each step parses and deep-copies the grammar and
-words every admissible command. Here a game is compiled once - by fast-downward's translator, TextWorld's grammar parser
-and ALFWorld's own naming of objects - into a JSON that is kept on disk. Playing imports none of them: the successor
-function is fast-downward's compiled library, reached by ctypes, and the text is derived by `text`.
+TextWorld translates the PDDL of a game twice at each reset; at each step it parses and deep-copies the grammar and derives the
+text of every admissible command. Here a game is compiled once, by fast-downward's translator, TextWorld's grammar parser and
+ALFWorld's naming of objects, into JSON on disk. Playing imports none of them: the successor function is fast-downward's
+compiled library, called through ctypes, and `text` derives the texts.
 
-One loaded game serves any number of episodes. The library numbers the states it has seen and can return to any of
-them, so an episode is only a `State`, and a transition that some episode has taken before is a dictionary look-up. That
-pays because the members of a group play the same game.
+A loaded game serves any number of episodes. The library numbers the states that it has seen and can return to any of them, so
+an episode is a `State`, and a transition that another episode has taken before is a dictionary look-up. The episodes of a group
+share most of their transitions.
 """
 
 import functools
 import hashlib
 import json
-import os
 import re
-import tempfile
 import weakref
 import zlib
 from collections.abc import Mapping
@@ -23,22 +21,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epo_jax.common.errors import UserError
-from epo_jax.common.files import OTHER_CACHE
+from epo_jax.common.files import write_to_cache
 from epo_jax.envs.alfworld.compile import COMPILER_VERSION, compile_game
 from epo_jax.envs.alfworld.library import Atom, Operator, Proposition, borrow, give_back
 from epo_jax.envs.alfworld.text import Binding, Facts, Grammar, Symbols
 
-MAX_REMEMBERED_STATES = 2000  # per game, a few kB each; the states beyond are as right, but not shared
+MAX_REMEMBERED_STATES = 2000  # per game, a few kB each; further states are correct but not shared
 LOADED_GAMES = 32  # per process, about 3 MB each
 NOTHING_HAPPENS = "Nothing happens."
 
 
 class State:
-    """A point of a game. Immutable for its users, and shared between episodes.
+    """A state of a game; immutable for callers, and shared by episodes.
 
     Attributes:
-        changes: the facts (TextWorld's negated ones too) that actions have made true since the start.
-        won: the goal holds here.
+        changes: the facts (including TextWorld's negated ones) that actions have made true since the start.
+        won: the goal holds in this state.
     """
 
     __slots__ = ("changes", "number", "transitions", "won")
@@ -55,7 +53,7 @@ def _negation(name: str) -> str:
 
 
 class _Command(NamedTuple):
-    """An applicable operator, as the player words it."""
+    """An applicable operator and its command."""
 
     number: int
     action: str
@@ -64,7 +62,7 @@ class _Command(NamedTuple):
 
 
 class Game:
-    """A compiled game, loaded into a library of its own.
+    """A compiled game, loaded into its own copy of the library.
 
     Attributes:
         start: the state of every new episode.
@@ -90,7 +88,7 @@ class Game:
         self.intro = self._grammar.derive(compiled["intro"], {}, self._facts_at(self.start))
 
     def step(self, state: State, command: str) -> tuple[State, str]:
-        """The state after `command` and the feedback; an inadmissible command leaves the state as it is."""
+        """Returns the state after `command`, and the feedback; an inadmissible command does not change the state."""
         known = state.transitions.get(command)
         if known is None:
             operator = self._commands(state).get(command)
@@ -102,11 +100,11 @@ class Game:
         return known
 
     def admissible(self, state: State) -> list[str]:
-        """The commands that do something in `state`, sorted."""
+        """Returns the admissible commands in `state`, sorted."""
         return sorted(self._commands(state))
 
     def _state(self, changes: frozenset[Proposition]) -> State:
-        """The library's present state."""
+        """Returns the current state of the library."""
         number = self._library.get_state_id()
         state = self._states.get((number, changes))
         if state is None:
@@ -116,7 +114,7 @@ class Game:
         return state
 
     def _facts_at(self, state: State) -> Facts:
-        """The facts of a state by predicate, each worked out when it is asked for."""
+        """Returns a function from a predicate to its facts in `state`, computed lazily."""
 
         @functools.cache
         def facts(predicate: str) -> list[tuple[str, ...]]:
@@ -141,7 +139,7 @@ class Game:
         return after, self._grammar.derive(feedback, command.mapping, self._facts_at(after))
 
     def _commands(self, state: State) -> dict[str, _Command]:
-        """The applicable commands; where two operators read the same, the first stands, as in TextWorld."""
+        """Returns the applicable commands; of operators with the same text, the first, as in TextWorld."""
         if self._commands_of[0] is state:
             return self._commands_of[1]
         self._library.set_state_id(state.number)
@@ -156,7 +154,7 @@ class Game:
         return commands
 
     def _word(self, operator: str, state: State) -> tuple[str, str, Binding]:
-        """The command text, action and mapping of an operator such as `openobject agent1 loc_1 fridge_1`."""
+        """Returns command, action and binding of an operator such as `openobject agent1 loc_1 fridge_1`."""
         known = self._wording.get(operator)
         if known is not None:
             return known
@@ -166,7 +164,7 @@ class Game:
         mentioned = self._mentioned[name]
         if mentioned is None:
             return self._grammar.derive(action["template"], mapping, self._facts_at(state)), name, mapping
-        # Operators that differ only in what the command does not mention (where the agent comes from) read the same.
+        # Operators that differ only in arguments that the command omits (the agent's location) have the same text.
         use = (name, tuple(value for (p, _), value in mapping.items() if p in mentioned))
         if use not in self._wording_by_use:
             self._wording_by_use[use] = self._grammar.derive(action["template"], mapping, self._facts_at(state))
@@ -175,7 +173,7 @@ class Game:
 
 
 def _mentions(template: Symbols, parameters: set[str], changing: set[str]) -> set[str] | None:
-    """The parameters that a command's wording depends on, or None when it may also depend on the state."""
+    """Returns the parameters that the text of a command depends on, or None if it may depend on the state."""
     mentioned: set[str] = set()
     for kind, content, *rest in template:
         if kind == "rule":
@@ -197,10 +195,10 @@ def _mentions(template: Symbols, parameters: set[str], changing: set[str]) -> se
 
 @functools.lru_cache(maxsize=LOADED_GAMES)
 def load_game(path: str, cache: str) -> Game:
-    """The game in file `path`, compiled into folder `cache` unless it is there; the last few games stay loaded.
+    """Loads the game in file `path`, compiled in folder `cache`; the last few games stay in memory.
 
     Raises:
-        UserError: the file is missing, is not a game file, or its problem cannot be translated.
+        UserError: the file is missing, is no game file, or its problem cannot be translated.
     """
     try:
         content = Path(path).read_bytes()
@@ -213,7 +211,7 @@ def load_game(path: str, cache: str) -> Game:
 
 
 def compiled(content: bytes, cache: str) -> dict[str, Any]:
-    """The compiled form of a game file's content, from folder `cache` or put there."""
+    """Returns the compiled form of a game file, from folder `cache`; compiles it if it is missing."""
     digest = hashlib.sha256(content).hexdigest()[:32]
     target = Path(cache) / digest[:2] / f"{digest}-{COMPILER_VERSION}.json.z"
     known = _read_compiled(target)
@@ -225,7 +223,7 @@ def compiled(content: bytes, cache: str) -> dict[str, Any]:
         raise
     except BaseException as error:  # the translator exits the process on some malformed problems
         raise UserError(f"{type(error).__name__}: {error}; restore the data.") from None
-    write_atomically(target, zlib.compress(json.dumps(made).encode()))
+    write_to_cache(target, zlib.compress(json.dumps(made).encode()))
     return made
 
 
@@ -238,20 +236,8 @@ def _fields(content: bytes) -> dict[str, str]:
 
 
 def _read_compiled(path: Path) -> dict[str, Any] | None:
-    """A compiled game, or None when it is absent or damaged."""
+    """Returns a compiled game, or None if it is missing or damaged."""
     try:
         return json.loads(zlib.decompress(path.read_bytes()))
     except (OSError, zlib.error, ValueError):
         return None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or nothing. Raises UserError when the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as file:
-            file.write(content)
-        os.chmod(file.name, path.parent.stat().st_mode & 0o666)  # whoever may read the folder may read the file
-        os.replace(file.name, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; {OTHER_CACHE}.") from None

@@ -1,4 +1,4 @@
-"""An ALFWorld episode as it is told, in a worker to an agent and in a job to the expert."""
+"""The environment: an ALFWorld game as observations and actions, for agents and for the expert."""
 
 from epo_jax.common.errors import UserError
 from epo_jax.envs.alfworld import engine
@@ -10,13 +10,13 @@ GOAL_PREFIX = "Your task is to: "
 
 
 def split_intro(intro: str) -> tuple[str, str]:
-    """TextWorld's first text -> (what the room looks like, the task without its full stop)."""
+    """Splits TextWorld's first text into the description of the room and the task without its full stop."""
     text, _, goal = intro.rpartition(GOAL_PREFIX)
     return text.removeprefix(BANNER).strip(), goal.strip().removesuffix(".")
 
 
 class AlfworldEnv:
-    """One episode at a time; the loaded games are shared by all environments of a process."""
+    """One live episode; all environments of a process share the loaded games."""
 
     def __init__(self, compiled: str, admissible: bool):
         self._compiled = compiled
@@ -26,7 +26,7 @@ class AlfworldEnv:
         self._goal = ""
 
     def reset(self, task: Task) -> Observation:
-        """Start the task's game. Raises UserError naming the game file when it cannot be played."""
+        """Starts the game of a task. Raises UserError with the name of the file if it cannot be played."""
         self._file = task["file"]
         self._game = engine.load_game(self._file, self._compiled)
         self._state = self._game.start
@@ -34,7 +34,7 @@ class AlfworldEnv:
         return self._observe(text, reward=0.0)
 
     def step(self, action: str) -> Observation:
-        """Play one command; case and surrounding blanks do not matter. The reward comes once, with the winning step."""
+        """Takes one command; ignores case and outer blanks. Only the winning step has a reward."""
         won_before = self._state.won
         try:
             self._state, text = self._game.step(self._state, action.strip().lower())
@@ -44,6 +44,6 @@ class AlfworldEnv:
 
     def _observe(self, text: str, reward: float) -> Observation:
         won = self._state.won
-        # Without "help", as in the paper's prompt: it tells about the game and does nothing in it.
+        # Without "help", as in the paper's prompt: it only describes the game.
         admissible = tuple(c for c in self._game.admissible(self._state) if c != "help") if self._admissible else ()
         return Observation(text, self._goal, reward, won, won, 100.0 * won, admissible)

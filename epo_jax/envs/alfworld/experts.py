@@ -1,11 +1,10 @@
-"""A searching expert for ALFWorld: what a sensible person would do who sees only the texts.
+"""A searching expert for ALFWorld, which sees only the texts.
 
-It looks through the receptacles in the order in which the room's description lists them, opening what is closed, the
-target's kind last of all and never the same one twice. It remembers what it saw, and makes no move that tells it nothing.
-An order that went by where an object is likely to be would be shorter, and much harder to clone from a few hundred
-episodes: the next name of a list can be copied, a table of likely places must be learnt by heart. The package's own expert
-does the same in spirit, but draws moves at random when it is stuck and never finishes a two-object task with the present
-grammar.
+It searches the receptacles in the order of the room's description, opens closed ones, visits the target's type last and none
+twice. It remembers what it saw and takes no action without new information. A search by likely places would be shorter, but
+much harder to clone from a few hundred episodes: a policy can copy the next name of a list, but must memorize a table of likely
+places. The expert of the package is similar, but takes random actions when it is stuck and never finishes a two-object task
+with the current grammar.
 """
 
 import random
@@ -15,14 +14,14 @@ from typing import NamedTuple
 
 from epo_jax.envs.alfworld import rooms
 
-Moves = Generator[str, str, None]  # yields an action, is sent the text that it brought
+Moves = Generator[str, str, None]  # yields an action, receives the observed text
 
 
 class Goal(NamedTuple):
-    """What a game asks for; object and receptacle types in lower case.
+    """The goal of a game; object and receptacle types in lower case.
 
     Attributes:
-        target: the type of receptacle to put the object on, or of lamp to look at it by.
+        target: the type of the receptacle for the object, or of the lamp to look at it with.
     """
 
     task_type: str
@@ -31,10 +30,10 @@ class Goal(NamedTuple):
 
 
 def hesitating(moves: Moves, rate: float, seed: str) -> Moves:
-    """`moves`; with probability `rate` the expert looks into its bag before each of them, in the whole episode or never.
+    """Yields `moves`; with probability `rate`, the whole episode has an "inventory" before each of them.
 
-    Clones of such an expert know what to do and waste turns all the same, which leaves something to learn from reward. The
-    habit is an episode's, so that what a group of episodes is rewarded for is having it or not.
+    A policy cloned from such an expert knows what to do but wastes turns, which RL can unlearn. The habit belongs to the
+    episode, so that reward within a group separates episodes with and without it.
     """
     hesitates = random.Random(seed).random() < rate
     action = next(moves, None)
@@ -49,15 +48,15 @@ def hesitating(moves: Moves, rate: float, seed: str) -> Moves:
 
 
 class Mistake(str):
-    """A move that shows what to do after it, and is not for imitation."""
+    """A deliberate mistake: context for the action after it, excluded from imitation."""
 
 
 def erring(moves: Moves, rate: float, seed: str, text: str, object_: str) -> Moves:
-    """`moves`, before each of which the expert, with probability `rate`, tries something that cannot be done.
+    """Yields `moves`, each preceded by an impossible action with probability `rate`.
 
-    It goes where it is or to a place that does not exist, or takes an `object_` that is not there; `text` lists the places.
-    The clone of a faultless expert never saw a mistake, and its own first one leads it where it knows nothing. Noise of the
-    demonstrator's, left out of the loss, shows it the way back (DART, arXiv 1703.09327).
+    The mistakes: going to the current or to a missing receptacle, taking an `object_` that is not there; `text` lists the
+    receptacles. A policy cloned from a perfect expert has never seen a mistake and cannot recover from its own. Noise in the
+    demonstrations, excluded from the loss, shows the recovery (DART, arXiv 1703.09327).
     """
     rng = random.Random(seed)
     places = re.findall(r"\ba ([a-z]+ \d+)", text)
@@ -84,7 +83,7 @@ def erring(moves: Moves, rate: float, seed: str, text: str, object_: str) -> Mov
 
 
 def expert_moves(goal: Goal, text: str) -> Moves:
-    """The expert's actions for an episode that starts with `text`. Ends when it has nothing left to try."""
+    """Yields the expert's actions for an episode that starts with `text`; ends if nothing is left to search."""
     search = _Search(goal.target, re.findall(r"\ba ([a-z]+ \d+)", text))
     for _ in range(2 if goal.task_type == "pick_two_obj_and_place" else 1):
         item = yield from search.fetch(goal.object)
@@ -106,22 +105,22 @@ def expert_moves(goal: Goal, text: str) -> Moves:
 
 
 class _Search:
-    """What has been seen so far, and the moves that see more."""
+    """The objects seen so far, and the actions that find more."""
 
     def __init__(self, target: str, receptacles: list[str]):
         self._target = target
         self._receptacles = receptacles
-        self._seen: dict[str, list[str]] = {}  # receptacle -> what was there when last looked at
+        self._seen: dict[str, list[str]] = {}  # receptacle -> the objects seen there last
         self._here = ""
 
     def nearest(self, type_: str) -> str:
-        """A receptacle of a type: this one, or else the first in the order of the room's description."""
+        """Returns a receptacle of a type: the current one, else the first of the room's description."""
         if _type(self._here) == type_:
             return self._here
         return next((r for r in self._receptacles if _type(r) == type_), f"{type_} 1")
 
     def reach(self, receptacle: str, inside: bool = True) -> Moves:
-        """Go there, and open it if it is closed and its inside is wanted."""
+        """Goes to a receptacle and, with `inside`, opens it if it is closed."""
         if self._here != receptacle:
             text = yield f"go to {receptacle}"
             self._here = receptacle
@@ -134,7 +133,7 @@ class _Search:
             self._seen[receptacle] = re.findall(r"\ba ([a-z]+ \d+)", text)
 
     def find(self, type_: str) -> Generator[str, str, str | None]:
-        """Go where a thing of this type is; its name, or None when the whole room has been searched."""
+        """Goes to an object of this type; returns its name, or None after a search of the whole room."""
         while True:
             for receptacle, things in self._seen.items():
                 thing = next((t for t in things if _type(t) == type_), None)
@@ -147,7 +146,7 @@ class _Search:
             yield from self.reach(min(unseen, key=lambda r: _type(r) == self._target))
 
     def fetch(self, type_: str) -> Generator[str, str, str | None]:
-        """Find a thing of this type and take it."""
+        """Finds an object of this type and takes it."""
         thing = yield from self.find(type_)
         if thing is not None:
             yield f"take {thing} from {self._here}"

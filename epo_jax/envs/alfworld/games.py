@@ -1,13 +1,13 @@
-"""Household games in ALFWorld's own format, generated from what the `alfworld` package ships.
+"""Generates household games in ALFWorld's format from the data of the `alfworld` package.
 
-The package holds no games, but it holds the rules (PDDL domain, grammar, goal library, which object fits where) and,
-for each of its 120 rooms, the real receptacles and the object types found there. A game is one room, objects put at
-random on receptacles that may hold them, and a goal of one of the six task types; it is a pure function of
-(options, split, index). Its walkthrough is read off the hidden state.
+The package contains no games, but the rules (PDDL domain, grammar, goal library, which object fits where) and, for each of its
+120 rooms, the receptacles and object types. A game is a room, objects placed at random on receptacles that may contain them,
+and a goal of one of the six task types. It is a pure function of (options, split, index). The hidden state gives its
+walkthrough.
 
 Splits:
-    train, valid_seen   all rooms but four, and no held-out pairing of (object, target receptacle);
-    valid_unseen        the four rooms that the real data keeps for it, and only held-out pairings.
+    train, valid_seen   all rooms but four, without held-out pairings of (object, target receptacle);
+    valid_unseen        the four rooms that the original data reserves for it, with held-out pairings only.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from epo_jax.common.errors import UserError
 from epo_jax.envs.alfworld import rooms
 from epo_jax.envs.alfworld.compile import package_import
 
-GENERATOR_VERSION = 3  # part of the cache folder's name; raise it when the same options would give other games
+GENERATOR_VERSION = 3  # part of the name of the cache folder; raise it if the same options give other games
 COMPACT_OBJECTS_PER_RECEPTACLE = 1.5
 ATTEMPTS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """A game's three files, and its folder inside the split's."""
+    """The three files of a game, and its folder below that of the split."""
 
     folder: str
     task_type: str
@@ -62,11 +62,11 @@ class _Placement(NamedTuple):
 def _place(
     room: rooms.Room, task_type: str, goal: rooms.Pairing, limit: int | None, rng: random.Random
 ) -> _Placement | None:
-    """Where everything is; the goal's objects are never on the target to begin with.
+    """Places all objects; those of the goal are never on the target.
 
     Args:
-        limit: how many receptacles to keep: what the goal needs and a random choice of the others. With it the number
-            of other objects is limited too, so that a compact room also reads shorter.
+        limit: number of receptacles to keep: those that the goal needs and a random choice of the others. It also limits the
+            number of other objects, so that the texts of a compact room are shorter.
 
     Returns:
         None if this draw needs more receptacles than `limit`.
@@ -114,7 +114,7 @@ def _place(
 
 
 def _escape(text: str) -> str:
-    """Identifiers as ALFWorld's PDDL spells them; in its texts `#` stands for the type separator `-`."""
+    """Escapes identifiers for ALFWorld's PDDL; `#` in `text` stands for the type separator `-`."""
     names = {"-": "_minus_", "#": "-", "|": "_bar_", "+": "_plus_", ".": "_dot_", ",": "_comma_"}
     return re.sub(r"[-#|+.,]", lambda found: names[found.group(0)], text)
 
@@ -124,7 +124,7 @@ def _location(location: rooms.Location) -> str:
 
 
 def _problem(name: str, room: rooms.Room, placement: _Placement, goal_text: str) -> str:
-    """The PDDL problem, section by section as in the real data."""
+    """Returns the PDDL problem, with the sections of the original data."""
     tables = rooms.constants()
     objects, receptacles = sorted(placement.objects.items()), sorted(placement.receptacles.items())
     movable = set(tables.MOVABLE_RECEPTACLES)
@@ -160,7 +160,7 @@ def _problem(name: str, room: rooms.Room, placement: _Placement, goal_text: str)
 
 
 def _display_names(identifiers: Iterable[str]) -> dict[str, str]:
-    """Id -> the name in the game's texts, as `AlfredDemangler` numbers them (last of each type first)."""
+    """Returns id -> name in the texts, numbered as by `AlfredDemangler` (last of each type first)."""
     spelled = sorted((_escape(i).lower(), i) for i in identifiers)
     base = {i: text.split("_bar_")[0] + ("basin" if "basin" in text else "") for text, i in spelled}
     counts: dict[str, int] = {}
@@ -174,7 +174,7 @@ def _display_names(identifiers: Iterable[str]) -> dict[str, str]:
 
 
 def _walkthrough(task_type: str, goal: rooms.Pairing, placement: _Placement) -> tuple[str, ...]:
-    """Commands that win, found by looking at the hidden state."""
+    """Returns commands that win, from the hidden state."""
     names = _display_names([*placement.objects, *placement.receptacles])
     commands: list[str] = []
     opened: set[str] = set()
@@ -214,7 +214,7 @@ def _walkthrough(task_type: str, goal: rooms.Pairing, placement: _Placement) -> 
 
 @functools.cache
 def _rules() -> tuple[str, str]:
-    """The package's PDDL domain and grammar."""
+    """Returns PDDL domain and grammar of the package."""
     with package_import():
         from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
@@ -222,11 +222,12 @@ def _rules() -> tuple[str, str]:
 
 
 def generate(split: str, index: int, seed: int, max_receptacles: int | None) -> Generated:
-    """Game number `index` of a split; task types alternate.
+    """Generates game number `index` of a split; task types alternate.
 
     Args:
-        max_receptacles: None for the whole room; else a compact room, a seeded part of the room with what the goal
-            needs in it and with fewer objects.
+        max_receptacles: None for the whole room; else a compact room: a random part of the room that contains what the goal
+        needs,
+            with fewer objects.
 
     Raises:
         UserError: `max_receptacles` is too small for any game of the type.
@@ -274,7 +275,7 @@ def generate(split: str, index: int, seed: int, max_receptacles: int | None) -> 
 
 
 def _trajectory(trial: str, task_type: str, goal: rooms.Pairing, room: int, description: str) -> dict[str, Any]:
-    """The fields of the real data's traj_data.json that the text game's tools read."""
+    """Returns the fields of traj_data.json that the tools of the text game read."""
     looks = task_type == "look_at_obj_in_light"
     return {
         "task_id": trial,

@@ -1,8 +1,8 @@
-"""Work on ALFWorld games in processes of its own: making games, and letting the expert play them.
+"""Jobs in separate processes: generating ALFWorld games, and playing them with the expert.
 
-`run_jobs` starts `python -m epo_jax.envs.alfworld.jobs` once for each share of the work. Such a process reads one job,
-a JSON line, and answers one JSON line for each item as soon as it is done, or {"error": ...} and stops. The packages
-that these jobs need (slow to import, in part under the GPL) stay out of the training process.
+`run_jobs` starts one `python -m epo_jax.envs.alfworld.jobs` for each job. The process reads the job, a JSON line, and writes a
+JSON line for each item as soon as it is done, or {"error": ...} before it stops. The training process never imports the
+packages that jobs need (slow to import, in part under the GPL).
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ from typing import Any
 
 from epo_jax.common import stopping
 from epo_jax.common.errors import UserError, explain
-from epo_jax.common.files import OTHER_CACHE
+from epo_jax.common.files import OTHER_CACHE, child_environment
 from epo_jax.envs.alfworld import engine, experts, games
 from epo_jax.envs.alfworld.env import AlfworldEnv
 from epo_jax.envs.base import Observation, to_fields
@@ -27,13 +27,13 @@ from epo_jax.envs.base import Observation, to_fields
 
 
 def run_jobs(jobs: list[dict[str, Any]], progress: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Run each job in a process of its own, all at once; their answers, job by job.
+    """Runs all jobs at once, each in its own process, and returns their answers, job by job.
 
     Args:
-        progress: called with the number of answers so far, after each.
+        progress: called after each answer with the number of answers so far.
 
     Raises:
-        UserError: what a job says is wrong with its input; the other jobs are stopped.
+        UserError: a job reports bad input; the other jobs are killed.
     """
     count = itertools.count(1)
     processes = [_start(job) for job in jobs]
@@ -55,7 +55,7 @@ def run_jobs(jobs: list[dict[str, Any]], progress: Callable[[int], None]) -> lis
         try:
             ended, _ = concurrent.futures.wait(listening, return_when=concurrent.futures.FIRST_EXCEPTION)
             for future in ended:
-                future.result()  # the first failure is raised, not what killing the others brings about
+                future.result()  # raises the first failure, not those that killing the others causes
         finally:
             for process in processes:
                 process.kill()
@@ -65,14 +65,12 @@ def run_jobs(jobs: list[dict[str, Any]], progress: Callable[[int], None]) -> lis
 
 
 def _start(job: dict[str, Any]) -> subprocess.Popen:
-    package_root = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-m", "epo_jax.envs.alfworld.jobs"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,  # an interrupt from the keyboard is the parent's affair, which then ends this process
+        env=child_environment(),
+        start_new_session=True,  # Ctrl-C reaches the parent only, which then ends this process
     )
     stopping.process_groups.add(process.pid)
     with process.stdin as requests:
@@ -84,8 +82,10 @@ def _start(job: dict[str, Any]) -> subprocess.Popen:
 
 
 def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Write the games {"split", "index"} of job["games"] below job["root"], each played to its end first; those that are there
-    already, from a process that was interrupted, are left."""
+    """Writes the games {"split", "index"} of job["games"] below job["root"], after playing each walkthrough to its end.
+
+    Existing games, from an interrupted process, are kept.
+    """
     for wanted in job["games"]:
         split, index = wanted["split"], wanted["index"]
         made = games.generate(split, index, job["seed"], job["max_receptacles"])
@@ -111,16 +111,17 @@ def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             os.rename(unfinished, folder)
         except OSError:
-            if not folder.exists():  # another process has not made it meanwhile
+            if not folder.exists():  # no other process made it in the meantime
                 raise
             shutil.rmtree(unfinished)
         yield answer
 
 
 def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Play job["tasks"] by the expert, and where it fails by the game's walkthrough (which knows the hidden state).
+    """Plays job["tasks"] with the expert or, if it fails, with the walkthrough of the game (which knows the hidden state).
 
-    A task's "seed" is that of its hesitations and mistakes."""
+    The "seed" of a task is that of its hesitations and mistakes.
+    """
     env = AlfworldEnv(job["compiled"], job["admissible"])
     for task in job["tasks"]:
         start = env.reset(task)
@@ -151,7 +152,7 @@ def _goal(game_file: str) -> experts.Goal:
 
 def _recite(walkthrough) -> experts.Moves:
     for command in walkthrough:
-        _ = yield command  # not `yield from`: that would send the texts on to the list
+        _ = yield command  # not `yield from`, which would send the texts to the list
 
 
 def _play(env: AlfworldEnv, start: Observation, moves: experts.Moves, max_turns: int) -> dict[str, Any]:
@@ -173,14 +174,14 @@ def _play(env: AlfworldEnv, start: Observation, moves: experts.Moves, max_turns:
 def main() -> None:
     job = json.loads(sys.stdin.readline())
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the packages print must not mix with the answers
+    os.dup2(2, 1)  # output of the packages must not mix with the answers
     try:
         for answer in {"games": make_games, "demonstrations": demonstrate}[job["job"]](job):
             answers.write(json.dumps(answer) + "\n")
     except UserError as error:
         answers.write(json.dumps({"error": str(error)}) + "\n")
     except BrokenPipeError:
-        os._exit(1)  # the parent has gone
+        os._exit(1)  # the parent has died
     except OSError as error:
         message = f"cannot write {error.filename}: {error.strerror}; {OTHER_CACHE}."
         answers.write(json.dumps({"error": message}) + "\n")

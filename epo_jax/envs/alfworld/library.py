@@ -1,7 +1,7 @@
-"""fast-downward's compiled successor generator, by ctypes: one private copy of the library for each live game.
+"""fast-downward's successor generator through ctypes: one private copy of the library for each loaded game.
 
-The library is the one that `fast_downward` installs and TextWorld uses. It keeps its task and its registry of visited
-states in global variables, so that every game needs a copy of its own; freed copies are used again.
+`fast_downward` installs the library, and TextWorld uses it. Its task and its registry of visited states are global variables, so
+every game needs its own copy; freed copies are reused.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ class Atom(ctypes.Structure):
 
 
 def borrow() -> ctypes.CDLL:
-    """A copy of the library that nothing else uses; hand it to `give_back` afterwards."""
+    """Returns a copy of the library that is not in use; `give_back` frees it."""
     if _FREE:
         return _FREE.pop()
     with tempfile.TemporaryDirectory(prefix="epo_jax-") as folder:
@@ -69,11 +69,11 @@ def give_back(library: ctypes.CDLL) -> None:
 
 @functools.cache
 def _image() -> bytes:
-    """The loadable part of libdownward.so: 1 of its 34 MB, the rest is debugging information."""
+    """Returns the loadable part of libdownward.so: 1 of its 34 MB; the rest is debugging information."""
     import fast_downward.interface
 
     content = Path(fast_downward.interface.DOWNWARD_LIB_PATH).read_bytes()
-    if content[:6] != b"\x7fELF\x02\x01":  # not a 64-bit little-endian ELF file: keep all of it
+    if content[:6] != b"\x7fELF\x02\x01":  # not a 64-bit little-endian ELF file: use all of it
         return content
     (table,) = struct.unpack_from("<Q", content, 32)
     size, count = struct.unpack_from("<HH", content, 54)

@@ -1,15 +1,15 @@
-"""ALFWorld as a `TextEnv`: household tasks in text, on the real dataset or on generated games.
+"""ALFWorld as an environment: household tasks in text, on the original dataset or on generated games.
 
-Where ALFWORLD_DATA names a folder, its games are played (all of them, whatever the game counts in the options say);
-else games are generated once into the cache folder. Options read here:
+If ALFWORLD_DATA names a folder, all its games are used, whatever the number of games in the options. Otherwise games are
+generated once into the cache folder. Options:
 
-    data_dir                 cache folder; "" stands for $EPO_JAX_DATA, else ~/.cache/epo_jax
+    data_dir                 cache folder; "" means $EPO_JAX_DATA, else ~/.cache/epo_jax
     train_games, valid_seen_games, valid_unseen_games, max_receptacles, seed      what to generate (`games`)
-    workers                  processes that generate and demonstrate
-    max_turns                longest demonstration
-    hesitation               probability that a demonstration wastes a turn before every move (default 0)
-    mistakes                 probability of something impossible before a move, not to be imitated (default 0)
-    hints                    "admissible" lists at every turn the commands that work now (default "none")
+    workers                  processes that generate games and expert episodes
+    max_turns                longest expert episode
+    hesitation               probability of an episode with a wasted turn before every action (default 0)
+    mistakes                 probability of an impossible action before each action, excluded from the loss (default 0)
+    hints                    "admissible" lists the valid commands at every turn (default "none")
 """
 
 import collections
@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from epo_jax.common.errors import UserError, explain
-from epo_jax.common.files import OTHER_CACHE, cache_folder, expand_user, from_cache
-from epo_jax.envs.alfworld.engine import write_atomically
+from epo_jax.common.files import OTHER_CACHE, cache_folder, expand_user, from_cache, write_to_cache
 from epo_jax.envs.alfworld.env import AlfworldEnv
 from epo_jax.envs.alfworld.games import GENERATOR_VERSION
 from epo_jax.envs.alfworld.jobs import run_jobs
@@ -40,17 +39,18 @@ HINTS = ("none", "admissible")
 INDEX_VERSION = 2
 DEMONSTRATION_VERSION = 5
 _GAME_FILES = {"game.tw-pddl", "traj_data.json"}
-_INDEX = "index.json"  # written last: a folder that has it is complete
+_INDEX = "index.json"  # written last: a folder with it is complete
 
 Index = dict[str, list[Task]]
 
 
 def prepare(options: dict[str, Any]) -> None:
-    """Make sure that the games and their index are on disk. Does nothing when they are.
+    """Makes the games and their index, unless they are on disk.
 
     Raises:
-        UserError: the packages are not installed, ALFWORLD_DATA holds no games, the cache cannot be written, or an option
-            is impossible.
+        UserError: the packages are not installed, ALFWORLD_DATA contains no games, the cache cannot be written, or an option
+        has an
+            invalid value.
     """
     for package in ("alfworld", "textworld", "fast_downward"):
         if importlib.util.find_spec(package) is None:
@@ -61,19 +61,19 @@ def prepare(options: dict[str, Any]) -> None:
 
 
 def _index(options: dict[str, Any]) -> Path:
-    """The index of the games, which are made or looked for where it is not there."""
+    """Returns the path of the index of games; makes or finds the games if it is missing."""
     path = _index_path(options)
     if path.exists():
         return path
     if (data := _real_data()) is not None:
-        write_atomically(path, json.dumps(_index_real_data(data)).encode())
+        write_to_cache(path, json.dumps(_index_real_data(data)))
     else:
         _generate(options)
     return path
 
 
 def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
-    """The games of a split: {"id", "type", "file"}, in an order that never changes."""
+    """Returns the games of a split, {"id", "type", "file"}, in a fixed order."""
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split; choose one of {', '.join(SPLITS)}.")
     path = _index(options)
@@ -88,10 +88,10 @@ def make_env(options: dict[str, Any]) -> AlfworldEnv:
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
-    """One expert episode for each task, kept on disk. A task that even its walkthrough does not win has `won` False.
+    """Returns one expert episode for each task, cached on disk; `won` is False if not even the walkthrough of the game wins.
 
-    A task may be there several times; hesitations and mistakes are then drawn anew each time. Each of the two gives the
-    expert as many turns more as an agent has.
+    A task may occur several times, with new hesitations and mistakes each time. Each of the two options gives the expert
+    `max_turns` additional turns.
     """
     if not tasks:
         return []
@@ -117,7 +117,7 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
         common |= {"max_turns": max_turns, "hesitation": hesitation, "mistakes": mistakes}
         jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
         episodes = run_jobs(jobs, _progress("expert episodes played", len(tasks)))
-        write_atomically(path, "".join(json.dumps(e) + "\n" for e in episodes).encode())
+        write_to_cache(path, "".join(json.dumps(e) + "\n" for e in episodes))
     return [
         Demonstration(task, tuple(map(from_fields, e["observations"])), tuple(e["actions"]), tuple(e["mistakes"]))
         for task, e in zip(tasks, episodes, strict=True)
@@ -150,7 +150,7 @@ def _index_path(options: dict[str, Any]) -> Path:
 
 
 def _progress(what: str, total: int) -> Callable[[int], None]:
-    """Prints how many of `total` are done, every five seconds and at the end."""
+    """Returns a function that prints the number done, every five seconds and at the end."""
     printed = time.monotonic()
 
     def report(done: int) -> None:
@@ -166,7 +166,7 @@ def _progress(what: str, total: int) -> Callable[[int], None]:
 
 
 def _real_data() -> Path | None:
-    """The folder of the splits in $ALFWORLD_DATA, or None when that is not set."""
+    """Returns the folder of the splits in $ALFWORLD_DATA, or None if that is not set."""
     name = os.environ.get("ALFWORLD_DATA")
     if not name:
         return None
@@ -181,8 +181,10 @@ def _real_data() -> Path | None:
 
 
 def _contents(data: Path) -> list[tuple[str, int, int]]:
-    """Path, size and time of every file below `data` that a game is read from: a trial that is added, repaired or deleted, or a
-    download that goes on, changes it. Files are not opened, as there are thousands."""
+    """Returns path, size and time of every file that a game is read from.
+
+    Any added, repaired or deleted trial changes the result. The files, thousands of them, are not opened.
+    """
     found = []
     for split in SPLITS:
         for folder, _, names in os.walk(data / split):
@@ -193,7 +195,7 @@ def _contents(data: Path) -> list[tuple[str, int, int]]:
 
 
 def _index_real_data(data: Path) -> Index:
-    """Finds the games that the package's own loader plays: solvable, no sliced objects, no movable receptacles."""
+    """Finds the games that the loader of the package plays: solvable, no sliced objects, no movable receptacles."""
     print(f"alfworld: indexing the games in {data} (once, and again when they change)", flush=True)
     index: Index = {split: [] for split in SPLITS}
     for split in SPLITS:
@@ -208,10 +210,10 @@ def _index_real_data(data: Path) -> Index:
 
 
 def _solvable(path: Path) -> bool:
-    """Whether the file says so; it is read, not parsed, as there are thousands."""
+    """Whether the file marks the game as solvable; a search, because parsing thousands of files is slow."""
     try:
         return re.search(rb'"solvable"\s*:\s*true', path.read_bytes()) is not None
-    except OSError as error:  # a game that is skipped now would be missing from the index for good
+    except OSError as error:  # a game skipped here would be missing from the index forever
         raise UserError(f"{path} cannot be read {explain(error, 'restore the data')}.") from None
 
 
@@ -219,7 +221,7 @@ def _solvable(path: Path) -> bool:
 
 
 def _generate(options: dict[str, Any]) -> None:
-    """Makes the games in a folder beside the target, which keeps those that are finished when somebody interrupts this."""
+    """Generates the games in a folder next to the target, which keeps finished games if this is interrupted."""
     target = _index_path(options).parent
     games = [{"split": split, "index": i} for split in SPLITS for i in range(options[f"{split}_games"])]
     workers = max(1, options["workers"])

@@ -1,9 +1,9 @@
-"""More expert episodes out of few: the same episode with other things in it.
+"""Data augmentation: expert episodes with other names.
 
-What an expert does in ALFWorld hangs on which names match, seldom on what they mean. Swapping names consistently through an
-episode (every apple becomes a mug, every shelf a drawer, and object numbers trade places) gives another episode in which the
-same moves are right, so that a small model cannot learn a few hundred episodes by heart and has to learn to read.
-Appliances that a task names by their function keep their names.
+In ALFWorld, the right action depends on which names match, seldom on their meaning. Consistent renaming within an episode
+(every apple becomes a mug, every shelf a drawer, object numbers are permuted) gives another episode in which the same actions
+are right. A small model then cannot memorize a few hundred episodes and has to learn to read. Appliances that a task names by
+their function keep their names.
 """
 
 import dataclasses
@@ -17,10 +17,9 @@ _THING = re.compile(r"\b([a-z]+) (\d+)\b")
 
 
 def rename(demonstrations: list[Demonstration], seed: int) -> list[Demonstration]:
-    """Each episode with other names.
+    """Returns each episode with other names.
 
-    Names are drawn from those that the episodes themselves hold; places (listed in an episode's first observation) and
-    objects are permuted apart.
+    New names come from the episodes. Receptacles (listed in the first observation) and objects are permuted separately.
     """
     places = {noun for d in demonstrations for noun, _ in _THING.findall(d.observations[0].text)} - _FUNCTIONAL
     things = {noun for d in demonstrations for o in d.observations for noun, _ in _THING.findall(o.text)}

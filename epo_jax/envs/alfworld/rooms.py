@@ -1,4 +1,4 @@
-"""What the `alfworld` package knows about households: rooms, what fits where, and so which goals make sense.
+"""Rooms, which object fits where, and the goals that follow, from the data of the `alfworld` package.
 
 Rooms carry AI2-THOR's numbers: kitchens 1-30, living rooms 201-230, bedrooms 301-330, bathrooms 401-430.
 """
@@ -25,7 +25,7 @@ UNSEEN_ROOMS = (10, 219, 308, 424)
 HELD_OUT_SHARE = 0.3  # of the pairings that the unseen rooms allow
 HELD_OUT_MINIMUM = 3  # in each task type
 
-# What must be done to the object before it is placed: property, verb, receptacle type.
+# The treatment of the object before it is placed: property, verb, receptacle type.
 TREATMENTS = {
     "pick_clean_then_place_in_recep": ("Cleanable", "clean", "SinkBasin"),
     "pick_heat_then_place_in_recep": ("Heatable", "heat", "Microwave"),
@@ -33,7 +33,7 @@ TREATMENTS = {
 }
 LAMP = "DeskLamp"
 LAMP_SURFACES = ("CoffeeTable", "Desk", "DiningTable", "Dresser", "Shelf", "SideTable")
-# Receptacles that a room lists without saying where they are, and how many of them to put there (one unless listed).
+# Receptacles that a room lists without a position, and how many to place (one unless listed).
 UNPLACED_COUNTS = {"StoveBurner": 4, "HandTowelHolder": 2}
 
 Location = tuple[int, int, int, int]  # x, z, rotation, horizon
@@ -46,7 +46,7 @@ class Pairing(NamedTuple):
 
 @dataclasses.dataclass
 class Room:
-    """A room's furniture, and what may be found in it."""
+    """The furniture of a room, and the objects that may be in it."""
 
     object_types: list[str]  # that can be picked up, sorted
     has_lamp: bool
@@ -70,13 +70,13 @@ def fixed_receptacles() -> set[str]:
 
 
 def fits(receptacle_type: str, object_type: str) -> bool:
-    """Whether ALFWorld lets an object of this type be put there."""
+    """Whether ALFWorld allows an object of this type there."""
     return object_type in constants().VAL_RECEPTACLE_OBJECTS.get(receptacle_type, ())
 
 
 @functools.cache
 def _layouts() -> dict[int, tuple[dict[str, list[float]], list[str]]]:
-    """Room number -> ({receptacle id: [x, z, rotation, horizon]}, object types), from the package's files."""
+    """Returns room number -> ({receptacle id: [x, z, rotation, horizon]}, object types), from the package."""
     folder = Path(constants().__file__).parent / "layouts"
     rooms = {}
     for path in sorted(folder.glob("FloorPlan*-openable.json")):
@@ -91,7 +91,7 @@ def _room_kind(number: int) -> str:
 
 
 def rooms_of(task_type: str, unseen: bool) -> list[int]:
-    """The rooms in which this task type occurs, held-out ones or the others."""
+    """Returns the rooms in which this task type occurs, held-out ones or the others."""
     kinds = constants().GOALS_VALID[task_type]
     return [n for n in _layouts() if (n in UNSEEN_ROOMS) == unseen and _room_kind(n) in kinds]
 
@@ -101,7 +101,7 @@ def _receptacle_type(identifier: str) -> str:
 
 
 def build_room(number: int, rng: random.Random) -> Room:
-    """A room with all its receptacles and nothing on them; `rng` places the ones that the package does not."""
+    """Returns a room with empty receptacles; `rng` draws the positions that the package lacks."""
     placed, types = _layouts()[number]
     taken, locations = set(placed), set()
 
@@ -129,9 +129,9 @@ def build_room(number: int, rng: random.Random) -> Room:
 
 
 def new_id(type_: str, rng: random.Random, taken: set[str]) -> str:
-    """A fresh identifier in ALFRED's style, the type and a position; it is added to `taken`.
+    """Returns a new identifier in ALFRED's style, type and position, and adds it to `taken`.
 
-    A basin is a part: `Sink|x|y|z|SinkBasin`, and the texts' names of things depend on it.
+    A basin is a part: `Sink|x|y|z|SinkBasin`; names in the texts depend on this.
     """
     whole, part = (type_.removesuffix("Basin"), f"|{type_}") if type_.endswith("Basin") else (type_, "")
     while True:
@@ -144,7 +144,7 @@ def new_id(type_: str, rng: random.Random, taken: set[str]) -> str:
 
 @functools.cache
 def pairings(task_type: str, room: int) -> tuple[Pairing, ...]:
-    """The goals that make sense in a room: the object can be treated, fits the target, and has another place to be."""
+    """Returns the possible goals in a room: the object can be treated, fits the target, and has another receptacle."""
     built = build_room(room, random.Random(0))
     types = {type_ for type_, _ in built.receptacles.values()}
     movable = set(constants().MOVABLE_RECEPTACLES)
@@ -167,7 +167,7 @@ def pairings(task_type: str, room: int) -> tuple[Pairing, ...]:
 
 @functools.cache
 def held_out_pairings(seed: int) -> frozenset[Pairing]:
-    """The pairings that only valid_unseen may use, whatever the task type: a seeded sample of what its rooms allow."""
+    """Returns the pairings reserved for valid_unseen, for all task types: a seeded sample of those in its rooms."""
     by_type = [{p for room in rooms_of(t, unseen=True) for p in pairings(t, room)} for t in TASK_TYPES]
     possible = sorted(set().union(*by_type))
     attempt = 0

@@ -1,9 +1,8 @@
-"""Text of an ALFWorld game: a compact, safe evaluator for TextWorld's context-sensitive grammar.
+"""The texts of an ALFWorld game: a small, safe evaluator for TextWorld's context-sensitive grammar.
 
-A game file carries its own grammar, and TextWorld evaluates the expressions in it as Python: a game file is code.
-Here the grammar is parsed by TextWorld's own parser once, kept as plain JSON, and evaluated by walking that tree:
-expressions may only name a variable's field, join strings and choose with `or` / `and`; anything else is refused.
-The text that comes out is TextWorld's, character by character.
+A game file contains its grammar, whose expressions TextWorld evaluates as Python: a game file is code. Here TextWorld's parser
+parses the grammar once into plain JSON, and the evaluator walks that tree. Expressions may only read a field of a variable,
+join strings and choose with `or` / `and`; everything else is an error. The result equals TextWorld's text in every character.
 
 The tree: a list of symbols, each one of
     ["text", literal]      ["rule", name]      ["value", expression]
@@ -20,7 +19,7 @@ from typing import Any
 
 from epo_jax.common.errors import UserError
 
-# Games differ in one sentence of the grammar only. While it is plain words, one parse (0.12 s) serves them all.
+# The grammars of games differ in one sentence. If it is plain words, one parse (0.12 s) serves all games.
 _PLAIN_GOAL = re.compile(r'"rhs": "Your task is to: ([A-Za-z0-9 ,\'-]+)')
 _GOAL_MARK = "GOAL OF THE GAME"
 
@@ -34,7 +33,7 @@ _ROOT_TYPE = "object"  # every PDDL type is a subtype of it
 
 
 def parse_document(text: str) -> tuple[dict[str, list[str]], dict[str, list[list[Any]]]]:
-    """Parse the `grammar` text of a game file with TextWorld's parser.
+    """Parses the `grammar` text of a game file with TextWorld's parser.
 
     Returns:
         actions: name (lower case) -> [command template, name of the feedback symbol].
@@ -61,7 +60,7 @@ def _parse_document(text: str) -> tuple[dict[str, list[str]], dict[str, list[lis
 
 
 def parse_symbols(text: str) -> Symbols:
-    """Parse one right-hand side, such as a command template, with TextWorld's parser."""
+    """Parses a right-hand side, such as a command template, with TextWorld's parser."""
     from textworld.envs.pddl import textgen
 
     return _symbols(textgen._parse_and_convert(text, rule_name="symbols"))
@@ -69,7 +68,7 @@ def parse_symbols(text: str) -> Symbols:
 
 @functools.cache
 def parse_query(text: str) -> list[list[Any]]:
-    """Parse `p(a:type, b) & q(b)` with TextWorld's parser."""
+    """Parses `p(a:type, b) & q(b)` with TextWorld's parser."""
     from textworld.logic import Rule
 
     conditions = Rule.parse_conjunctive_query(text).preconditions
@@ -96,10 +95,10 @@ def _symbol(symbol) -> list[Any]:
 
 @functools.cache
 def compile_expression(expression: str) -> Callable[[dict[str, dict[str, str]]], Any]:
-    """A function of the variables in scope, {name: {field: text}}.
+    """Compiles an expression to a function of the variables in scope, {name: {field: text}}.
 
     Raises:
-        UserError: the expression is anything but fields of variables joined or chosen from.
+        UserError: the expression contains anything but fields of variables, strings, +, `or` and `and`.
     """
     try:
         return _compile_node(ast.parse(expression.strip(), mode="eval").body)
@@ -111,7 +110,7 @@ def _compile_node(node: ast.expr) -> Callable[[dict[str, dict[str, str]]], Any]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         value = node.value
         return lambda scope: value
-    if isinstance(node, ast.Name):  # `{o}` in a template stands for the object, which prints as its name
+    if isinstance(node, ast.Name):  # `{o}` in a template is the object, printed as its name
         name = node.id
         return lambda scope: scope[name]["name"]
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in _FIELDS:
@@ -127,7 +126,7 @@ def _compile_node(node: ast.expr) -> Callable[[dict[str, dict[str, str]]], Any]:
 
 
 def _first(parts: list[Callable], wanted: bool, scope: dict[str, dict[str, str]]) -> Any:
-    """Python's `or` (wanted True) and `and` (wanted False)."""
+    """Python's `or` (wanted is True) or `and` (wanted is False)."""
     for part in parts:
         value = part(scope)
         if bool(value) == wanted:
@@ -136,9 +135,9 @@ def _first(parts: list[Callable], wanted: bool, scope: dict[str, dict[str, str]]
 
 
 def solve(query: list[list[Any]], binding: Binding, facts: Facts, types: dict[str, str]) -> Iterator[Binding]:
-    """All ways to extend `binding` so that every predicate of `query` is true, in TextWorld's order.
+    """Yields all extensions of `binding` for which every predicate of `query` holds, in TextWorld's order.
 
-    As in TextWorld, two placeholders never stand for the same object, objects already mapped included.
+    As in TextWorld, no two placeholders are bound to the same object.
     """
     if not query:
         yield binding
@@ -159,10 +158,10 @@ def solve(query: list[list[Any]], binding: Binding, facts: Facts, types: dict[st
 
 
 class Grammar:
-    """The rules of one game, ready to derive text from facts.
+    """The rules of a game, which derive text from facts.
 
     Args:
-        rules: as `parse_document` gives them.
+        rules: as from `parse_document`.
         entities: object id -> its fields {id, name, type, definite, indefinite}.
     """
 
@@ -173,10 +172,10 @@ class Grammar:
         self._left = 0
 
     def derive(self, symbols: Symbols, binding: Binding, facts: Facts) -> str:
-        """The text of `symbols` where the placeholders of `binding` are bound and `facts` hold.
+        """Derives the text of `symbols` from a binding of placeholders and facts.
 
         Raises:
-            UserError: no rule fits, or the rules have no end.
+            UserError: no rule fits, or the derivation does not end.
         """
         self._left = MAX_SYMBOLS
         try:

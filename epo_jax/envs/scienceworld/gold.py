@@ -1,18 +1,18 @@
-"""What is asked of the ScienceWorld simulator once and kept: the split of each task's variations, and gold episodes.
+"""Splits and gold episodes of the ScienceWorld simulator, which are computed once and cached.
 
-Runs as a process of its own, `python -m epo_jax.envs.scienceworld.gold`, because working out gold actions changes the
-simulator for good. Reads one JSON request from standard input and answers in JSON lines:
+Runs as a separate process, `python -m epo_jax.envs.scienceworld.gold`, because computing gold actions changes the simulator
+permanently. Reads a JSON request from standard input and writes JSON lines:
 
     {"op": "splits", "simplification": ""}
         {"task": "boil", "train": [...], "dev": [...], "test": [...]}        for every task
     {"op": "gold", "simplification": "easy", "hints": "none", "jobs": [["boil", 0], ...]}
         {"task": "boil", "variation": 0, "observations": [{"text": "..."}, ...], "actions": [...]}
-    a request that cannot be met
+    bad input
         {"user_error": "..."}
 
-The simulator's gold actions know what no player can see: they open doors that stand open, and go straight for an object
-in a room they never looked at. A demonstration drops the first, adds a "look around" (which takes no simulated time)
-before the second, and ends where the task is completed. One that no longer solves the task then is kept as it was.
+The simulator's gold actions use the hidden state: they open open doors, and focus on an object in a room without looking
+around. An expert episode leaves the former out, adds a "look around" (which takes no simulated time) before the latter, and
+ends when the task is completed. If the changed actions do not solve the task, the episode has the original ones.
 """
 
 import json
@@ -43,7 +43,7 @@ def _splits(simulator: Simulator) -> Iterator[dict[str, Any]]:
 
 
 def _tidied(episode: Episode, job: tuple[str, int], actions: list[str]) -> list[str]:
-    """`actions` as the module says, but for the time that the idle ones took."""
+    """Returns `actions` with the changes that the module describes."""
     episode.load(*job)
     episode.step("look around")
     played, looked = [], True
@@ -60,7 +60,7 @@ def _tidied(episode: Episode, job: tuple[str, int], actions: list[str]) -> list[
 
 
 def _play(env: ScienceWorld, job: tuple[str, int], actions: list[str]) -> tuple[list[Observation], list[str]]:
-    """(observations, actions) of an agent that takes `actions` until the episode ends."""
+    """Takes `actions` until the episode ends; returns (observations, actions)."""
     task, variation = job
     observations = [env.reset({"id": f"{task}/{variation}", "type": task, "variation": variation})]
     for action in actions:
@@ -74,7 +74,7 @@ def _gold(simulator: Simulator, jobs: list[tuple[str, int]], hints: str) -> Iter
     expert, helper, env = Episode(simulator), Episode(simulator), ScienceWorld(simulator, hints)
     for job in jobs:
         expert.load(*job, gold=True)
-        # In lower case, say, as an agent's are.
+        # Normalized like an agent's actions (lower case).
         actions = [parse_action(action, tags=False).action for action in expert.server.getGoldActionSequence()]
         observations, played = _play(env, job, _tidied(helper, job, actions))
         if not observations[-1].won:

