@@ -77,10 +77,10 @@ CASES = {
     "siren": single("algo.name=reinforce_pp_baseline+siren", "algo.importance_cap=2.0"),
     "empg": single("algo.name=rloo+empg+target"),
     "released": single(
-        "algo.name=grpo+epo+released", "algo.epochs=2", "algo.released_mini_turns=8", "algo.released_micro_turns=4",
+        "algo.name=grpo+epo+released", "algo.epochs=2", "algo.mini_batch_turns=8", "algo.micro_batch_turns=4",
     ),
     "released_ppo": single(
-        "algo.name=ppo+epo+released", "agent.context=window", "algo.released_mini_turns=8", "algo.released_micro_turns=4",
+        "algo.name=ppo+epo+released", "agent.context=window", "algo.mini_batch_turns=8", "algo.micro_batch_turns=4",
     ),
     "mesh": single("mesh.data=2", "mesh.fsdp=2", "algo.kl_coef=0.05", devices=8),
     "mesh_ppo": single(

@@ -106,7 +106,7 @@ def phase_weight(kind: Phase, step: Step | Scalar, total: int, gamma: Scalar = 3
     """beta_k, the weight of the smoothing term at RL step k of `total`.
 
     `exponential` (eq. 6): 1 + exp(-gamma k / floor(total/2)), from 2 towards 1. `constant`: 1 (the paper's W/O DW).
-    `released`: the release's curve, falling from 1 to 0.83 by half-time and then from 0.8 to 0.04.
+    `two_stage`: the reference implementation's curve, falling from 1 to 0.83 by half-time and then from 0.8 to 0.04.
     """
     k, half = jnp.asarray(step, jnp.float32), total // 2
     match kind:
@@ -114,7 +114,7 @@ def phase_weight(kind: Phase, step: Step | Scalar, total: int, gamma: Scalar = 3
             return 1.0 + jnp.exp(-gamma * k / max(half, 1))
         case "constant":
             return jnp.ones((), jnp.float32)
-        case "released":
+        case "two_stage":
             k = jnp.clip(k, 0.0, float(total))
             early = 1.0 - 0.2 * (1.0 - jnp.exp(-2.0 * k / max(half, 1)))
             late = 0.8 * jnp.exp(-3.0 * (k - half) / max(total - half, 1))

@@ -75,7 +75,7 @@ OVERLAYS: dict[str, dict] = {
     "target": {"alpha": 0.0, "coefficient": "target"},
     "released": {
         "step": "epo_jax.parity.step", "mini_batches_by": "turn", "penalty": "indicator", "penalty_scope": "token",
-        "history": "cumulative", "history_index": "turn", "phase": "released", "phase_steps": 150, "turn_gate": True,
+        "history": "cumulative", "history_index": "turn", "phase": "two_stage", "phase_steps": 150, "turn_gate": True,
     },
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 from epo_jax.settings.config import settings_of
 from epo_jax.settings.table import SETTINGS
 
-VERSION = 2
+VERSION = 3
 
 # Keys added after a version (`Setting.added`), with the value that reproduces what that version did, or a function to it from the
 # other keys.
@@ -22,6 +22,12 @@ KEYS_ADDED: dict[int, dict[str, Any]] = {
 # Keys removed after a version: the key that took its place, or None if nothing did.
 KEYS_REMOVED: dict[int, dict[str, str | None]] = {
     1: {},
+    2: {"algo.released_mini_turns": "algo.mini_batch_turns", "algo.released_micro_turns": "algo.micro_batch_turns"},
+}
+
+# Values renamed after a version, by key.
+VALUES_RENAMED: dict[int, dict[str, dict[Any, Any]]] = {
+    2: {"epo.phase": {"released": "two_stage"}},
 }
 
 # Fields added to `TrainState`, with what a checkpoint without them stands for: (abstract field) -> field.
@@ -40,6 +46,8 @@ def upgrade(keys: dict[str, Any], version: int) -> tuple[dict[str, Any], list[st
                     told.append(f"config.{old}={value!r} of an earlier version has no meaning any more")
                 else:
                     keys[new] = value
+        for key, renamed in VALUES_RENAMED.get(before, {}).items():
+            keys[key] = renamed.get(keys.get(key), keys.get(key))
         for key, value in KEYS_ADDED.get(before, {}).items():
             if key not in keys and key in known:
                 keys[key] = value(keys) if callable(value) else value

@@ -3,7 +3,7 @@
 This is the list to read. A config file (configs/*.py) changes defaults, the command line overrides single keys
 (`--config.epo.lam=0.002`). Configs, checks, `--help`, docs/settings.md, `Hyper`, what a sweep may vary and what a resumed run may
 change are made from it. `Setting` explains the columns. The paper is arXiv 2509.22576, version 2, "table" its table of
-hyperparameters; the reference implementation is the code that its authors released. Where both are silent, the default is ours.
+hyperparameters; the reference implementation is the code of its authors. Where both are silent, the default is ours.
 """
 
 from typing import Literal, get_args
@@ -30,7 +30,7 @@ HistoryMode = Literal["cumulative", "sliding", "ema", "initial"]
 KLKind = Literal["k1", "abs", "k2", "k3", "full"]
 Penalty = Literal["hinge", "indicator"]
 PenaltyScope = Literal["token", "turn", "trajectory", "batch"]
-Phase = Literal["exponential", "constant", "released"]
+Phase = Literal["exponential", "constant", "two_stage"]
 
 # The projections of a layer that can have adapters.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -225,11 +225,11 @@ SECTIONS = (
                 traced="critic_lr", resume="recorded"),
         Setting("algo.aggregation", "token-mean", "How the policy loss is averaged.", choices=get_args(Aggregation),
                 paper="trajectory (section 3.2)", reference="token-mean", static="aggregation", resume="recorded"),
-        Setting("algo.released_mini_turns", 128, 'Turns of a mini-batch of the variant "released", in place of '
+        Setting("algo.mini_batch_turns", 128, 'Turns of a mini-batch if the method cuts mini-batches by turn, in place of '
                 "algo.mini_batches.", COUNT, unit="turns", by_env={"alfworld": 256},
                 paper="256 on ALFWorld, 128 on ScienceWorld (PPO: 64) (table)"),
-        Setting("algo.released_micro_turns", 16, 'Turns of a micro-batch of the variant "released".', COUNT, unit="turns",
-                by_env={"alfworld": 32}, paper="32 on ALFWorld, 16 on ScienceWorld (PPO: 8) (table)"),
+        Setting("algo.micro_batch_turns", 16, 'Turns of a micro-batch if the method cuts mini-batches by turn.', COUNT,
+                unit="turns", by_env={"alfworld": 32}, paper="32 on ALFWorld, 16 on ScienceWorld (PPO: 8) (table)"),
     )),
     Section("epo", "Entropy term of EPO", (
         Setting("epo.lam", 0.001, "Weight of the entropy term; 0: the base algorithm alone.", NOT_NEGATIVE,
@@ -257,9 +257,9 @@ SECTIONS = (
                 paper="cumulative (Eq. 3)", static="history", resume="recorded"),
         Setting("epo.history_index", "global", '"global": one mean entropy an RL step; "turn": one for each turn number.',
                 choices=("global", "turn"), paper="global", reference="turn", static="history_index", resume="recorded"),
-        Setting("epo.phase", "exponential", 'Schedule of beta_k: "exponential" from 2 to 1, "constant" 1, "released" the '
+        Setting("epo.phase", "exponential", 'Schedule of beta_k: "exponential" from 2 to 1, "constant" 1, "two_stage" the '
                 "reference implementation's, from 1 to 0.04.", choices=get_args(Phase), paper="exponential (Eq. 5)",
-                reference="released", static="phase", resume="recorded"),
+                reference="two_stage", static="phase", resume="recorded"),
         Setting("epo.turn_gate", False, "Whether the corridor penalty begins with the middle turn.", paper="False",
                 reference="True", static="turn_gate", resume="recorded"),
         Setting("epo.aggregation", "trajectory", 'How entropy is averaged; "trajectory": mean over episodes of the mean over '

@@ -54,10 +54,10 @@ def _validate_pairs(config: ConfigDict) -> None:
             f"config.rollout.group_size={rollout.group_size} must be at least 2 for config.algo.name={algo.name!r}, "
             "which compares episodes of one task."
         )
-    if algo.released_mini_turns % algo.released_micro_turns:
+    if algo.mini_batch_turns % algo.micro_batch_turns:
         raise UserError(
-            f"config.algo.released_mini_turns={algo.released_mini_turns} must be a multiple of "
-            f"config.algo.released_micro_turns={algo.released_micro_turns}."
+            f"config.algo.mini_batch_turns={algo.mini_batch_turns} must be a multiple of "
+            f"config.algo.micro_batch_turns={algo.micro_batch_turns}."
         )
     if algo.kl_kind == "full" and algo.kl_place == "reward":
         raise UserError(

@@ -28,8 +28,8 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         max_turns=config.env.max_turns,
         max_tokens=config.agent.max_tokens,
         turn_tokens=config.agent.response_tokens,
-        mini_turns=config.algo.released_mini_turns,
-        micro_turns=config.algo.released_micro_turns,
+        mini_turns=config.algo.mini_batch_turns,
+        micro_turns=config.algo.micro_batch_turns,
     )
     objective, hyper = registry.arm(config.algo.name, objective, hyper)
     return objective, jax.tree.map(np.float32, hyper)

@@ -139,7 +139,7 @@ VARIANTS = {
         "kl": "k2",
     },
     "indicator": {
-        "penalty": "indicator", "phase": "released", "phase_steps": 3, "entropy_aggregation": "seq-mean-token-sum",
+        "penalty": "indicator", "phase": "two_stage", "phase_steps": 3, "entropy_aggregation": "seq-mean-token-sum",
     },
     "gspo": {
         "ratio_scope": "trajectory", "aggregation": "seq-mean-token-sum-norm", "truncated_importance": True, "kl": "abs",

@@ -56,7 +56,7 @@ def beta(kind: str, k: int, total: int, gamma: float) -> float:
             return 1 + np.exp(-gamma * k / half)
         case "constant":
             return 1.0
-        case "released":
+        case "two_stage":
             early = 1 - 0.2 * (1 - np.exp(-2 * k / half))
             return early if k <= half else 0.8 * np.exp(-3 * (k - half) / (total - half))
 

@@ -127,7 +127,7 @@ def actor_loss(
             raise ValueError("The release's penalty needs a history of one entropy per turn; this one is empty.")
         open_gate = (turn >= penalty.first_turn)[:, None]
         outside = outside_corridor(entropy, history, turn, penalty)
-        weight = phase_weight("released", epoch, PHASE_STEPS) if epoch_weight else 1.0
+        weight = phase_weight("two_stage", epoch, PHASE_STEPS) if epoch_weight else 1.0
         bonus -= weight * penalty.coef * aggregate(jnp.where(open_gate, penalty.outside * outside, 0.0), mask, mode)
         metrics["entropy_mask_ratio"] = jnp.where(open_gate, 1.0 - outside, 0.0).mean()
     loss -= hyper.lam * bonus

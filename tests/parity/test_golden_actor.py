@@ -29,7 +29,7 @@ def corridor(name, inside):
 
 def epoch_weight(a):
     epochs = zip(a["current_epoch"].tolist(), a["max_epochs"].tolist(), strict=True)
-    return {"weight": [phase_weight("released", epoch, total) for epoch, total in epochs]}
+    return {"weight": [phase_weight("two_stage", epoch, total) for epoch, total in epochs]}
 
 
 def actor_update(a, **k):

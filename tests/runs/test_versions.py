@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from epo_jax import evaluate, export, generate, report, sweep
 from epo_jax import main as program
 from epo_jax.runs import figures, lock, versions
-from epo_jax.runs.folder import read_config
+from epo_jax.runs.folder import read_config, write_config
 from epo_jax.runs.metrics import read_rows
 from epo_jax.settings.config import ENVIRONMENTS, base_config, flatten
 
@@ -36,8 +36,10 @@ def test_every_key_has_a_value_for_the_runs_of_an_earlier_version(old):
     for name in ENVIRONMENTS:
         known = {key for key in flatten(base_config(name)) if not key.startswith("env.")}
         first = {key for key in written if not key.startswith("env.")}
-        assert known - first <= versions.KEYS_ADDED[1].keys(), name
-        assert first - known <= versions.KEYS_REMOVED[1].keys(), name
+        added = {key for keys in versions.KEYS_ADDED.values() for key in keys}
+        renamed = {key: new for keys in versions.KEYS_REMOVED.values() for key, new in keys.items()}
+        assert known - first <= added | set(renamed.values()), name
+        assert first - known <= renamed.keys(), name
 
 
 @pytest.mark.parametrize(("folder", "exported"), [("run", "run"), (f"sweep/members/{MEMBER}", "member")])
@@ -64,6 +66,20 @@ def test_an_old_sweep_goes_on_to_its_end(old):
     sweep.main(["sweep", f"--workdir={old / 'sweep'}", "--resume"])
     for member in (old / "sweep" / "members").iterdir():
         assert [row["step"] for row in read_rows(member / "metrics.jsonl")] == [0, 1]
+
+
+def test_keys_and_values_that_version_3_renamed_are_read(tmp_path):
+    config = base_config("toy")
+    config.epo.phase = "two_stage"
+    write_config(config, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    algo = content["algo"]
+    algo["released_mini_turns"], algo["released_micro_turns"] = 24, 6
+    del algo["mini_batch_turns"], algo["micro_batch_turns"]
+    content["epo"]["phase"] = "released"
+    (tmp_path / "config.json").write_text(json.dumps(content | {"version": 2}))
+    read = read_config(tmp_path)
+    assert (read.algo.mini_batch_turns, read.algo.micro_batch_turns, read.epo.phase) == (24, 6, "two_stage")
 
 
 def test_what_is_no_longer_read_is_told(old, monkeypatch, capsys):

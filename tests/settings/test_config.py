@@ -48,7 +48,7 @@ def test_paper_is_the_default_and_holds_the_papers_table():
         assert alfworld[key] == scienceworld[key] == value, key
     assert (alfworld["epo.alpha"], scienceworld["epo.alpha"]) == (0.1, 0.05)
     assert (alfworld["train.steps"], scienceworld["train.steps"]) == (150, 125)
-    assert (alfworld["algo.released_mini_turns"], scienceworld["algo.released_mini_turns"]) == (256, 128)
+    assert (alfworld["algo.mini_batch_turns"], scienceworld["algo.mini_batch_turns"]) == (256, 128)
     assert (alfworld["env.max_turns"], scienceworld["env.max_turns"]) == (50, 30)
     assert alfworld["model.path"].endswith("Qwen2.5-3B-Instruct")
     assert scienceworld["model.path"].endswith("Qwen2.5-7B-Instruct")
