@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,8 +32,9 @@ def keep_programs() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A run of several processes needs the former: only its first process
     writes programs, so the folder must be one that all of them read. Call this after `jax.distributed` is initialized.
     """
-    chosen = jax.config.jax_compilation_cache_dir is not None or jax.config.jax_compilation_cache_max_size != -1
-    if chosen or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
+    config: Any = jax.config
+    chosen = config.jax_compilation_cache_dir is not None or config.jax_compilation_cache_max_size != -1
+    if chosen or not config.jax_enable_compilation_cache or jax.process_count() > 1:
         return
     try:
         folder = own_folder(cache_folder() / "compiled")
