@@ -1,8 +1,8 @@
 """Advantage estimators.
 
-The basic ones take `returns` [N] (each episode's total reward) and `group` [N] (the task instance it played, integers
-below `num_groups`) and give the advantage that every policy token of the episode shares; GAE gives one per token.
-`estimate` runs the whole chain for a batch: KL and format penalties, the estimator, whitening, shaping.
+The basic ones take `returns` [N] (each episode's total reward) and `group` [N] (the index of its task instance, below
+`num_groups`), and return one advantage per episode, which all its policy tokens share; GAE returns one per token.
+`loss.estimate` runs the whole chain for a batch: KL and format penalties, the estimator, whitening, shaping.
 """
 
 from typing import NamedTuple
@@ -34,11 +34,11 @@ def group_statistics(
     num_groups: int,
     counted: Float[Array, " N"] | None = None,
 ) -> GroupStatistics:
-    """Statistics over each group's entries, or over those with `counted` = 1 (the release counts turn rows)."""
+    """Statistics over each group's entries, or over those with `counted` = 1 (the reference implementation counts turn rows)."""
     counted = jnp.ones_like(returns) if counted is None else counted
     size = jax.ops.segment_sum(counted, group, num_groups)
     mean = jax.ops.segment_sum(returns * counted, group, num_groups) / jnp.maximum(size, 1.0)
-    # Where all returns are equal, nothing may be left for the division by (std + 1e-6) to blow up.
+    # If all returns are equal, the deviation must be exactly 0: the division by (std + 1e-6) would amplify a rounding error.
     deviation = jnp.where(spread(returns, group, num_groups) > 0, returns - mean[group], 0.0)
     square = jax.ops.segment_sum(jnp.square(deviation) * counted, group, num_groups)
     std = jnp.sqrt(square / jnp.maximum(size - 1.0, 1.0))
@@ -107,10 +107,10 @@ def gae(
     gamma: Scalar = 1.0,
     lam: Scalar = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Generalised advantage estimation over the policy tokens of each segment: (advantages, returns), 0 off the mask.
+    """Generalized advantage estimation over the policy tokens of each segment: (advantages, returns), 0 off the mask.
 
-    Observation tokens are stepped over, so credit flows across turns; a new segment (another trajectory packed into the
-    same row) starts afresh.
+    Observation tokens are skipped, so credit flows across turns; a new segment (another trajectory in the same row) starts
+    from zero.
 
         reward   0 0 . . 1   (. = observation)   value 0, gamma = 1/2, lam = 1
         returns ¼ ½ 0 0 1
@@ -144,13 +144,13 @@ def step_returns(turn_rewards: Float[Array, "N U"], discount: Scalar) -> Float[A
 
 
 def step_advantages(
-    returns: Float[Array, "N U"], anchor: Int[Array, "N U"], present: Float[Array, "N U"], normalise: bool = False
+    returns: Float[Array, "N U"], anchor: Int[Array, "N U"], present: Float[Array, "N U"], normalize: bool = False
 ) -> Float[Array, "N U"]:
     """GiGPO's step advantage (arXiv 2505.10978): a turn's return less the mean over the turns that started from the
-    same anchor observation, divided by their std when `normalise`. A turn whose anchor no other shares has none."""
+    same anchor observation, divided by their std if `normalize`. It is 0 if no other turn has that anchor."""
     statistics = group_statistics(returns.ravel(), anchor.ravel(), anchor.size, present.ravel())
     advantage = jnp.where(statistics.size > 1, statistics.deviation, 0.0)
-    if normalise:
+    if normalize:
         advantage /= statistics.std + EPSILON
     return advantage.reshape(returns.shape) * present
 

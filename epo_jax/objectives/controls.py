@@ -1,14 +1,14 @@
-"""Entropy terms, and the entropy controls that people use beside or instead of EPO.
+"""Entropy terms, and the entropy controls that people use next to EPO or instead of it.
 
-Four places where a control can act, each with one signature, so that `registry` can list them by name:
+A control can act in four places, each with one signature, so that `registry` can list the controls by name:
 
     shaper(advantage, batch, old, hyper, objective) -> advantage                         once, before training
     token control(rows, episode_keys, hyper) -> rows                                     once per mini-batch
     entropy term(entropy, rows, smoothing, hyper, objective) -> (loss, penalty)          in the loss
     coefficient(history, batch_entropy, hyper) -> lam                                    once per mini-batch
 
-Anything that a whole mini-batch decides (a mean inside a square, a quantile) is decided from the entropies as they were
-sampled, so the loss stays a sum over tokens and no split into micro-batches changes it.
+Whatever depends on a whole mini-batch (a mean inside a square, a quantile) is computed from the sampled entropies, so the loss
+stays a sum over tokens and no split into micro-batches changes it.
 """
 
 import jax
@@ -30,7 +30,7 @@ TermAndPenalty = tuple[Float[Array, ""], Float[Array, "B T"]]
 def smoothness_penalty(
     entropy: Float[Array, "B T"], rows: Rows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
 ) -> Float[Array, "B T"]:
-    """The corridor penalty P per token (alpha not included), 0 before there is a history or while the gate is shut."""
+    """The corridor penalty P per token (alpha not included), 0 before there is a history and before the gate's turn."""
     index = rows.batch.turn if objective.history_index == "turn" else jnp.zeros_like(rows.batch.turn)
     center, active = smoothing.center[index], smoothing.known[index]
     if objective.turn_gate:
@@ -133,7 +133,7 @@ def empg(
     """EMPG (arXiv 2509.09265): confident turns weigh more, and turns that lead to a confident one get a bonus.
 
     With h the turn's mean entropy scaled to [0, 1] over the batch: A g(h_t) + empg_bonus f(h_{t+1}), f(h) =
-    exp(-empg_sharpness h), g = f over its mean, then centred over turns. The last turn has no bonus.
+    exp(-empg_sharpness h), g = f over its mean, then centered over turns. The last turn has no bonus.
     """
     shape, index = (objective.num_trajectories, objective.max_turns), (batch.trajectory, batch.turn)
     tokens = turn_sums(old.mask, *index, shape)
@@ -183,6 +183,6 @@ def clip_cov(rows: Rows, episode_keys: Key[Array, " N"], hyper: Hyper) -> Rows:
 
 def kl_cov(rows: Rows, episode_keys: Key[Array, " N"] | None, hyper: Hyper) -> Rows:
     """KL-Cov (arXiv 2505.22617): the `cov_fraction` of tokens with the largest covariance pays `cov_coef` *
-    |log pi - log pi_old| (`policy.size`). The arm opens PPO's clip, which this divergence replaces."""
+    |log pi - log pi_old| (`policy.size`). The method disables PPO's clip, which this divergence replaces."""
     chosen = largest(covariance(rows), rows.old.mask, hyper.cov_fraction)
     return rows._replace(weights=rows.weights._replace(divergence=rows.weights.policy * chosen * hyper.cov_coef))

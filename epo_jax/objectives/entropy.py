@@ -16,7 +16,7 @@ from epo_jax.settings.table import HistoryMode, Penalty, Phase
 
 
 class Center(NamedTuple):
-    """The centre of the corridor: `value` [I] in nats, meaningful where `known` [I] is 1; 0 before any history."""
+    """The center of the corridor: `value` [I] in nats, meaningful where `known` [I] is 1; 0 before any history."""
 
     value: Float[Array, " I"]
     known: Float[Array, " I"]
@@ -65,7 +65,7 @@ def center(
     """Hbar: one average over the stored steps, per series.
 
     `cumulative`: all of them (the paper). `sliding`: the last `window` steps. `ema`: weights `ema_decay ** age`,
-    normalised. `initial`: the first step alone, the anchor of SIREN. No gradient flows into it.
+    normalized. `initial`: the first step alone, SIREN's anchor. No gradient flows into it.
     """
     step = jnp.arange(history.values.shape[0])
     age = (history.count - 1 - step).astype(jnp.float32)
@@ -91,10 +91,10 @@ def corridor_penalty(
     kappa_r: Scalar,
     kind: Penalty = "hinge",
 ) -> Float[Array, "*shape"]:
-    """How far an entropy lies outside [kappa_l * center, kappa_r * center] (eq. 4); alpha is the caller's.
+    """Distance of an entropy from [kappa_l * center, kappa_r * center] (eq. 4), without the factor alpha.
 
     `hinge`: the distance in nats, slope -1 below, 0 inside, +1 above. `indicator`: 1 outside and 0 inside (v1 and the
-    release), a constant of the parameters, so its gradient is exactly zero.
+    reference implementation), a constant of the parameters, so its gradient is exactly zero.
     """
     low, high = kappa_l * center, kappa_r * center
     if kind == "hinge":

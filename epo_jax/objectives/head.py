@@ -48,7 +48,7 @@ def fused_log_prob_entropy(
 
     Tokens are handled `chunk` at a time. Gradients flow to `hidden` and `embedding`; the temperature belongs to the
     sampler and gets none. With `top_p`, the entropy is that of the nucleus: the likeliest words that together hold at
-    least `top_p`, renormalised, the set itself being a constant of the gradient (SIREN's first mask). `unused` ids have
+    least `top_p`, renormalized, the set itself being a constant of the gradient (SIREN's first mask). `unused` ids have
     probability zero; a label among them, as padding may be, gets a finite number without meaning.
     """
     num_tokens = labels.shape[0]
@@ -115,7 +115,7 @@ def _log_nucleus(log_p, top_p):
 
 
 def _statistics(top_p, unused, embedding, hidden, labels, temperature):
-    """(log-probability, entropy, log-normaliser), each [chunk]."""
+    """(log-probability, entropy, log-normalizer), each [chunk]."""
     logits = _logits(embedding, hidden, temperature)
     chosen = jnp.where(_is_label(logits, labels), logits, 0.0).sum(0)
     logits = mask_unused(logits, unused, axis=0)

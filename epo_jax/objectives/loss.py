@@ -2,7 +2,7 @@
 
 estimate(batch, old, ...)        once per RL step: advantages
 weigh(batch, old, ...)           once per mini-batch: every average becomes a weight per token
-smoothing_terms(history, ...)    once per mini-batch: where the corridor lies and how much it weighs
+smoothing_terms(history, ...)    once per mini-batch: the corridor and its weight
 epo_loss(current, rows, ...)     per micro-batch: losses and metric sums that add up to the mini-batch's
 record(history, ...)             once per RL step: the history that the next step sees, with this step's entropy
 """
@@ -19,7 +19,7 @@ from epo_jax.objectives.spec import EntropyHistory, Hyper, ObjectiveConfig, Smoo
 def estimate(batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig) -> Old:
     """`old` with advantages and returns, of the episodes of a whole RL step.
 
-    Includes the KL in the reward, the format penalty and the shaping that the objective asks for; `mask` then leaves out what
+    Includes the KL in the reward, the format penalty and the shaping of the objective; the returned `mask` leaves out what
     DAPO drops (groups whose returns, as the environment gave them, are all equal). The tokens of an episode must be in one row
     [B, T].
 

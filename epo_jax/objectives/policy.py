@@ -44,7 +44,7 @@ def token_weights(
     mean or the sum over their tokens. `seq-mean-token-sum-norm` (Dr.GRPO): that sum over the constant `max_tokens`.
     A trajectory without a policy token in this mini-batch counts in no mean.
 
-    `turn_decay` > 0 (EPO-Decay, with mode `trajectory`) weighs turn t by exp(-turn_decay * t / max_turns), normalised
+    `turn_decay` > 0 (EPO-Decay, with mode `trajectory`) weighs turn t by exp(-turn_decay * t / max_turns), normalized
     within each trajectory. That early turns weigh more is the paper's; the formula is our reading.
     """
     mask, trajectory, turn = policy_mask.ravel(), trajectory.ravel(), turn.ravel()

@@ -82,10 +82,10 @@ class EntropyHistory(NamedTuple):
 
 
 class Smoothing(NamedTuple):
-    """What the entropy term needs to know of the run so far.
+    """What the entropy term depends on besides the mini-batch.
 
     Attributes:
-        center: [I] the corridor's centre in nats; `known` [I] is 1 where there is a history to centre it on.
+        center: [I] the center of the corridor in nats; `known` [I] is 1 where there is a history to compute it from.
         beta: phase weight.
         lam: weight of the entropy term at this step.
         batch_entropy: the mini-batch's mean entropy as it was sampled.

@@ -21,11 +21,11 @@ def masked_mean(
 
 
 def masked_var(x: Float[Array, "*shape"], mask: Float[Array, "*shape"], unbiased: bool = True) -> Float[Array, ""]:
-    variance = masked_mean(jnp.square(centred(x, mask)), mask)
+    variance = masked_mean(jnp.square(centered(x, mask)), mask)
     return variance * mask.sum() / (mask.sum() - 1.0) if unbiased else variance
 
 
-def centred(x: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def centered(x: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x less its masked mean, in two passes: one leaves the mean's rounding error in every entry."""
     once = x - masked_mean(x, mask)
     return once - masked_mean(once, mask)
@@ -33,7 +33,7 @@ def centred(x: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Float[Ar
 
 def whiten(x: Float[Array, "*shape"], mask: Float[Array, "*shape"], shift_mean: bool = True) -> Float[Array, "*shape"]:
     """Unlike ours, leaves (shifted and scaled) values off the mask. NaN with fewer than two entries."""
-    whitened = centred(x, mask) * jax.lax.rsqrt(masked_var(x, mask) + 1e-8)
+    whitened = centered(x, mask) * jax.lax.rsqrt(masked_var(x, mask) + 1e-8)
     whitened = jnp.where(mask.sum() > 1, whitened, jnp.nan)
     return whitened if shift_mean else whitened + masked_mean(x, mask)
 
@@ -59,14 +59,14 @@ def outcome_advantage(
     group: Int[Array, " B"],
     trajectory: Int[Array, " B"],
     every_row: bool = True,
-    normalise: bool = True,
+    normalize: bool = True,
 ) -> Float[Array, "B T"]:
     """Each row's score (the sum of its rewards) against its group, spread over the row's tokens."""
     scores = rewards.sum(-1)
     deviation, std, size = row_statistics(scores, group, trajectory, every_row)
     match name:
         case "grpo":
-            row = deviation / (std + advantages.EPSILON) if normalise else deviation
+            row = deviation / (std + advantages.EPSILON) if normalize else deviation
         case "rloo":
             row = deviation * jnp.where(size > 1, size / jnp.maximum(size - 1.0, 1.0), 1.0)
         case "reinforce_pp_baseline":
@@ -102,9 +102,9 @@ def gigpo(
     group: Int[Array, " B"],
     trajectory: Int[Array, " B"],
     weight: Scalar,
-    normalise: bool,
+    normalize: bool,
 ) -> Float[Array, "B T"]:
     """Episode advantage over all rows plus `weight` times the step advantage; `anchor` < B, distinct between groups."""
-    episode = outcome_advantage("grpo", rewards, mask, group, trajectory, normalise=normalise)
-    step = advantages.step_advantages(step_returns[:, None], anchor[:, None], jnp.ones_like(mask[:, :1]), normalise)
+    episode = outcome_advantage("grpo", rewards, mask, group, trajectory, normalize=normalize)
+    step = advantages.step_advantages(step_returns[:, None], anchor[:, None], jnp.ones_like(mask[:, :1]), normalize)
     return episode + weight * step * mask

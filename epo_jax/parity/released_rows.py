@@ -1,8 +1,7 @@
-"""The release's arithmetic inside our train step, for the arms `+released`.
+"""Advantages and weights of the reference implementation, on packed episodes.
 
-The release trains on turn rows, one row per turn of an episode, [B, L] response tokens. Here episodes stay packed, and the
-turn rows exist only as a table of indices; all that the release does with them comes down to an advantage and a weight per
-token:
+The reference implementation trains on turn rows: one row per turn of an episode, [B, L] response tokens. Here episodes stay
+packed, and the turn rows exist only as a table of indices. All it does with them amounts to an advantage and a weight per token:
 
     group statistics, whitening and GAE   over turn rows, copies among them
     rows copied at random                 until the batch is a multiple of `mini_turns` rows
@@ -10,9 +9,8 @@ token:
     micro-batches averaged alike          a token weighs 1 / (micro-batches * tokens of its micro-batch)
     entropy history                       one mean per turn index, right-aligned, the current step's among them
 
-How many mini-batches there are depends on how many turns were played, so the weights have room for the most there can be.
-What the release's sampler does wrong (finished episodes play on and count in the history; contexts are cut) is not the
-objective's and not reproduced.
+The number of mini-batches depends on how many turns were played, so the weights have room for the most there can be. Faults of
+its sampler (finished episodes continue and count in the history; contexts are cut) are not reproduced.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +26,7 @@ from epo_jax.parity import released
 
 
 class TurnRows(NamedTuple):
-    """The release's batch: B rows, first every turn in the order of episode and turn, then the copies.
+    """The reference batch: B rows, first every turn in the order of episode and turn, then the copies.
 
     Attributes:
         key: which turn the row is, trajectory * max_turns + turn.
@@ -64,8 +62,8 @@ def turn_rows(tokens: Int[Array, " K"], mini_turns: int, micro_turns: int, key: 
 def turn_weights(
     rows: TurnRows, tokens: Int[Array, " K"], mini_turns: int, micro_turns: int
 ) -> Float[Array, "M K"]:
-    """What a token of each turn weighs in each mini-batch: the mean over micro-batches of their token means. A mini-batch
-    beyond the last row weighs nothing."""
+    """The weight of a token of each turn in each mini-batch: the mean over micro-batches of their token means. A mini-batch
+    past the last row has weight 0."""
     num_mini, num_micro = -(-tokens.size // mini_turns), mini_turns // micro_turns
     micro_tokens = jax.ops.segment_sum(tokens[rows.key] * rows.live, rows.micro, num_mini * num_micro)[rows.micro]
     weight = rows.live / ((micro_tokens + 1e-8) * num_micro)
@@ -75,8 +73,8 @@ def turn_weights(
 def estimate(
     batch: TokenBatch, old: Old, key: Array, hyper: Hyper, objective: ObjectiveConfig
 ) -> tuple[Old, Float[Array, "M K"]]:
-    """`old` with advantages as the release has them, and what a token of turn k = trajectory * max_turns + turn weighs in the
-    averages of mini-batch m.
+    """`old` with the reference advantages, and the weight of a token of turn k = trajectory * max_turns + turn in the averages of
+    mini-batch m.
 
     The episode's return is the reward of every turn's last token, less the format penalty of that turn and the KL of its
     tokens.
@@ -89,7 +87,7 @@ def estimate(
         old = old._replace(mask=mask)
     position = jnp.arange(mask.size).reshape(mask.shape)
     first = jax.ops.segment_min(jnp.where(mask > 0, position, mask.size).ravel(), turn_key.ravel(), shape[0] * shape[1])
-    column = jnp.where(mask > 0, position - first[turn_key], length)  # a turn's tokens lie side by side
+    column = jnp.where(mask > 0, position - first[turn_key], length)  # the tokens of a turn are adjacent
 
     def by_turn(x: Float[Array, "B T"]) -> Float[Array, "K L"]:
         return jnp.zeros((shape[0] * shape[1], length), x.dtype).at[turn_key, column].set(x, mode="drop")
@@ -133,15 +131,15 @@ def _row_advantages(rows, by_turn, batch, old, reward, turn_mask, hyper, objecti
             steps = advantages.step_returns(turn_rewards, hyper.discount).ravel()[rows.key]
             anchor = jnp.where(live, batch.anchor.ravel()[rows.key], rows.key.size - 1)
             advantage = released.gigpo(
-                rewards, steps * rows.live, mask, anchor, group, trajectory, hyper.gigpo_weight, normalise=False
+                rewards, steps * rows.live, mask, anchor, group, trajectory, hyper.gigpo_weight, normalize=False
             )
         case name:
             base: Any = "grpo" if name == "dr_grpo" else name
-            advantage = released.outcome_advantage(base, rewards, mask, group, trajectory, normalise=name == "grpo")
+            advantage = released.outcome_advantage(base, rewards, mask, group, trajectory, normalize=name == "grpo")
     return advantage, advantage
 
 
 def left_padded(mean: Float[Array, " I"], observed: Float[Array, " I"]) -> tuple[Float[Array, " I"], Float[Array, " I"]]:
-    """A step's mean entropy per turn as the release stores it: right-aligned, zeros before, all of it counted."""
+    """A step's mean entropy per turn as the reference implementation stores it: right-aligned after zeros, which count too."""
     turns = jnp.max(jnp.where(observed > 0, jnp.arange(observed.size), -1)) + 1
     return jnp.roll(mean * observed, observed.size - turns), jnp.ones_like(observed)

@@ -17,7 +17,7 @@ from epo_jax.parallel import mesh
 
 
 def in_micro_batches(x: Array, micro_rows: int) -> Array:
-    """[R, ...] as [R / micro_rows, micro_rows, ...], each micro-batch shared out by its rows."""
+    """[R, ...] as [R / micro_rows, micro_rows, ...], micro-batches sharded over rows."""
     return mesh.constrain(x.reshape(-1, micro_rows, *x.shape[1:]), None, "rows")
 
 
@@ -76,8 +76,8 @@ def summed_gradients(
 def gradient_by_slopes(
     statistics: Callable, loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int, axes: PyTree[mesh.Axes]
 ):
-    """`summed_gradients` of a loss in which tokens of different rows meet, as where an episode has a mean and its turns lie in
-    many rows: any split into micro-batches gives the same.
+    """`summed_gradients` of a loss that depends on several rows at once, such as the mean over an episode whose turns are in many
+    rows: every split into micro-batches has the same result.
 
     The chain rule in two passes. First `statistics(params, inputs)` of all rows, and the slope of `loss(statistics, rows)` by
     each of them; then the gradient of each micro-batch's statistics times their slopes. It costs a forward pass more.

@@ -1,4 +1,4 @@
-"""The optimiser, and one update that leaves things as they are where there is nothing sound to learn."""
+"""The optimizer, and an update that is skipped on empty batches and non-finite gradients."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ class OptimConfig:
 
     With `muon`, updates of the layers' matrices are orthogonalised (Muon, https://kellerjordan.github.io/posts/muon) and scaled
     to the size of Adam's; all else has Adam with Nesterov's momentum.
-    Without `scheduled` the rate is `lr` throughout; whoever updates may scale it.
+    Without `scheduled` the rate is `lr` throughout, and the caller scales it.
     """
 
     lr: float

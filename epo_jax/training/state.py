@@ -1,7 +1,6 @@
-"""What the train step is told and carries: `LearnerConfig` is static, `TrainState` lives on the devices.
+"""What the train step takes: `LearnerConfig` is static, `TrainState` is on the devices.
 
-A state is made from the policy's weights, or described without them, on one device or where a mesh has it; mesh.py says
-what each device keeps.
+A state is made from the policy's weights, or described without them, on one device or sharded over a mesh (parallel/mesh.py).
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ class LearnerConfig:
     Attributes:
         model: the policy's shape; with `model.lora`, only its adapters are trained.
         objective: the loss's variants.
-        optim, critic_optim: optimisers; a critic exists when `critic_optim` is given.
+        optim, critic_optim: optimizers; a critic exists if `critic_optim` is given.
         reference: keep the initial policy for a KL term; with adapters it is the base, which is there anyway.
         epochs: passes over a batch.
         micro_rows: rows per forward and backward pass, those of all devices together.
@@ -102,7 +101,7 @@ def init_state(config: LearnerConfig, params: Params) -> TrainState:
 
 
 def init_state_on(config: LearnerConfig, params: Params, on: Mesh) -> TrainState:
-    """`init_state` with every array where the mesh has it. `params`, which lie there already, are donated."""
+    """`init_state`, sharded over a mesh. `params`, which are sharded already, are donated."""
     make = jax.jit(init_state, static_argnums=0, donate_argnums=1, out_shardings=state_shardings(config, on))
     return make(config, params)
 

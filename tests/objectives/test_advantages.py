@@ -122,7 +122,7 @@ def test_step_advantages_compare_turns_with_the_same_anchor():
     returns = jnp.array([[1.0, 2.0], [3.0, 9.0]])
     anchor, present = jnp.array([[0, 1], [0, 1]]), jnp.array([[1.0, 1.0], [1.0, 0.0]])
     np.testing.assert_allclose(advantages.step_advantages(returns, anchor, present), [[-1, 0], [1, 0]], atol=1e-6)
-    normalised = advantages.step_advantages(returns, anchor, present, normalise=True)
+    normalised = advantages.step_advantages(returns, anchor, present, normalize=True)
     np.testing.assert_allclose(normalised, [[-(0.5**0.5), 0], [0.5**0.5, 0]], rtol=1e-5)
 
 

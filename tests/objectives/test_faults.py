@@ -90,7 +90,7 @@ def test_8a_a_long_failure_counts_once():
     scores = jnp.array([1.0] + [0.0] * 9)
     episode = jnp.array([0] + [1] * 9)
     release = released.outcome_advantage(
-        "grpo", scores[:, None], jnp.ones((10, 1)), jnp.zeros(10, jnp.int32), episode, normalise=False
+        "grpo", scores[:, None], jnp.ones((10, 1)), jnp.zeros(10, jnp.int32), episode, normalize=False
     )
     np.testing.assert_allclose(release[:2, 0], [0.9, -0.1], rtol=1e-5)
     ours = registry.advantages.dr_grpo(jnp.array([1.0, 0.0]), jnp.zeros(2, jnp.int32), 1)

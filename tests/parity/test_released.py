@@ -74,7 +74,7 @@ def row_advantages(base, trajectories, rows, values, mask):
             to_come = jnp.array([sum(trajectories[i].rewards[u:]) for i, u, _ in rows])
             return released.gigpo(jnp.asarray(rewards), to_come, mask, anchor, group, episode, 1.0, False)
     name = "grpo" if base == "dr_grpo" else base
-    return released.outcome_advantage(name, jnp.asarray(rewards), mask, group, episode, normalise=base == "grpo")
+    return released.outcome_advantage(name, jnp.asarray(rewards), mask, group, episode, normalize=base == "grpo")
 
 
 @pytest.mark.parametrize("base", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gigpo", "ppo"])
