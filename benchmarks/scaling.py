@@ -75,10 +75,10 @@ def programs(row: int, options) -> dict:
     from jax.experimental import topologies
 
     from configs import alfworld
-    from epo_jax import main
     from epo_jax.models import generate
     from epo_jax.models.decoder import DecoderConfig, init_params, param_axes, unstack
     from epo_jax.parallel import mesh
+    from epo_jax.training.from_config import learner_config, objective_and_hyper
     from epo_jax.training.state import abstract_state_on
     from epo_jax.training.step import batch_shardings, make_train_step
 
@@ -92,8 +92,8 @@ def programs(row: int, options) -> dict:
     model = DecoderConfig(**MODELS[name], dtype=config.model.dtype, remat=config.model.remat)
     model = dataclasses.replace(model, num_layers=options.layers or model.num_layers)
     mesh.check(on, model, config.train.rows_tokens)
-    objective, hyper = main.objective_and_hyper(config)
-    learner = main.learner_config(config, model, objective, mesh.row_shards(on))
+    objective, hyper = objective_and_hyper(config)
+    learner = learner_config(config, model, objective, mesh.row_shards(on))
 
     def placed(tree, where):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)

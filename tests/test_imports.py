@@ -97,6 +97,31 @@ def test_no_import_points_the_wrong_way():
     assert used == set(EXCEPTIONS), f"exceptions that no module needs any more; remove them: {set(EXCEPTIONS) - used}"
 
 
+def test_what_is_no_command_takes_nothing_from_main_and_sweep_but_the_call():
+    """Tests, benchmarks and config files import what they need from the packages."""
+    found = []
+    for path in (path for folder in ("tests", "benchmarks", "configs") for path in sorted((ROOT.parent / folder).rglob("*.py"))):
+        found += [f"{path}:{line}: {name}" for line, name in taken_from_commands(path.read_text())]
+    assert not found, "\n".join(found)
+    source = "from epo_jax import main as m\nfrom epo_jax.sweep import train\nm.main([])\nm.evaluate\nsetattr(m, 'stuck', 1)"
+    assert taken_from_commands(source) == [(2, "sweep.train"), (4, "main.evaluate")]
+
+
+def taken_from_commands(source: str) -> list[tuple[int, str]]:
+    """(line, name) of everything but `main` that a source takes from the modules epo_jax.main and epo_jax.sweep."""
+    tree, aliases, found = ast.parse(source), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "epo_jax":
+            aliases |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in ("main", "sweep")}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("epo_jax.main", "epo_jax.sweep"):
+            found += [(node.lineno, f"{node.module[8:]}.{alias.name}") for alias in node.names if alias.name != "main"]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            if node.attr != "main":
+                found.append((node.lineno, f"{aliases[node.value.id]}.{node.attr}"))
+    return sorted(found)
+
+
 def test_packages_import_nothing():
     for name in packages():
         path = ROOT.joinpath(*name.split("."), "__init__.py")

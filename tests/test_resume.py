@@ -15,12 +15,11 @@ from benchmarks import kill
 from epo_jax import main as program
 from epo_jax.common import stopping
 from epo_jax.common.errors import Stopped, UserError
-from epo_jax.rollout import scheduler
 from epo_jax.runs import figures, lock
 from epo_jax.runs.folder import read_config
 from epo_jax.runs.metrics import MetricWriter, read_rows
 from epo_jax.runs.policies import load_run
-from epo_jax.training import sft
+from epo_jax.training import loop, sft
 
 # Ends the process when the checkpoint after `STEP` is written but not committed.
 KILLED = """
@@ -92,12 +91,12 @@ def test_asked_to_stop_wherever_a_run_can_be(alone, tmp_path, monkeypatch, capfd
     points = [
         (sft, "Cloning", 4, "4 updates of the warm start"),
         (sft, "Cloning", 3, "7 updates of the warm start"),
-        (program, "evaluate", 1, "0 RL steps"),
-        (scheduler, "collect", 1, "0 RL steps"),
-        (scheduler, "choose_groups", 2, "1 RL steps"),
+        (loop, "evaluate", 1, "0 RL steps"),
+        (loop, "collect", 1, "0 RL steps"),
+        (loop, "choose_groups", 2, "1 RL steps"),
         (MetricWriter, "train", 1, "2 RL steps"),
-        (program, "evaluate", 1, "2 RL steps"),
-        (program, "evaluate", 2, "3 RL steps"),
+        (loop, "evaluate", 1, "2 RL steps"),
+        (loop, "evaluate", 2, "3 RL steps"),
     ]
     before = [signal.getsignal(number) for number in stopping._SIGNALS]
     while points:
@@ -154,11 +153,11 @@ def test_a_save_under_way_is_waited_for_whatever_ends_the_loop(tmp_path, monkeyp
 
 def test_what_it_learns_with_may_change_and_is_recorded(alone, tmp_path, monkeypatch, capfd):
     """After updates that were skipped, as the message advises; what changes the state's arrays or meaning is refused."""
-    folder, stuck = tmp_path / "run", program.stuck
-    monkeypatch.setattr(program, "stuck", lambda metrics: True)
+    folder, stuck = tmp_path / "run", loop.stuck
+    monkeypatch.setattr(loop, "stuck", lambda metrics: True)
     with pytest.raises(UserError, match=f"last 1 RL steps.*--workdir={folder} --resume --config.optim.lr=RATE"):
         run(folder, *ARGUMENTS, "--config.train.max_skipped=1")
-    monkeypatch.setattr(program, "stuck", stuck)
+    monkeypatch.setattr(loop, "stuck", stuck)
     for key, told in (
         ("train.steps=4", "config.train.steps=4 differs from the run's 3, which it keeps, .* --config.init_from.run="),
         ("model.d_model=32", "config.model.d_model=32 differs"),
@@ -214,7 +213,7 @@ def test_a_run_goes_on_from_anothers_checkpoint(alone, tmp_path):
 
 
 def test_a_run_whose_last_updates_were_skipped_says_so_at_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "stuck", lambda metrics: True)
+    monkeypatch.setattr(loop, "stuck", lambda metrics: True)
     with pytest.raises(UserError, match="No update of the last 2 RL steps had a finite gradient: the run is over"):
         run(tmp_path / "run", *ARGUMENTS[:2], "--config.train.steps=2")
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()

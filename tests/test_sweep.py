@@ -22,12 +22,13 @@ from epo_jax.envs.base import environment
 from epo_jax.models import generate, lora
 from epo_jax.models.decoder import decoder_config
 from epo_jax.models.tokenizer import load_tokenizer
-from epo_jax.runs import figures, frozen_base, lock
+from epo_jax.runs import figures, frozen_base, lock, metrics
 from epo_jax.runs.folder import read_config
 from epo_jax.runs.metrics import read_rows
 from epo_jax.runs.policies import fit_vocabulary, load_run
 from epo_jax.settings.config import flatten
-from epo_jax.training.grid import programs
+from epo_jax.training import initial_policy, loop
+from epo_jax.training.grid import programs, refuse_what_members_cannot_share
 from epo_jax.training.initial_policy import expert_demonstrations, own_tokenizer
 from tests.toy_sweep import get_config
 
@@ -40,8 +41,11 @@ POINTS = (
     "--config.sweep.over.algo.clip_high=(0.2, 0.05)",
     "--config.sweep.over.optim.lr=(3e-3, 1e-3)",
 )
-# One more, whose parameters are soon beyond any number.
-WITH_A_LOST_ONE = (*POINTS[:2], *(point.replace(")", ", 0.1)") for point in POINTS[2:5]), POINTS[5].replace(")", ", 1e34)"))
+# One more, whose gradients are soon beyond any number, and which stops at the first RL step with none that is finite.
+WITH_A_LOST_ONE = (
+    *POINTS[:2], *(point.replace(")", ", 0.1)") for point in POINTS[2:5]), POINTS[5].replace(")", ", 1e34)"),
+    "--config.train.max_skipped=1",
+)  # fmt: skip
 ONE_BY_ONE, SPREAD = ((f"--config.sweep.at_once={n}", f"--config.sweep.devices={n}") for n in (1, 2))
 
 
@@ -102,6 +106,41 @@ def test_a_member_is_the_run_that_it_would_be_alone(going, tmp_path):
     for name in ("metrics.jsonl", "eval.jsonl"):
         ours, theirs = (list(map(without_times, read_rows(folder / name))) for folder in (member, single))
         assert len(ours) == 3 and ours == theirs
+    assert remembered(member) == remembered(single) and remembered(member)[0]["best"] >= 0.0
+
+
+def remembered(folder):
+    """What the last checkpoint has besides the state, times aside: what the host remembers, and the success by which it ranks."""
+    items = ("progress/metadata", "metrics/metrics")
+    return [without_times(json.loads((folder / "checkpoints" / "3" / item).read_text())) for item in items]
+
+
+def test_a_sweep_has_what_a_run_has(tmp_path, monkeypatch):
+    """Checkpoints elsewhere, a profile, wall time over processes, and as many RL steps without a finite gradient."""
+    short = "--config.sweep.seeds=(0, 1)", "--config.train.steps=2", "--config.eval.before=False", "--config.eval.every=0"
+    elsewhere = f"--config.checkpoint.folder={tmp_path / 'elsewhere'}"
+    folder = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stuck", lambda metrics: True)
+        with pytest.raises(UserError, match="Every member of the sweep stopped"):
+            run(folder, *short, *ONE_BY_ONE, elsewhere, "--profile_steps=0:1", "--config.train.max_skipped=2")
+    members = json.loads((folder / "sweep.json").read_text())["members"]
+    assert [member["stopped"] for member in members] == [1, 1]
+    assert len(list((folder / "profile").rglob("*.xplane.pb"))) == 1
+    for name in names(folder):
+        saved = tmp_path / "elsewhere" / name
+        assert {path.name for path in saved.iterdir()} == {"0", "1"} and not (folder / "members" / name / "checkpoints").exists()
+        assert json.loads((saved / "1" / "progress" / "metadata").read_text())["skipped"] == 1
+    # What the last step learned with is changed, and it is taken again.
+    sweep.main(["sweep", f"--workdir={folder}", "--resume", "--config.train.max_skipped=3"])
+    for name in names(folder):
+        rows = read_rows(folder / "members" / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [0, 1] and 0 < rows[0]["wall_seconds"] < rows[1]["wall_seconds"]
+        assert (tmp_path / "elsewhere" / name / "2").is_dir()
+    with pytest.raises(UserError, match="already holds the checkpoints of a run"):
+        run(tmp_path / "other", *short, elsewhere)
+    with pytest.raises(UserError, match="--profile_steps=0:1: the run goes on from step 2"):
+        sweep.main(["sweep", f"--workdir={folder}", "--resume", "--profile_steps=0:1"])
 
 
 def test_a_member_that_is_no_longer_finite_stops_alone(swept, going):
@@ -133,7 +172,7 @@ def test_a_killed_sweep_goes_on_from_the_last_step_that_all_members_saved(swept,
         for step in ("3", "2") if i else ("3",):
             shutil.rmtree(again / "members" / member.name / "checkpoints" / step)
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="2 RL steps done and saved"):
-        patch.setattr(sweep, "progress_of_all", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(metrics, "members_line", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         sweep.main(["sweep", f"--workdir={again}", "--resume"])
     sweep.main(["sweep", f"--workdir={again}", "--resume"])
     assert (again / "sweep.json").read_text() == (swept / "sweep.json").read_text()
@@ -150,7 +189,7 @@ def test_a_sweep_killed_after_its_warm_starts_keeps_them(swept, going, tmp_path,
     for folder in (again / "members").iterdir():
         shutil.rmtree(folder / "checkpoints")
         (folder / "metrics.jsonl").unlink()
-    monkeypatch.setattr(sweep, "expert_demonstrations", lambda *_: pytest.fail("played its experts again"))
+    monkeypatch.setattr(initial_policy, "expert_demonstrations", lambda *_: pytest.fail("played its experts again"))
     cloned = again / "warm_start" / "seed1" / "model.safetensors"
     whole = cloned.read_bytes()
     cloned.write_bytes(b"")
@@ -238,8 +277,7 @@ def test_the_number_of_members_changes_no_number_of_traces(swept, tmp_path, max_
     """Two, after six: what plays is compiled already, and the train step of a sweep is traced once."""
     for function in (generate.decode, generate.extend, generate.take_slots, generate.copy_slots):
         max_traces(function, 0)
-    for name in ("train_step", "take", "put"):
-        max_traces(types.SimpleNamespace(__name__=name), 1)
+    max_traces(types.SimpleNamespace(__name__="train_step"), 1)
     two = "--config.sweep.seeds=(0, 1)", "--config.train.steps=1", "--config.eval.before=False"
     run(tmp_path / "sweep", *two, *ONE_BY_ONE)
 
@@ -268,7 +306,7 @@ def test_adapters_share_a_base(tmp_path, monkeypatch):
     for each in (again / "members").iterdir():
         shutil.rmtree(each / "checkpoints" / "2")
     bases = []
-    monkeypatch.setattr(sweep, "progress_of_all", lambda *_: bases.append(embeddings()))
+    monkeypatch.setattr(metrics, "members_line", lambda *_: bases.append(embeddings()))
     gc.collect()
     before = embeddings()
     sweep.main(["sweep", f"--workdir={again}", "--resume"])
@@ -295,6 +333,7 @@ def test_adapters_share_a_base(tmp_path, monkeypatch):
         (["--config.model.lora_rank=2", "--config.sweep.seeds=(0, 1)"], "members share their base"),
         (["--config.rollout.devices=2"], "must be 1 in a sweep"),
         (["--config.mesh.fsdp=4"], "config.mesh.fsdp=4 must be 0 in a sweep"),
+        (["--processes=2"], "--processes: a sweep runs on one host, over whose devices its members are spread"),
     ],
 )  # fmt: skip
 def test_what_members_cannot_share_is_refused_before_anything_is_written(tmp_path, arguments, message):
@@ -348,5 +387,5 @@ def test_random_members_are_drawn_between_the_bounds_and_the_same_each_time():
 def test_the_ablation_has_every_arm_of_the_paper(size, env, counts):
     """PPO with its EPO and Decay arms in one program, W/O DW and EA in others; GRPO, GiGPO and the release."""
     config = runpy.run_path("configs/ablation.py")["get_config"](size + env)
-    sweep.refuse_what_members_cannot_share(config)
+    refuse_what_members_cannot_share(config)
     assert [len(group) for group in programs(config)] == counts

@@ -249,6 +249,30 @@ def progress_line(row: Mapping[str, Any], steps: int, seconds_left: float) -> st
     )
 
 
+def members_line(rows: Sequence[Row], steps: int, seconds_left: float) -> str:
+    """The console line of an RL step of a sweep: means over the members, and the range of their success."""
+    mean = {name: fmean([row[name] for row in rows if row[name] is not None] or [math.nan]) for name in ("success", "entropy")}
+    low, high = (pick(row["success"] for row in rows) for pick in (min, max))
+    return (
+        f"step {rows[0]['step'] + 1:>{len(str(steps))}}/{steps}  {len(rows)} members"
+        f"  success {mean['success']:6.1%} [{low:.0%}, {high:.0%}]"
+        f"  entropy {mean['entropy']:5.3f}"
+        f"  {sum(row['tokens_per_second'] for row in rows):6.0f} tok/s"
+        f"  rollout {rows[0]['rollout_seconds']:5.1f}s  update {rows[0]['update_seconds']:5.1f}s"
+        f"  left {clock(seconds_left)}"
+    )
+
+
+def members_table(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """An evaluation of a sweep's members on one split: a line for each, success with its 95 % interval."""
+    width = max(map(len, names))
+    return "\n".join(
+        f"  {name:<{width}}  {row['split']:<12} after {row['step']} steps  {row['won']:>4}/{row['episodes']:<4}"
+        f" {row['success']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]"
+        for name, row in zip(names, rows, strict=True)
+    )
+
+
 def seconds_left(durations: Sequence[float], steps_left: int) -> float:
     """Time to the end from the seconds of past steps: the median of the last ten, so that a compile does not count."""
     return median(durations[-10:]) * steps_left if durations else math.nan

@@ -1,5 +1,7 @@
-"""A window of RL steps to look into: `--profile_steps=5:7` of epo_jax.main writes what they did to WORKDIR/profile, for
-TensorBoard's profile plugin, XProf or Perfetto."""
+"""A profile of some RL steps: `--profile_steps=5:7` writes a trace of them to WORKDIR/profile.
+
+TensorBoard's profile plugin, XProf and Perfetto show it.
+"""
 
 import re
 from pathlib import Path
@@ -33,6 +35,13 @@ def window(text: str | None, steps: int) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
+def refuse_past(window: tuple[int | None, int | None], step: int) -> None:
+    """Raises UserError if the steps to profile begin before RL step `step`, from which the run continues."""
+    first, end = window
+    if first is not None and first < step:
+        raise UserError(f"--profile_steps={first}:{end}: the run goes on from step {step}; name later steps.")
+
+
 class Profile:
     """Writes a trace of steps `first` to `end`, `end` not among them, to `folder`; with (None, None) it does nothing.
 
@@ -58,7 +67,7 @@ class Profile:
 
     def finish(self, done: int) -> None:
         """Call after each step, with the number of steps done."""
-        if done == self._end:
+        if self._under_way and done == self._end:
             self._stop()
 
     def _stop(self) -> None:

@@ -311,7 +311,7 @@ SECTIONS = (
         Setting("train.steps", 125, "RL steps K.", COUNT, unit="RL steps", by_env={"alfworld": 150},
                 paper="ALFWorld 150, ScienceWorld 125 (table)"),
         Setting("train.max_skipped", 3, "RL steps in a row without a finite gradient, whose updates are skipped, after which the "
-                "run ends; a member of a sweep stops at the first.", COUNT, unit="RL steps", resume="recorded"),
+                "run ends, or a member of a sweep stops.", COUNT, unit="RL steps", resume="recorded"),
         Setting("train.rows_tokens", 16384, "Length of a packed row; at least agent.max_tokens.", COUNT, unit="tokens",
                 resume="recorded"),
         Setting("train.rows_policy_tokens", 8192, "The most policy tokens of a packed row, and so of a conversation.", COUNT,
@@ -343,9 +343,9 @@ SECTIONS = (
         Setting("checkpoint.every", 10, "RL steps between checkpoints.", COUNT, unit="RL steps", resume="free"),
         Setting("checkpoint.keep", 2, "Newest checkpoints that are kept.", COUNT, unit="checkpoints", resume="free"),
         Setting("checkpoint.keep_best", 1, "Checkpoints with the highest success on the last of eval.splits that are kept as "
-                "well, each saved at once; 0: none. A sweep has none.", NOT_NEGATIVE, unit="checkpoints", resume="free"),
+                "well, each saved at once; 0: none.", NOT_NEGATIVE, unit="checkpoints", resume="free"),
         Setting("checkpoint.folder", "", "Folder of the checkpoints, on this machine or in a bucket (gs://...); empty: the run "
-                "folder."),
+                "folder. A member of a sweep has the folder NAME in it."),
     )),
 )  # fmt: skip
 

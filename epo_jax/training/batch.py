@@ -1,6 +1,5 @@
 """From the episodes of an RL step to the learner's batch."""
 
-
 import numpy as np
 
 from epo_jax.common import keys
@@ -13,8 +12,10 @@ from epo_jax.rollout.trajectory import Trajectory
 def step_batch(
     config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int
 ) -> TokenBatch:
-    """What the learner sees of RL step `step`, in micro-batches of `micro_rows`: the mini-batches of every epoch, each of which
-    deals the episodes to them in another order."""
+    """The batch of RL step `step`: the mini-batches of every epoch, in micro-batches of `micro_rows`.
+
+    Each epoch assigns the episodes to mini-batches in another order.
+    """
     by_episode = objective.mini_batches_by == "episode"  # else the train step cuts its own
     mini_batches, epochs = (config.algo.mini_batches, config.algo.epochs) if by_episode else (1, 1)
     orders = np.stack([

@@ -28,10 +28,10 @@ def evaluate(
     top_p: float = 1.0,
     samples: int = 1,
 ) -> tuple[Row, list[Trajectory]]:
-    """Plays each of `tasks` `samples` times; the row of eval.jsonl and the trajectories, those of a task side by side.
+    """Plays each task `samples` times; the row of eval.jsonl, and the trajectories task by task.
 
-    The sampling key depends on `seed` alone, so two evaluations of the same parameters agree, and the first play of a task
-    does not depend on how many follow.
+    The sampling key depends on `seed` alone, so two evaluations of the same parameters agree, and the first play of a task does
+    not depend on `samples`.
     """
     key = keys.key(seed, "evaluation")
     player = Player(episodes_of(tasks, samples), tokenizer, key)
@@ -46,7 +46,7 @@ def episodes_of(tasks: list[Task], samples: int = 1) -> list[Episode]:
 
 
 def row_of(split: str, step: int | None, trajectories: list[Trajectory], seconds: float) -> Row:
-    """The row of eval.jsonl that the episodes of a split come to."""
+    """The row of eval.jsonl that the episodes of a split result in."""
     outcomes = (
         Outcome(t.task["type"], t.task["id"], t.won, t.score, len(t.actions), len(t.valid) - sum(t.valid)) for t in trajectories
     )

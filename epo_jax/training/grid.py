@@ -1,22 +1,22 @@
-"""From a sweep's config to its members: which coefficients each of them has, and which of them share a program.
+"""From a sweep's config to its members: the coefficients of each, and which members share a program.
 
     config.sweep.arms              values of algo.name
     config.sweep.seeds             values of seed
     config.sweep.over.epo.lam    values of a coefficient, and so on for every key of `COEFFICIENTS`; () leaves it alone
 
-Every arm is run with every seed and every combination of values. A member is an ordinary run: its config is the sweep's, with
-one value for each of these keys, and `python -m epo_jax.main` on it would do the same.
+Every method is run with every seed and every combination of values. A member is an ordinary run: its config is the config of the
+sweep with one value for each of these keys, and `python -m epo_jax.main` with that config computes the same.
 """
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError
-from epo_jax.objectives.spec import Hyper, ObjectiveConfig
+from epo_jax.objectives.spec import ObjectiveConfig
+from epo_jax.runs.ledger import Member
 from epo_jax.settings.config import base_config, flatten
 from epo_jax.settings.sweep import COEFFICIENTS
 from epo_jax.settings.validate import validate
@@ -25,25 +25,11 @@ from epo_jax.training.from_config import objective_and_hyper
 KINDS = ("grid", "list", "random")
 
 
-class Member(NamedTuple):
-    """One run of a sweep.
-
-    Attributes:
-        config: its whole config, as `epo_jax.main` takes it.
-        coefficients: what tells it from others, by key: the arm, the seed, and what is swept.
-    """
-
-    name: str
-    config: ConfigDict
-    coefficients: dict[str, str | int | float]
-    objective: ObjectiveConfig
-    hyper: Hyper
-
-
 def programs(config: ConfigDict) -> list[list[Member]]:
-    """The members of the sweep that `config` asks for, those of one program together.
+    """The members of a sweep, grouped by the objective that they compile.
 
-    Arms that differ in coefficients alone share a program. Members that differ only in what their arm does not read are one.
+    Methods that differ in coefficients alone share a program. Two members that differ only in what their method does not read
+    are one.
 
     Raises:
         UserError: a value that is impossible, or one that would change the program.
@@ -74,7 +60,7 @@ def programs(config: ConfigDict) -> list[list[Member]]:
 
 
 def refuse_static(key: str) -> None:
-    """Raises UserError for a key that no two members may differ in."""
+    """Raises UserError for a key that must be the same for all members."""
     if key not in COEFFICIENTS:
         known = {*flatten(base_config("alfworld")), *flatten(base_config("scienceworld"))}
         if key in known:
@@ -83,6 +69,31 @@ def refuse_static(key: str) -> None:
                 "give each of its values a sweep of its own, or where config.algo.name can express it, an arm."
             )
         raise UserError(f"config.sweep.over.{key} is not a coefficient; choose from {', '.join(COEFFICIENTS)}.")
+
+
+def refuse_what_members_cannot_share(config) -> None:
+    """Raises UserError for settings of single runs that a sweep has no use for."""
+    sizes = {"rollout.devices": (config.rollout.devices, 1)} | {f"mesh.{axis}": (size, 0) for axis, size in config.mesh.items()}
+    for key, (size, alone) in sizes.items():
+        if size > 1:
+            raise UserError(
+                f"config.{key}={size} must be {alone} in a sweep, whose members are spread over devices instead "
+                "(config.sweep.devices)."
+            )
+    for key in ("at_once", "devices"):
+        if config.sweep[key] < 0:
+            raise UserError(f"config.sweep.{key}={config.sweep[key]} must be zero or positive.")
+    if config.init_from.state == "everything" and config.init_from.run:
+        raise UserError(
+            "config.init_from.state='everything' must be 'weights' in a sweep, whose members begin at RL step 0; a single run "
+            "(python -m epo_jax.main) can go on from another's whole state."
+        )
+    own_bases = (config.warm_start.episodes or not config.model.path) and not config.init_from.run
+    if config.model.lora_rank and len(set(config.sweep.seeds)) > 1 and own_bases:
+        raise UserError(
+            f"config.sweep.seeds={config.sweep.seeds}: with config.model.lora_rank members share their base, which would be "
+            "another for each seed here; take one seed, or a config.model.path with config.warm_start.episodes=0."
+        )
 
 
 def _refuse_change_of_program(config: ConfigDict, arm: str, key: str, values: tuple) -> None:
@@ -136,4 +147,7 @@ def _member(config: ConfigDict, values: dict) -> Member:
         for leaf, (key, value) in zip(leaves, values.items(), strict=True)
         if key not in ("algo.name", "seed")
     ]
-    return Member("-".join([arm, *told, f"seed{seed}"]), own.lock(), values, objective, hyper)
+    name = "-".join([arm, *told, f"seed{seed}"])
+    if own.checkpoint.folder:
+        own.checkpoint.folder = f"{own.checkpoint.folder.rstrip('/')}/{name}"
+    return Member(name, own.lock(), values, objective, hyper)

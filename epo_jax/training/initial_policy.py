@@ -1,27 +1,98 @@
-"""The policy that RL begins with: tokenizer, weights, and the warm start on expert episodes."""
+"""The policy that RL begins with: tokenizer, weights, and the warm start on expert episodes.
+
+    named_policy     the policy that the config names: of another run, or a published model
+    plan             what the warm start needs, with every refusal before anything is written
+    initial_params   the weights, from scratch where no policy is named
+    clone_experts    the warm start
+    add_adapters     fresh adapters on top
+"""
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from epo_jax.common import keys
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import Demonstration, Task, environment
 from epo_jax.models import lora
-from epo_jax.models.decoder import DecoderConfig, Params, init_params
+from epo_jax.models.decoder import DecoderConfig, Params, decoder_config, init_params, param_axes, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, compose_embedding, train_tokenizer
+from epo_jax.parallel import mesh
 from epo_jax.rollout import prompts
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs import frozen_base
+from epo_jax.runs.policies import fit_vocabulary, load_pretrained, load_source
 from epo_jax.training import sft, warm_start
 from epo_jax.training.optim import OptimConfig
 
 
+class InitialPolicy(NamedTuple):
+    """A policy before its warm start.
+
+    Attributes:
+        params: None for weights from scratch.
+        experts: the episodes that the warm start clones; none without one.
+    """
+
+    tokenizer: ChatTokenizer
+    model: DecoderConfig
+    params: Params | None
+    experts: list[Trajectory]
+
+
+def named_policy(config, devices: Mesh | None = None) -> InitialPolicy | None:
+    """The policy of config.init_from or config.model.path, on the devices of a mesh; None if the config names none."""
+    if config.init_from.run:
+        return InitialPolicy(*load_source(config, devices)[:3], [])
+    return InitialPolicy(*load_pretrained(config, devices), []) if config.model.path else None
+
+
+def plan(config, tasks: list[Task], named: InitialPolicy | None, folder: Path) -> InitialPolicy:
+    """The policy that RL will begin with; `named` is that of `named_policy`. Nothing is written.
+
+    Args:
+        tasks: the training tasks, whose expert episodes the warm start clones. The policy of another run has none.
+        folder: where the policy will be kept, for messages.
+
+    Raises:
+        UserError: there is nothing to clone, or none of it fits.
+    """
+    demonstrations = [] if config.init_from.run else expert_demonstrations(config, tasks)
+    if named is None:
+        tokenizer = own_tokenizer(config, demonstrations)
+        named = InitialPolicy(tokenizer, fit_vocabulary(decoder_config(config.model), tokenizer, folder), None, [])
+    return named._replace(experts=expert_trajectories(config, named.tokenizer, demonstrations))
+
+
+def initial_params(config, policy: InitialPolicy, devices: Mesh | None = None) -> Params:
+    """The weights before the warm start, on the devices of a mesh."""
+    if policy.params is not None:
+        return policy.params
+    params = blank_params(config, policy.model, policy.tokenizer)
+    return _placed(params, param_axes(policy.model), devices)
+
+
+def add_adapters(config, model: DecoderConfig, params: Params, devices: Mesh | None = None) -> tuple[DecoderConfig, Params]:
+    """A model and its weights with the adapters that the config asks for, fresh ones unless it has them already."""
+    if not config.model.lora_rank or model.lora:
+        return model, params
+    model = with_adapters(model, config.model)
+    adapters = lora.init_adapters(model, keys.key(config.seed, "adapters"))
+    _, axes = lora.split(param_axes(model))
+    return model, lora.join(params, _placed(adapters, axes, devices))
+
+
+def _placed(params: Params, axes, devices: Mesh | None) -> Params:
+    return params if devices is None else mesh.place(params, mesh.shardings(devices, params, axes))
+
+
 def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, published: bool) -> None:
-    """Keeps the frozen base of adapters for the run: by reference where it is a published model as it was."""
+    """Keeps the frozen base of a run's adapters; `published` models, unchanged by a warm start, by reference."""
     base = lora.split(params)[0]
     if config.init_from.run and model.lora:
         frozen_base.copy(config.init_from.run, workdir, model, base)
@@ -32,11 +103,12 @@ def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, publi
 
 
 def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
-    """Expert episodes of tasks drawn by the run's seed, each followed by its renamed copies where they are asked for; lost
-    ones only with `warm_start.lost`.
+    """Expert episodes of tasks that are drawn by the seed, each followed by its renamed copies (`warm_start.copies`).
+
+    Lost episodes are among them only with `warm_start.lost`.
 
     Raises:
-        UserError: experts are asked for and there is nothing to clone.
+        UserError: the config has a warm start, and there is nothing to clone.
     """
     settings, env = config.warm_start, environment(config.env.name)
     if not settings.episodes:
@@ -68,10 +140,10 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
 
 
 def expert_trajectories(config, tokenizer: ChatTokenizer, demonstrations: list[Demonstration]) -> list[Trajectory]:
-    """The expert episodes in tokens, those whose contexts all fit in `agent.max_tokens`.
+    """The expert episodes in tokens, if each of their contexts fits in `agent.max_tokens`.
 
     Raises:
-        UserError: none fits.
+        UserError: no episode fits.
     """
     play = prompts.rollout_config(config)
     trajectories = [sft.to_trajectory(d, tokenizer, play) for d in demonstrations]
@@ -95,10 +167,10 @@ def expert_trajectories(config, tokenizer: ChatTokenizer, demonstrations: list[D
 
 
 def own_tokenizer(config, demonstrations: list[Demonstration]) -> ChatTokenizer:
-    """A tokenizer made from what the experts saw and did, of config.model.vocab_size tokens.
+    """A tokenizer of config.model.vocab_size tokens, trained on the experts' observations and actions.
 
-    Texts that do not yield as many give a multiple of 32, which costs some rare merges: the tokenizers of other seeds then
-    define the same ids, and a sweep trains those seeds in one program.
+    If the texts yield fewer, the size is rounded down to a multiple of 32, which loses some rare merges: tokenizers of different
+    seeds then define the same ids, so that a sweep trains these seeds in one program.
     """
     window = prompts.window_of(config)
     texts = [text for d in demonstrations for pair in sft.transcript(d, config.agent.style, window) for text in pair]
@@ -120,12 +192,12 @@ def blank_params(config, model: DecoderConfig, tokenizer: ChatTokenizer) -> Para
 def clone_experts(
     config, model: DecoderConfig, params: Params, trajectories: list[Trajectory], folder: Path, stop: StopRequest
 ) -> Params:
-    """The warm start, with a line now and then; returns the cloned parameters. `params` are donated.
+    """The parameters after the warm start; prints its progress. `params` are donated.
 
-    Asked to stop, it leaves its updates in `folder`, from where it goes on.
+    A warm start that was stopped continues from `folder`.
 
     Raises:
-        Stopped: then.
+        Stopped: the process was asked to stop, and the state is in `folder`.
     """
     settings, optim = config.warm_start, cloning_optim(config)
     rows = max(1, settings.batch_tokens // config.train.rows_tokens)

@@ -1,101 +1,202 @@
-"""The train step of a sweep: the learner's for every member, mapped over them or in turns; several devices may share them."""
+"""Where the members of a run are computed.
 
+    InTurns   one member after another, each with the programs of a single run, on every device of a mesh
+    Mapped    members mapped over an axis of one program, in equal shares on several devices
+
+Both have the same methods, so that the training loop does not depend on the choice. A single run is one member in turn. The bits
+of a member that is computed in turn are those of a run of its own.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from epo_jax.models import lora
 from epo_jax.models.decoder import Params
+from epo_jax.models.members import Members
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.objectives.spec import Hyper
-from epo_jax.training.optim import stuck
-from epo_jax.training.state import LearnerConfig, TrainState
-from epo_jax.training.step import Metrics, step_function
+from epo_jax.parallel import mesh
+from epo_jax.training.state import LearnerConfig, TrainState, state_shardings
+from epo_jax.training.step import Metrics, batch_shardings, step_function
 
 
-def make_members_step(
-    config: LearnerConfig, at_once: int, mesh: jax.sharding.Mesh
-) -> Callable[..., tuple[TrainState, Metrics, Bool[Array, " M"]]]:
-    """(states, base, batches, hypers, alive) -> (states, metrics, still alive): the train step for M members.
+class States(NamedTuple):
+    """The train states of M members.
 
-    All but the base have a leading axis M; states hold no base of their own and are donated. A member that is not alive, whose
-    state would no longer be finite, or none of whose gradients is, keeps the state it has.
-
-    Args:
-        at_once: members computed by one mapped program; those of a device go through it in turns. With 1, on one device, the
-            program is that of a run of its own, and a member's bits are that run's.
-        mesh: with an axis "member", whose devices have equal shares of the members.
+    Attributes:
+        base: the frozen base of adapters, which all members share; empty without adapters.
+        own: each member's state without the base: a list (`InTurns`), or one state of arrays [M, ...] (`Mapped`).
     """
-    step = step_function(config)
 
-    def train_step(base, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+    base: Params
+    own: list[TrainState] | TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class InTurns:
+    """Computes one member after another, on every device of `mesh`.
+
+    Attributes:
+        at_once: members that one call of a program computes.
+        home: the mesh on which the state of a member is made or restored.
+        train_step: (base, state, batch, hyper) -> (state, metrics), jitted; the state is donated.
+    """
+
+    mesh: Mesh
+    home: Mesh
+    train_step: Callable[[Params, TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]
+    at_once: int = 1
+
+    def place(self, base: Params, own: list[TrainState]) -> States:
+        """The states of all members, from each member's."""
+        return States(base, own)
+
+    def member(self, states: States, i: int) -> TrainState:
+        """The state of member `i`, without the base."""
+        return states.own[i]
+
+    def policies(self, states: States) -> Params | Members:
+        """What `collect` samples from: the only member's parameters, or those of all members."""
+        own = [state.params for state in states.own]
+        return lora.join(states.base, own[0]) if len(own) == 1 else Members(states.base, stack(own))
+
+    def update(
+        self, states: States, batches: list[TokenBatch | None], hypers: Sequence[Hyper]
+    ) -> tuple[States, list[dict[str, float]]]:
+        """One RL step of every member that has a batch. `states` are donated; the others' metrics are empty."""
+        own, metrics = list(states.own), [{}] * len(batches)
+        for i, batch in enumerate(batches):
+            if batch is not None:
+                batch = mesh.place(batch, batch_shardings(self.mesh))
+                own[i], metrics[i] = self.train_step(states.base, own[i], batch, hypers[i])
+        return States(states.base, own), [_floats(values) for values in metrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """Computes the members of each device of `mesh`, `at_once` of them at a time, by one mapped program.
+
+    Attributes:
+        mesh: has the axis "member" alone; its devices have equal shares of the members.
+        home: as in `InTurns`.
+        train_step: `InTurns.train_step` with an axis M in front of everything but the base.
+    """
+
+    mesh: Mesh
+    home: Mesh
+    train_step: Callable[[Params, TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]
+    at_once: int
+
+    def place(self, base: Params, own: list[TrainState]) -> States:
+        """As `InTurns.place`."""
+        each, everywhere = (NamedSharding(self.mesh, spec) for spec in (PartitionSpec("member"), PartitionSpec()))
+        return States(jax.device_put(base, everywhere), jax.device_put(stack(own), each))
+
+    def member(self, states: States, i: int) -> TrainState:
+        """As `InTurns.member`."""
+        return jax.tree.map(lambda x: x[i], states.own)
+
+    def policies(self, states: States) -> Members:
+        """As `InTurns.policies`."""
+        return Members(states.base, states.own.params)
+
+    def update(
+        self, states: States, batches: list[TokenBatch | None], hypers: Sequence[Hyper]
+    ) -> tuple[States, list[dict[str, float]]]:
+        """As `InTurns.update`. A member without a batch has one without rows, by which nothing is learned."""
+        some = next(batch for batch in batches if batch is not None)
+        empty = jax.tree.map(np.zeros_like, some)
+        batch = stack([empty if batch is None else batch for batch in batches])
+        own, metrics = self.train_step(states.base, states.own, batch, stack(list(hypers)))
+        metrics = jax.device_get(metrics)
+        of_each = [{name: values[i] for name, values in metrics.items()} for i in range(len(batches))]
+        return States(states.base, own), [{} if b is None else _floats(m) for b, m in zip(batches, of_each, strict=True)]
+
+
+Placement = InTurns | Mapped
+
+
+def in_turns(learner: LearnerConfig, on: Mesh) -> InTurns:
+    """Members one after another on the mesh `on`."""
+    step, shardings = _without_base(learner), state_shardings(learner, on)
+    own, everywhere = shardings._replace(base={}), mesh.replicated(on)
+
+    @functools.wraps(step)
+    def train_step(base: Params, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        with mesh.inside(on):
+            return step(base, state, batch, hyper)
+
+    program = jax.jit(
+        train_step,
+        in_shardings=(shardings.base, own, batch_shardings(on), everywhere),
+        out_shardings=(own, everywhere),
+        donate_argnums=1,
+    )
+    return InTurns(on, on, program)
+
+
+def mapped(learner: LearnerConfig, at_once: int, on: Mesh) -> Mapped:
+    """Members mapped over an axis, `at_once` together on each device of the mesh `on` (`member_mesh`)."""
+    step = _without_base(learner)
+
+    def of_device(base: Params, *members):
+        count = len(jax.tree.leaves(members)[0])
+        if at_once >= count:
+            return jax.vmap(functools.partial(step, base))(*members)
+        return jax.lax.map(lambda member: step(base, *member), members, batch_size=at_once if at_once > 1 else None)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def train_step(base: Params, states: TrainState, batches: TokenBatch, hypers: Hyper) -> tuple[TrainState, Metrics]:
+        each = PartitionSpec("member")
+        spread = jax.shard_map(
+            of_device, mesh=on, in_specs=(PartitionSpec(), each, each, each), out_specs=each, check_vma=False
+        )
+        return spread(base, states, batches, hypers)
+
+    return Mapped(on, first_device(), train_step, at_once)
+
+
+def _without_base(learner: LearnerConfig) -> Callable:
+    """The RL step of one member, (base, state, batch, hyper) -> (state, metrics), with no base in the state."""
+    step = step_function(learner)
+
+    def train_step(base: Params, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         after, metrics = step(state._replace(base=base), batch, hyper)
         return after._replace(base={}), metrics
 
-    def settled(state: TrainState, after: TrainState, metrics: Metrics, alive: Bool[Array, ""]):
-        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(after)]).all()
-        alive = alive & finite & ~stuck(metrics)
-        return jax.tree.map(lambda new, old: jnp.where(alive, new, old), after, state), alive
-
-    if at_once == 1 and mesh.size == 1:
-        return _in_turns(jax.jit(train_step, donate_argnums=1), settled)
-
-    def of_one(base, state: TrainState, batch: TokenBatch, hyper: Hyper, alive: Bool[Array, ""]):
-        after, metrics = train_step(base, state, batch, hyper)
-        state, alive = settled(state, after, metrics, alive)
-        return state, metrics, alive
-
-    def of_device(base, *members):
-        count = members[-1].shape[0]
-        if at_once >= count:
-            return jax.vmap(functools.partial(of_one, base))(*members)
-        size = at_once if at_once > 1 else None
-        return jax.lax.map(lambda member: of_one(base, *member), members, batch_size=size)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def members_step(states: TrainState, base: Params, batches: TokenBatch, hypers: Hyper, alive: Bool[Array, " M"]):
-        each, all_ = jax.sharding.PartitionSpec("member"), jax.sharding.PartitionSpec()
-        spread = jax.shard_map(of_device, mesh=mesh, in_specs=(all_, each, each, each, each), out_specs=each, check_vma=False)
-        return spread(base, states, batches, hypers, alive)
-
-    return members_step
+    return train_step
 
 
-def _in_turns(train_step: Callable, settled: Callable) -> Callable:
-    """`make_members_step` by a program for one member, called for each of them."""
-
-    @jax.jit
-    def take(states: TrainState, i: Int[Array, ""]) -> TrainState:
-        return jax.tree.map(lambda x: x[i], states)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def put(states: TrainState, i: Int[Array, ""], after: TrainState, metrics: Metrics, alive: Bool[Array, ""]):
-        state, alive = settled(jax.tree.map(lambda x: x[i], states), after, metrics, alive)
-        return jax.tree.map(lambda x, new: x.at[i].set(new), states, state), alive
-
-    def members_step(states: TrainState, base: Params, batches: TokenBatch, hypers: Hyper, alive: Bool[Array, " M"]):
-        every, still = [], []
-        for i in range(len(alive)):
-            batch, hyper = jax.tree.map(lambda x, i=i: x[i], (batches, hypers))
-            after, metrics = train_step(base, take(states, i), batch, hyper)
-            states, goes_on = put(states, i, after, metrics, alive[i])
-            every.append(metrics)
-            still.append(goes_on)
-        return states, stack(every), jnp.stack(still)
-
-    return members_step
+def place_members(learner: LearnerConfig, count: int, sweep) -> Placement:
+    """Where `count` members of a sweep are computed, by config.sweep.at_once and config.sweep.devices."""
+    on = member_mesh(count, sweep.devices)
+    at_once = sweep.at_once or (1 if jax.default_backend() == "cpu" else count // on.size)
+    return in_turns(learner, first_device()) if at_once == on.size == 1 else mapped(learner, at_once, on)
 
 
-def member_mesh(members: int, devices: int) -> jax.sharding.Mesh:
+def first_device() -> Mesh:
+    """The mesh of one device of this process."""
+    return mesh.make_mesh(1, 1, 1, jax.local_devices()[:1])
+
+
+def member_mesh(members: int, devices: int) -> Mesh:
     """As many local devices as divide the number of members evenly, at most `devices` of them (0: all)."""
     local = jax.local_devices()
     count = max(n for n in range(1, min(devices or len(local), len(local)) + 1) if members % n == 0)
-    return jax.sharding.Mesh(np.array(local[:count]), ("member",))
+    return Mesh(np.array(local[:count]), ("member",))
 
 
 def stack(trees: list):
     """One pytree with a leading axis M."""
     return jax.tree.map(lambda *x: (np if isinstance(x[0], np.ndarray | np.generic) else jnp).stack(x), *trees)
+
+
+def _floats(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

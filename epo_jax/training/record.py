@@ -1,6 +1,5 @@
 """The row of metrics.jsonl that an RL step results in."""
 
-
 import numpy as np
 
 from epo_jax.rollout import scheduler
@@ -11,8 +10,14 @@ from epo_jax.runs.metrics import Row
 def step_row(
     config, step: int, rounds: list[list[Trajectory]], uniform: int, stats: scheduler.RolloutStats, metrics: dict[str, float]
 ) -> Row:
-    """The row of metrics.jsonl that the episodes and the learner's metrics of an RL step come to."""
-    # Of the first round: what the policy does on tasks as they come, not on those chosen by their returns.
+    """The row of a run whose episodes in RL step `step` are `rounds`; docs/metrics.md has its fields.
+
+    Args:
+        uniform: groups with one return among those that were trained on.
+        stats: of the rollout, in which the members of a sweep play together.
+        metrics: of the train step.
+    """
+    # Averages are over the first round: tasks as they come, not chosen by their returns.
     sampled, center = rounds[0], metrics["corridor_center"]
     played = [t for trajectories in rounds for t in trajectories]
     policy_tokens = sum(t.num_policy_tokens for t in played)
@@ -33,11 +38,11 @@ def step_row(
         **{f"entropy_turn_{turn}": entropy for turn, entropy in entropy_by_turn(sampled).items()},
         "prompt_tokens": sum(len(t.tokens) for t in played) - policy_tokens,
         "policy_tokens": policy_tokens,
-        "tokens_per_second": stats.policy_tokens / stats.seconds,
+        "tokens_per_second": policy_tokens / stats.seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "env_wait_seconds": stats.env_wait_seconds,
-        "env_steps": stats.env_steps,
+        "env_steps": sum(len(t.actions) for t in played),
         **metrics,
         "learner_entropy": metrics["entropy"],
         "entropy": metrics["behaviour_entropy"],

@@ -1,9 +1,13 @@
-"""How a run continues: what may change, what is still to be evaluated, and the state of another run."""
+"""How a run continues: its saved state or that of another run, what may change, what is still to be evaluated."""
 
 import dataclasses
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError
@@ -11,23 +15,66 @@ from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.objectives import entropy
 from epo_jax.parallel import hosts
-from epo_jax.runs import checkpoint
+from epo_jax.runs import checkpoint, frozen_base
 from epo_jax.runs.folder import Changes, read_config
 from epo_jax.runs.metrics import read_rows
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.state import LearnerConfig, TrainState, abstract_state, abstract_state_on
 
 
-def source_state(config, learner: LearnerConfig, devices, params: Params) -> tuple[TrainState, checkpoint.Progress]:
+class Restored(NamedTuple):
+    """The states of a run's members, without the frozen base of their adapters, which all of them share."""
+
+    base: Params
+    own: list[TrainState]
+    progress: list[checkpoint.Progress]
+
+    def forgiven(self) -> "Restored":
+        """With no RL step counted as without a finite gradient, for a run that changes what it learns with."""
+        return self._replace(progress=[progress._replace(skipped=0) for progress in self.progress])
+
+
+def restore(
+    folders: list[Path], managers: list[ocp.CheckpointManager], config, learner: LearnerConfig, on: Mesh, step: int | None
+) -> Restored:
+    """The checkpoints of RL step `step` (the newest if None) of members that share a program, on the devices of a mesh.
+
+    A member that stopped earlier has none of that step; its newest stands in.
+
+    Raises:
+        UserError: one of them, or the base of their adapters, cannot be read.
+    """
+    like = abstract_state_on(learner, on)
+    base, kept = {}, all(hosts.gather(frozen_base.is_kept(folders[0])))
+    if learner.model.lora:
+        base = frozen_base.load(folders[0], config, learner.model, like.base, step)
+    steps = [step if step in manager.all_steps() else None for manager in managers]
+    own, progress = zip(*(checkpoint.restore(m, like, s) for m, s in zip(managers, steps, strict=True)), strict=True)
+    if learner.model.lora and not kept:  # a run of version 1, with the base in each checkpoint
+        frozen_base.store(folders[0], learner.model, base)
+        refer_to_base(folders[1:], base, folders[0] / "model")
+    return Restored(base, list(own), list(progress))
+
+
+def refer_to_base(folders: list[Path], base: Params, kept: Path | None) -> None:
+    """Writes into run folders where the frozen base of their adapters is: in `kept`, None for the published model."""
+    if jax.tree.leaves(base):
+        digest = frozen_base.digest(base)
+        for folder in folders:
+            frozen_base.refer(folder, digest, kept and os.path.relpath(kept, folder / "model"))
+
+
+def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) -> Restored:
     """The whole state of the run that `config.init_from` names; its entropy history gets the length that this run needs."""
     source = config.init_from
     step = None if source.step < 0 else source.step
     with checkpoint.open_reader(checkpoint.place(source.run, read_config(source.run).checkpoint.folder)) as reader:
         steps = checkpoint.history_steps(reader, step)
         like = abstract_state_on(dataclasses.replace(learner, total_steps=steps), devices)
-        state, before = checkpoint.restore(reader, like, step)
+        state, progress = checkpoint.restore(reader, like, step)
     base = lora.split(params)[0] if learner.model.lora else {}
-    return state._replace(history=entropy.resize(state.history, config.train.steps), base=base), before._replace(skipped=0)
+    state = state._replace(history=entropy.resize(state.history, config.train.steps))
+    return Restored(base, [state], [progress._replace(skipped=0)])
 
 
 def refuse_changes_of_state(config, changes: Changes, model: DecoderConfig) -> None:

@@ -1,5 +1,4 @@
-"""Which episodes an RL step plays: a pure function of the seed and of the number of RL steps done."""
-
+"""The episodes of an RL step, a pure function of the seed and the number of RL steps done."""
 
 
 from epo_jax.common import keys
@@ -8,8 +7,10 @@ from epo_jax.rollout import scheduler
 
 
 def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[scheduler.Episode]:
-    """The episodes of a round of RL step `step`: round 0 goes through the training split pass by pass, the rounds that
-    replace uniform groups draw from all of it."""
+    """The episodes of round `attempt` of RL step `step`.
+
+    Round 0 goes through the training split pass by pass; rounds that replace uniform groups draw from all of it.
+    """
     groups = config.rollout.groups
     if attempt:
         drawn = keys.generator(config.seed, "resampling", step, attempt).permutation(len(tasks))
@@ -20,7 +21,7 @@ def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[sc
 
 
 def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Task]:
-    """The tasks of RL step `step`: the training split in an order shuffled anew for each pass over it."""
+    """The tasks of RL step `step`: the training split, shuffled again for each pass over it."""
     chosen = []
     for position in range(step * groups, (step + 1) * groups):
         epoch, place = divmod(position, len(tasks))
@@ -29,7 +30,6 @@ def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Tas
 
 
 def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[scheduler.Episode]:
-    """`size` episodes of each task, one group a task. With a `number` of its own for each round of a run, no id is used
-    twice."""
+    """`size` episodes of each task, one group a task. If each round of a run has another `number`, all ids differ."""
     first = number * len(tasks) * size
     return [scheduler.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]

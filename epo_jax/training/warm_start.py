@@ -1,4 +1,4 @@
-"""The updates of a warm start that was asked to stop, kept in a folder until the run has its first checkpoint."""
+"""The state of a warm start that was stopped, kept in a folder until the run has its first checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -20,13 +20,13 @@ def save(folder: Path, cloning: Cloning) -> None:
 
 
 def restore(folder: Path, params: Params, optim: OptimConfig) -> Cloning | None:
-    """The newest state in `folder`, None where there is none.
+    """The newest state in `folder`, None if there is none.
 
     Args:
-        params: of the shapes and the placement of those to be read.
+        params: arrays of the same shapes and placement.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the state cannot be read.
     """
     saved = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     if not saved:
@@ -45,7 +45,7 @@ def restore(folder: Path, params: Params, optim: OptimConfig) -> Cloning | None:
     except Exception as error:  # Orbax raises many kinds; to the user they are one
         reason = (str(error).strip().splitlines() or ["no message"])[0][:200]
         raise UserError(
-            f"The updates of the warm start in {where} cannot be read ({type(error).__name__}: {reason}); mend what the message "
+            f"The updates of the warm start in {where} cannot be read ({type(error).__name__}: {reason}); fix what the message "
             "names and resume, or rename the folder and the warm start begins from its first update."
         ) from error
 

@@ -1,0 +1,253 @@
+"""A sweep, from its config to its results: its programs one after the other, the members of each together.
+
+A member is a run whose folder is WORKDIR/members/NAME; `epo_jax.main` could resume it. What members share is done once: worker
+processes, expert episodes and the warm start of a seed, the evaluation before the first step, compilation.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from epo_jax.common.errors import UserError, explain
+from epo_jax.common.stopping import StopRequest
+from epo_jax.envs.base import Task
+from epo_jax.envs.workers.pool import EnvPool
+from epo_jax.models import attention, lora, weights
+from epo_jax.models.decoder import DecoderConfig, Params, decoder_config
+from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
+from epo_jax.rollout import prompts
+from epo_jax.runs import checkpoint, figures, lock, profiling, wandb_log
+from epo_jax.runs.folder import Command, open_workdir, record_changes
+from epo_jax.runs.ledger import Ledger, Member
+from epo_jax.runs.policies import decoder_of_run, fit_vocabulary, keep_decoder
+from epo_jax.training import initial_policy, loop, warm_start
+from epo_jax.training.from_config import learner_config
+from epo_jax.training.grid import programs, refuse_what_members_cannot_share
+from epo_jax.training.initial_policy import InitialPolicy
+from epo_jax.training.members import place_members
+from epo_jax.training.resume import Restored, refer_to_base, refuse_changes_of_state, restore
+from epo_jax.training.run import list_tasks, open_files, written
+from epo_jax.training.state import LearnerConfig, init_state
+
+
+class Beginner(NamedTuple):
+    """The policy that the members of a seed begin with.
+
+    Attributes:
+        params: with adapters, if the config asks for them.
+        folder: the model folder of the weights without adapters; None for a published model.
+    """
+
+    tokenizer: ChatTokenizer
+    model: DecoderConfig
+    params: Params
+    folder: Path | None
+
+
+class Sweep(NamedTuple):
+    """What all programs of a sweep share; `beginner` makes that of a seed, once."""
+
+    command: Command
+    ledger: Ledger
+    beginner: Callable[[int], Beginner]
+    tasks: dict[str, list[Task]]
+    pool: EnvPool
+    profile_steps: tuple[int | None, int | None]
+    stop: StopRequest
+
+
+def train(command: Command, stop: StopRequest) -> None:
+    """Trains every member of a sweep, from its checkpoints if there are any.
+
+    Raises:
+        UserError: bad input, before anything is written; or every member diverged.
+        Stopped: the process was asked to stop, and the sweep can be resumed.
+    """
+    # ---------------------------------------------------------------- refuse bad input before anything is written
+    config, workdir = command.config, command.workdir
+    profile_steps = profiling.window(command.flags.profile_steps, config.train.steps)
+    groups = programs(config)
+    members = sum(groups, [])
+    refuse_what_members_cannot_share(config)
+    attention.check_rows(config.train.rows_tokens)
+    if config.metrics.wandb_project:
+        wandb_log.package(config.metrics.wandb_project)
+    named = functools.cache(functools.partial(initial_policy.named_policy, config))
+    ledger = Ledger(workdir, members)
+    if not command.resume:
+        named()
+        for member in members:
+            checkpoint.refuse_used(ledger.checkpoints(member))
+    tasks = list_tasks(config)
+    first_steps = check_resumed(command, groups, ledger) if command.resume else {member.name: 0 for member in members}
+    profiling.refuse_past(profile_steps, min(first_steps.values()))
+    open_workdir(command)
+    beginner = functools.cache(functools.partial(begin, config, tasks["train"], named, workdir / "warm_start", stop))
+
+    # ---------------------------------------------------------------- one program after the other
+    folders = [folder for member in members for folder in written(member.config, ledger.folder(member))]
+    with lock.hold(*folders), EnvPool(config.env.name, config.env.to_dict(), config.env.workers) as pool:
+        ledger.open()
+        record_changes(command.changes, workdir, min(first_steps.values()))
+        for member in members:
+            record_changes(command.changes, ledger.folder(member), first_steps[member.name])
+        sweep = Sweep(command, ledger, beginner, tasks, pool, profile_steps, stop)
+        for number, group in enumerate(groups, start=1):
+            with stop.now():  # a request that came when the last program had done its last step
+                pass
+            print(f"program {number} of {len(groups)}, {len(group)} members: " + ", ".join(m.name for m in group), flush=True)
+            for some in alike(group, lambda member: ledger.model(member) or beginner(member.config.seed).model):
+                if command.changes or not all(member.name in ledger.stopped for member in some):
+                    train_program(sweep, some)
+
+    # ---------------------------------------------------------------- results
+    for member in members:
+        figures.draw(ledger.folder(member))
+    for name, step in ledger.stopped.items():
+        print(f"{name} stopped at RL step {step + 1}: its updates had no finite gradient any more")
+    print(f"wrote {workdir}/sweep.json and the run folders of {len(members)} members")
+    if len(ledger.stopped) == len(members):
+        raise UserError("Every member of the sweep stopped, as none stayed finite; lower config.optim.lr in a new one.")
+
+
+def check_resumed(command: Command, groups: list[list[Member]], ledger: Ledger) -> dict[str, int]:
+    """{member's name: RL step from which it continues}.
+
+    Raises:
+        UserError: the sweep had other members, its changes are impossible, or checkpoints are gone.
+    """
+    ledger.refuse_other_members()
+    steps = {}
+    for some in (some for group in groups for some in alike(group, ledger.vocabulary)):
+        if (model := ledger.model(some[0])) is not None:
+            refuse_changes_of_state(some[0].config, command.changes, model)
+        steps |= dict.fromkeys((member.name for member in some), ledger.resume_point(some) or 0)
+    return steps
+
+
+def alike(members: list[Member], key: Callable[[Member], Any]) -> list[list[Member]]:
+    """The members of one objective by the model that they train, of which `key` is a function.
+
+    Tokenizers that were made for each seed may define different numbers of ids, and a program has the ids that it must not
+    sample as constants.
+    """
+    found: dict[Any, list[Member]] = {}
+    for member in members:
+        found.setdefault(key(member), []).append(member)
+    return list(found.values())
+
+
+def train_program(sweep: Sweep, members: list[Member]) -> None:
+    """Trains the members of one program to their end, from their last common checkpoint if they have one."""
+    began = time.perf_counter()
+    ledger, config = sweep.ledger, members[0].config
+    folders = [ledger.folder(member) for member in members]
+    # Two checkpoints, so that the members have one in common whenever the sweep is killed.
+    keep, keep_best = max(2, config.checkpoint.keep), config.checkpoint.keep_best
+    managers = [checkpoint.open_manager(ledger.checkpoints(member), keep, keep_best) for member in members]
+    found = ledger.resume_point(members)
+    first_step = found or 0
+    ledger.go_back(members, first_step)
+
+    # ---------------------------------------------------------------- the states
+    if found is None:
+        beginners = [sweep.beginner(member.config.seed) for member in members]
+        tokenizers, model = [each.tokenizer for each in beginners], beginners[0].model
+    else:
+        tokenizers = [load_tokenizer(folder / "tokenizer") for folder in folders]
+        model = decoder_of_run(folders[0], config, tokenizers[0])
+    learner = learner_config(config, model, members[0].objective)
+    placement = place_members(learner, len(members), sweep.command.config.sweep)
+    if found is None:
+        restored = begin_members(folders, beginners, learner)
+        del beginners
+    else:
+        restored = restore(folders, managers, config, learner, placement.home, found)
+        restored = restored.forgiven() if sweep.command.changes else restored
+    for folder in folders:
+        keep_decoder(folder, config, model)
+    for manager in managers:  # what a kill left some members ahead of others; now that all are restored
+        for later in [step for step in manager.all_steps() if found is None or step > found]:
+            manager.delete(later)
+    states = placement.place(restored.base, restored.own)
+    living = [i for i, member in enumerate(members) if member.name not in ledger.stopped]
+    host = loop.Host(first_step, living, restored.progress, found is not None, began)
+    del restored
+
+    # ---------------------------------------------------------------- the loop
+    with contextlib.ExitStack() as stack:
+        for manager in managers:  # whatever ends the loop, saves under way are waited for
+            stack.callback(manager.close)
+        profile = stack.enter_context(profiling.Profile(sweep.command.workdir / "profile", *sweep.profile_steps))
+        files = []
+        for member, folder, manager, tokenizer in zip(members, folders, managers, tokenizers, strict=True):
+            wandb_run = wandb_log.begin(config.metrics.wandb_project, folder, member.config.to_dict(), ledger.name)
+            files.append(open_files(stack, config, folder, manager, first_step, tokenizer, wandb_run))
+        settings = dataclasses.replace(prompts.rollout_config(config), at_once=placement.at_once)
+        run = loop.Run(
+            members, files, learner, placement, tokenizers, settings, sweep.pool, sweep.tasks, profile, sweep.stop, ledger
+        )
+        loop.begin(run, states, host)
+        loop.train(run, states, host)
+
+
+def begin_members(folders: list[Path], beginners: list[Beginner], learner: LearnerConfig) -> Restored:
+    """The states of members that begin, and what their run folders keep of the policies that they begin with."""
+    for folder, beginner in zip(folders, beginners, strict=True):
+        beginner.tokenizer.save(folder / "tokenizer")
+    states = [init_state(learner, beginner.params) for beginner in beginners]
+    base = states[0].base
+    refer_to_base(folders, base, beginners[0].folder)
+    own = [jax.tree.map(jnp.copy, state._replace(base={})) for state in states]  # the members of a seed share a beginner
+    return Restored(base, own, [checkpoint.Progress()] * len(own))
+
+
+def begin(
+    config, tasks: list[Task], named: Callable[[], InitialPolicy | None], kept: Path, stop: StopRequest, seed: int
+) -> Beginner:
+    """The policy that the members of a seed begin with.
+
+    Its warm start is done once and kept as a model folder in `kept`, and so is the base of adapters unless it is a published
+    model.
+    """
+    config = ConfigDict(config.to_dict())
+    config.seed = seed
+    folder, other_run = kept / f"seed{seed}", bool(config.init_from.run)
+    saved = (folder / "config.json").exists()  # written last
+    if saved and not other_run:
+        policy = saved_policy(config, folder, named())
+        params = policy.params
+    else:
+        policy = initial_policy.plan(config, tasks, named(), folder)
+        params = initial_policy.initial_params(config, policy)
+        if policy.experts:
+            print(f"seed {seed}:", end=" ")
+            stop.defer()
+            params = jax.tree.map(jnp.copy, params)  # cloning donates them, and other seeds need those of a named policy
+            params = initial_policy.clone_experts(config, policy.model, params, policy.experts, folder / "updates", stop)
+    adapted = config.model.lora_rank and (other_run or not config.model.path)
+    if not saved and (policy.experts or adapted):
+        policy.tokenizer.save(folder)
+        weights.save_params(folder, dataclasses.replace(policy.model, lora=None), lora.split(params)[0])
+        warm_start.clear(folder / "updates")
+    model, params = initial_policy.add_adapters(config, policy.model, params)
+    return Beginner(policy.tokenizer, model, params, folder if (folder / "config.json").exists() else None)
+
+
+def saved_policy(config, folder: Path, named: InitialPolicy | None) -> InitialPolicy:
+    """The policy after the warm start that an earlier process kept in `folder`."""
+    tokenizer = named.tokenizer if named else load_tokenizer(folder)
+    model = named.model if named else fit_vocabulary(decoder_config(config.model), tokenizer, folder)
+    try:
+        return InitialPolicy(tokenizer, model, weights.load_params(folder, model), [])
+    except UserError as error:
+        what = explain(error, "move that folder away, and the warm start is made again")
+        raise UserError(f"The weights in {folder} cannot be read {what}.") from error
