@@ -1,4 +1,4 @@
-"""Attention: over packed rows in the learner, with the platform's kernel, and over a cache in the sampler.
+"""Attention over packed rows (learner) and over a cache (sampler).
 
 A packed row holds several segments. A token attends to itself and earlier tokens of its segment; with a `window`, only to the
 last `window` of these. The tokens of a segment are contiguous, so a window is a band of the row.
@@ -33,7 +33,10 @@ def packed_attention(
     segment_ids: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Attention within packed rows, with the platform's kernel; a mesh shards rows and heads."""
+    """Attention within packed rows, with the platform's kernel.
+
+    A mesh shards rows and heads.
+    """
     kernel = {"gpu": gpu_attention, "tpu": tpu_attention}.get(mesh.platform(), blocked_attention)
     queries, keys = ("rows", "row_tokens", "heads", "head_dim"), ("rows", "row_tokens", "kv_heads", "head_dim")
     attend = mesh.locally(functools.partial(kernel, window=window), (queries, keys, keys, ("rows", "row_tokens")), queries)
@@ -193,7 +196,7 @@ def cached_attention(
     q = (q * d**-0.5).reshape(s, t, kv, h // kv, d).transpose(0, 2, 3, 1, 4)
 
     def scores(q, positions, keys, start, first) -> Float[Array, "S K G q k"]:
-        """Masked logits of keys at positions from `start` on; keys before `first` are masked too."""
+        """Masked logits of keys from position `start`; `first` is the first unmasked one."""
         logits = jnp.matmul(_flat(q), keys.astype(q.dtype), preferred_element_type=jnp.float32)
         at = (start + jnp.arange(keys.shape[-1]))[None, None]
         seen = (at >= first) & _visible(at, positions[..., None], window)

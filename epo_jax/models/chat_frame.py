@@ -1,4 +1,4 @@
-"""The chat frame: the text that a chat template puts around messages and answers.
+"""The chat frame: text that a chat template puts around messages.
 
 A template is a program over a whole conversation; a rollout appends to one. Therefore the template is rendered with markers, the
 text around them becomes the frame, and the frame is checked against what the template renders for longer conversations. A
@@ -24,7 +24,10 @@ Render = Callable[[list[dict[str, str]], bool], str]
 
 
 class UnusableTemplate(ValueError):
-    """A chat template has no frame; the message continues the sentence "its chat template"."""
+    """A chat template has no frame.
+
+    The message continues the sentence "its chat template".
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,10 @@ class ChatFrame:
 
     @property
     def opened(self) -> str:
-        """The opening of a thought at the end of the prompt, which the policy continues as if it were its own."""
+        """The opening of a thought at the end of the prompt.
+
+        The policy continues it.
+        """
         found = _OPENED.search(self.reply)
         return found[0] if found else ""
 
@@ -69,7 +75,10 @@ class ChatFrame:
         return text.strip() if self.trims else text
 
     def template(self) -> str:
-        """The frame as a Hugging Face chat template; newlines join system and tool messages to user messages."""
+        """The frame as a Hugging Face chat template.
+
+        Newlines join system and tool messages to user messages.
+        """
         head, reply, between, start, end = (
             json.dumps(part, ensure_ascii=False)
             for part in (self.head, self.reply, self.between, self.reply + self.answer_start, self.answer_end + self.stop)
@@ -128,13 +137,13 @@ def frame_of_template(render: Render, tokens: Collection[str], ends: Collection[
 
 
 def control_tokens(frame: ChatFrame, tokens: Collection[str]) -> frozenset[str]:
-    """Those of the added `tokens` that frame a turn; the others are text."""
+    """The added `tokens` that frame a turn; the others are text."""
     framed = find_tokens(tokens).findall(frame.head + frame.reply + frame.between) if tokens else []
     return frozenset({frame.stop, *frame.stops, *framed}) - TAGS
 
 
 def find_tokens(tokens: Collection[str]) -> re.Pattern:
-    """A pattern that matches any of the tokens, the longest first, like the tokenizer."""
+    """A pattern that matches any of the tokens, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 

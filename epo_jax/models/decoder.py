@@ -1,9 +1,9 @@
-"""A decoder-only transformer in Flax NNX: the families Qwen2 (with 2.5), Qwen3 and Llama (with SmolLM2).
+"""A decoder-only transformer in Flax NNX.
 
-Read it from top to bottom: configuration, one block, the stack. The families differ in data only: which projections have
-biases, whether queries and keys are normalized, how rotary positions are scaled, which layers attend to a window. The learner
-(`Decoder.__call__`: packed rows, no cache) and the sampler (`Decoder.extend`: new tokens appended to a cache) share the block,
-so the two cannot drift apart.
+It covers the families Qwen2 (with 2.5), Qwen3 and Llama (with SmolLM2). Read it from top to bottom: configuration, one block,
+the stack. The families differ in data only: which projections have biases, whether queries and keys are normalized, how
+rotary positions are scaled, which layers attend to a window. The learner (`Decoder.__call__`: packed rows, no cache) and the
+sampler (`Decoder.extend`: new tokens appended to a cache) share the block, so the two cannot drift apart.
 
 Axes: B rows, S slots, T tokens, C cache length, D width, H query heads, K key/value heads, d head width, L layers, V vocabulary.
 """
@@ -54,7 +54,10 @@ _UNROLL_LAYERS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685): each projection in `targets` adds alpha / rank * x A B to its output."""
+    """Low-rank adapters (arXiv 2106.09685).
+
+    Each projection in `targets` adds alpha / rank * x A B to its output.
+    """
 
     rank: int
     alpha: float
@@ -63,7 +66,9 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Static shape of a decoder; names in parentheses are those of a Hugging Face `config.json`.
+    """Static shape of a decoder.
+
+    Names in parentheses are those of a Hugging Face `config.json`.
 
     Attributes:
         vocab_size: V.
@@ -178,7 +183,7 @@ class Block(nnx.Module):
             self.k_norm = constant(1.0, "head_dim")
 
     def project(self, name: str, x: Float[Array, "N in"]) -> Float[Array, "N out"]:
-        """x W + b, plus the output of the adapter if there is one."""
+        """x W + b, plus the output of the projection's adapter."""
 
         def weight(key):
             param = getattr(self, key)
@@ -196,7 +201,10 @@ class Block(nnx.Module):
 
     @jax.named_scope("attention")
     def qkv(self, x: Float[Array, "N D"], rope) -> tuple[Array, Array, Array]:
-        """Rotated queries [B T H d], rotated keys and values [B T K d]; N = B * T, with the B and T of `rope`."""
+        """(rotated queries [B T H d], rotated keys, values [B T K d]).
+
+        N = B * T, with the B and T of `rope`.
+        """
         c = self.config
         x = mesh.constrain(rms_norm(x, self.input_norm[...], c.norm_eps), "tokens")
         q, k, v = (
@@ -244,10 +252,10 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " N"]) -> Float[Array, 
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states; the caller applies the output head (`output_embedding`).
+    """Token ids to final hidden states.
 
-    The layers are one block of stacked arrays, over which the learner (`__call__`) loops, or a list of blocks, which the sampler
-    (`extend`) reads.
+    The caller applies the output head (`output_embedding`). The layers are one block of stacked arrays, over which the
+    learner (`__call__`) loops, or a list of blocks, which the sampler (`extend`) reads.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stacked: bool = True):
@@ -315,10 +323,11 @@ class Decoder(nnx.Module):
         counts: Int[Array, " R"],
         slots: Int[Array, " R"] | None = None,
     ) -> tuple[Float[Array, "R T D"], tuple[LayerCache, ...]]:
-        """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]` (slot r if `slots` is None).
+        """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]`.
 
-        The slot holds `lengths[r]` tokens before. A row with a slot past the last one is padding. Returns the hidden states of
-        the new tokens (garbage past `counts`) and the cache, in which nothing is written past `counts`.
+        Without `slots` row r is slot r. The slot holds `lengths[r]` tokens before. A row with a slot past the last one is
+        padding. Returns the hidden states of the new tokens (garbage past `counts`) and the cache, in which nothing is
+        written past `counts`.
         """
         c = self.config
         offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -342,7 +351,10 @@ class Decoder(nnx.Module):
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
-    """Initial parameters, a nested dict of float32 arrays; arrays in `layers` have a leading axis L."""
+    """Initial parameters, a nested dict of float32 arrays.
+
+    Arrays in `layers` have a leading axis L.
+    """
     return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
@@ -356,8 +368,9 @@ def param_axes(config: DecoderConfig) -> PyTree[mesh.Axes]:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def unstack(config: DecoderConfig, params: Params) -> Params:
-    """Parameters for sampling: in the compute dtype, `layers` a dict from a layer's number to its arrays.
+    """Parameters for sampling: in the compute dtype, layer by layer.
 
+    `layers` becomes a dict from the number of a layer to its arrays.
     A program that slices layers out of a stack copies them at every call. Works on part of the parameters too, and leaves
     unstacked ones unchanged.
     """

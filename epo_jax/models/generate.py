@@ -1,8 +1,9 @@
-"""Sampling with a key/value cache that persists across turns: `extend` appends given tokens, `decode` samples new ones.
+"""Sampling with a key/value cache that persists across turns.
 
-Both are pure functions of (params, cache, ...) with static shapes, and can be mapped over a leading axis of params and cache. A
-slot is a row of the cache that holds one episode. Its length, temperature, truncation and budget are traced, so that one program
-serves every turn of every episode. Frequent callers pass unstacked parameters (`decoder.unstack`), which are read layer by layer.
+`extend` appends given tokens, `decode` samples new ones. Both are pure functions of (params, cache, ...) with static shapes,
+and can be mapped over a leading axis of params and cache. A slot is a row of the cache that holds one episode. Its length,
+temperature, truncation and budget are traced, so that one program serves every turn of every episode. Frequent callers pass
+unstacked parameters (`decoder.unstack`), which are read layer by layer.
 """
 
 import functools
@@ -25,7 +26,10 @@ _COLDEST, _HOTTEST = 1e-30, 1e30
 
 
 class Cache(NamedTuple):
-    """Keys and values of every slot, the number of tokens it holds, and the hidden state of its last one."""
+    """Keys and values of every slot.
+
+    `lengths` are the numbers of tokens, `hidden` the hidden states of the last tokens.
+    """
 
     layers: tuple[LayerCache, ...]
     lengths: Int[Array, " S"]
@@ -72,7 +76,10 @@ class Generated(NamedTuple):
 
 
 def init_cache(config: DecoderConfig, slots: int, capacity: int, dtype: str | None = None) -> Cache:
-    """An empty cache for `slots` episodes of at most `capacity` tokens, in the compute dtype or `dtype` ("int8")."""
+    """An empty cache for `slots` episodes of at most `capacity` tokens.
+
+    It has the compute dtype, or `dtype` ("int8").
+    """
     shape = slots, config.num_kv_heads, config.head_dim, capacity
     return Cache(
         layers=tuple(kv_cache.init_layer(*shape, dtype or config.dtype) for _ in range(config.num_layers)),
@@ -83,16 +90,19 @@ def init_cache(config: DecoderConfig, slots: int, capacity: int, dtype: str | No
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def take_slots(cache: Cache, slots: Int[Array, " R"], capacity: int) -> Cache:
-    """A cache of the given slots, each with room for `capacity` tokens; a slot may be given twice."""
+    """A cache of the given slots with room for `capacity` tokens.
+
+    A slot may be given twice.
+    """
     layers = tuple(kv_cache.take(layer, slots, capacity) for layer in cache.layers)
     return Cache(layers, cache.lengths[slots], cache.hidden[slots])
 
 
 @functools.partial(jax.jit, static_argnames=("columns",), donate_argnames=("cache",))
 def copy_slots(cache: Cache, source: Int[Array, " R"], target: Int[Array, " R"], columns: int) -> Cache:
-    """Copies the first `columns` tokens of slots `source` to slots `target`, in place.
+    """Copies the first `columns` tokens of slots `source` to `target`.
 
-    No slot may be both source and target. A target past the last slot is padding.
+    The copy is in place. No slot may be both source and target. A target past the last slot is padding.
     """
     layers = tuple(kv_cache.copy(layer, source, target, columns) for layer in cache.layers)
     lengths, hidden = (
@@ -111,10 +121,10 @@ def extend(
     fresh: Bool[Array, " R"],
     slots: Int[Array, " R"] | None = None,
 ) -> Cache:
-    """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]` (slot r if `slots` is None; then R = S).
+    """Appends the first `counts[r]` of `tokens[r]` to slot `slots[r]`.
 
-    Only the R given rows are computed. The slot of a `fresh` row is emptied first. A row with a slot past the last one is
-    padding.
+    Without `slots` row r is slot r, and R = S. Only the R given rows are computed. The slot of a `fresh` row is emptied
+    first. A row with a slot past the last one is padding.
     """
     model = bind(config, unstack(config, params))
     known = cache.lengths if slots is None else cache.lengths.at[slots].get(mode="clip")
@@ -215,11 +225,12 @@ def decode(
     block: int,
     mapped_over: str | None = None,
 ) -> tuple[Cache, Generated]:
-    """Samples up to `block` tokens in every slot, until a stop token or the slot's budget.
+    """Samples up to `block` tokens in every slot.
 
-    The last sampled token of a slot is not appended to the cache: it goes in front of the tokens of the next `extend`, where it
-    costs nothing. The key of a token is fold_in(fold_in(fold_in(key, episode), turn), position), so a trajectory depends on its
-    episode and the parameters, and not on its slot, on the other slots, or on the split of a turn into blocks.
+    A slot ends at a stop token or its budget. The last sampled token of a slot is not appended to the cache: it goes in front
+    of the tokens of the next `extend`, where it costs nothing. The key of a token is fold_in(fold_in(fold_in(key, episode),
+    turn), position), so a trajectory depends on its episode and the parameters, and not on its slot, on the other slots, or
+    on the split of a turn into blocks.
 
     Args:
         position: number of tokens that earlier blocks of the turn have sampled.
@@ -235,7 +246,7 @@ def decode(
     slots = budget.shape[0]
 
     def draw(live, i, cache, out):
-        """Samples token i of the live slots; returns (slots that continue, the tokens, out)."""
+        """Samples token i of the live slots: (slots that continue, tokens, out)."""
         with jax.named_scope("head"):
             # This orientation reads the [V, D] table once, in its own layout.
             logits = jnp.matmul(head, cache.hidden.T, preferred_element_type=jnp.float32).T

@@ -1,4 +1,7 @@
-"""Converts a GGUF file into a Hugging Face folder: dequantizes weights to float32 and rebuilds the tokenizer."""
+"""Converts a GGUF file into a Hugging Face folder.
+
+Weights are dequantized to float32, and the tokenizer is rebuilt.
+"""
 
 import contextlib
 import hashlib
@@ -48,10 +51,11 @@ _SPECIAL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
 def converted(path: Path) -> Path:
-    """The Hugging Face folder of the GGUF file `path`, in the cache ($EPO_JAX_DATA, else ~/.cache/epo_jax).
+    """The Hugging Face folder of the GGUF file `path`.
 
-    `path` may be any part of a model in parts (NAME-00001-of-00003.gguf). A tokenizer.json next to the file takes precedence over
-    the vocabulary in it. A folder appears in the cache only when it is complete.
+    The folder is in the cache ($EPO_JAX_DATA, else ~/.cache/epo_jax). `path` may be any part of a model in parts
+    (NAME-00001-of-00003.gguf). A tokenizer.json next to the file takes precedence over the vocabulary in it. A folder appears
+    in the cache only when it is complete.
 
     Raises:
         UserError: the file or a part is missing or damaged, or has an unsupported model, tokenizer or quantization.

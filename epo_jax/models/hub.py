@@ -11,9 +11,10 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
 
 
 def resolve(path: str) -> Path:
-    """The local model folder of `path`: a folder, a GGUF file, or a name on the Hugging Face hub.
+    """The local model folder of `config.model.path`.
 
-    A GGUF file is converted once, into the cache; a hub model is downloaded into the cache of the hub's client.
+    `path` is a folder, a GGUF file, or a name on the Hugging Face hub. A GGUF file is converted once, into the cache; a hub
+    model is downloaded into the cache of the hub's client.
 
     Raises:
         UserError: there is no such folder or file, and the hub has no such model or cannot be reached.

@@ -1,4 +1,4 @@
-"""The keys and values of one layer for every slot: layout, writing and reading.
+"""Layout, writing and reading of the key/value cache of a layer.
 
 Keys are [slot, head, width, position] and values [slot, head, position, width], the orders in which a decode step reads them;
 on a CPU this is two to five times faster than one common order. With `int8` a vector is stored as 8-bit integers and one scale,
@@ -22,7 +22,7 @@ AXES = (
 
 
 def init_layer(slots: int, heads: int, width: int, capacity: int, dtype: str) -> LayerCache:
-    """An empty cache of one layer with room for `capacity` positions in every slot."""
+    """An empty cache of one layer with `capacity` positions per slot."""
     arrays = jnp.zeros((slots, heads, width, capacity), dtype), jnp.zeros((slots, heads, capacity, width), dtype)
     if dtype == "int8":
         arrays += tuple(jnp.zeros((slots, heads, capacity), jnp.float32) for _ in range(2))
@@ -33,7 +33,10 @@ def init_layer(slots: int, heads: int, width: int, capacity: int, dtype: str) ->
 def append(
     layer: LayerCache, rows: Int[Array, "R 1"], columns: Int[Array, "R T"], k: Float[Array, "R T K d"], v: Float[Array, "R T K d"]
 ) -> LayerCache:
-    """Writes new keys and values at (row, column); drops an index past the end."""
+    """Writes new keys and values at (row, column).
+
+    An index past the end is dropped.
+    """
     keys, values, *scales = layer
     if scales:
         (k, k_scale), (v, v_scale) = _quantised(k), _quantised(v)
@@ -47,7 +50,7 @@ def append(
 def read(
     layer: LayerCache, slots: Int[Array, " R"] | None, dtype: jnp.dtype
 ) -> tuple[Float[Array, "R K d C"], Float[Array, "R K C d"]]:
-    """Keys and values of the given slots (all slots if None) in `dtype`."""
+    """Keys and values of the given slots (None: all) in `dtype`."""
     keys, values, *scales = layer if slots is None else (a.at[slots].get(mode="clip") for a in layer)
     keys, values = keys.astype(dtype), values.astype(dtype)
     if scales:
@@ -67,7 +70,10 @@ def take(layer: LayerCache, slots: Int[Array, " R"], capacity: int) -> LayerCach
 
 
 def copy(layer: LayerCache, source: Int[Array, " R"], target: Int[Array, " R"], columns: int) -> LayerCache:
-    """Copies the first `columns` positions of slots `source` to slots `target`; drops a target past the last slot."""
+    """Copies the first `columns` positions of slots `source` to `target`.
+
+    A target past the last slot is dropped.
+    """
 
     def one(x, axis):
         part = (*[slice(None)] * (axis - 1), slice(columns))

@@ -20,12 +20,15 @@ _MARK = "_lora_"
 
 
 def init_adapters(config: DecoderConfig, key: Array) -> Params:
-    """Initial adapters, which leave the outputs unchanged: A is random, B is zero."""
+    """Initial adapters, without effect: A is random, B is zero."""
     return jax.jit(lambda key: split(init_params(config, key))[1])(key)
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """Splits the `Params` of an adapted decoder, or any tree of the same keys, into (base, adapters)."""
+    """Splits the `Params` of an adapted decoder into (base, adapters).
+
+    Any tree with the same keys is split likewise.
+    """
     base, adapters = {}, {}
     for key, array in params["layers"].items():
         (adapters if _MARK in key else base)[key] = array
@@ -39,7 +42,10 @@ def join(base: Params, adapters: Params) -> Params:
 
 
 def merge(config: DecoderConfig, params: Params) -> Params:
-    """Merges adapters into the base: each W becomes W + alpha / rank * A B."""
+    """Merges the adapters into the base.
+
+    Each W becomes W + alpha / rank * A B.
+    """
     base, adapters = split(params)
     layers, lora = dict(base["layers"]), config.lora
     for name in lora.targets if lora else ():
@@ -49,7 +55,10 @@ def merge(config: DecoderConfig, params: Params) -> Params:
 
 
 def save_adapters(folder: Path, config: DecoderConfig, adapters: Params, base: str) -> None:
-    """Writes a PEFT folder (adapter_config.json, adapter_model.safetensors) of adapters for the model named `base`."""
+    """Writes a PEFT folder of adapters for the model named `base`.
+
+    Its files are adapter_config.json and adapter_model.safetensors.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

@@ -1,4 +1,4 @@
-"""`generate` for the members of a sweep: the same functions, mapped over a leading axis M.
+"""`generate`, mapped over the members of a sweep (leading axis M).
 
 Every argument and result has that axis, except `Members.shared`, the sampling and the stop tokens. With adapters the members
 share the base, which is stored once.
@@ -17,7 +17,10 @@ from epo_jax.models.generate import Cache, Generated, Sampling
 
 
 class Members(NamedTuple):
-    """The parameters of M policies: `shared` (with adapters the base, else empty) and `own`, arrays [M, ...]."""
+    """The parameters of M policies.
+
+    `shared` is the base if there are adapters, else empty; `own` has arrays [M, ...].
+    """
 
     shared: Params
     own: Params

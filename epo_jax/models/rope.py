@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864) and how checkpoints scale them beyond the training length.
+"""Rotary positions (arXiv 2104.09864) and their scaling to longer contexts.
 
 `rope_type` and the other keys are those of `rope_parameters` in a Hugging Face config; the arithmetic follows
 `modeling_rope_utils` of transformers, in float32.
@@ -33,7 +33,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def frequencies(head_dim: int, theta: float, scaling: dict) -> tuple[np.ndarray, float]:
-    """Angle per position of each of the head_dim / 2 pairs (radians), and the factor on cosine and sine.
+    """(radians per position of each pair, factor on cosine and sine).
 
     Args:
         scaling: a `rope_type` of SCALINGS and its keys; empty for plain rotary positions.
@@ -68,7 +68,10 @@ def frequencies(head_dim: int, theta: float, scaling: dict) -> tuple[np.ndarray,
 def rotary(
     positions: Int[Array, "B T"], head_dim: int, theta: float, scaling: dict
 ) -> tuple[Float[Array, "B T 1 d"], Float[Array, "B T 1 d"]]:
-    """Cosine and sine of the rotary angles, with the halves in the order of Hugging Face checkpoints."""
+    """Cosine and sine of the rotary angles.
+
+    The halves are in the order of Hugging Face checkpoints.
+    """
     per_position, factor = frequencies(head_dim, theta, scaling)
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(per_position)[None, None]
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]

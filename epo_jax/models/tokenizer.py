@@ -1,7 +1,8 @@
-"""Token in, token out: a tokenizer with the chat frame that turns observations into prompt ids.
+"""Token in, token out: a tokenizer with its chat frame.
 
-A conversation is append-only: `first(text)` opens it, the model answers up to its stop token, `following(text)` adds the next
-observation. Earlier turns are never tokenized again, so the learner sees exactly the ids that the sampler saw.
+The frame turns observations into prompt ids. A conversation is append-only: `first(text)` opens it, the model answers up to
+its stop token, `following(text)` adds the next observation. Earlier turns are never tokenized again, so the learner sees
+exactly the ids that the sampler saw.
 """
 
 import dataclasses
@@ -77,7 +78,10 @@ class ChatTokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without control tokens: the name of one is encoded as characters."""
+        """Ids of a text, without control tokens.
+
+        The name of a control token is encoded as characters.
+        """
         return self._framed("", text, "")
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -165,7 +169,10 @@ class ChatTokenizer:
         write_atomically(Path(folder) / "chat_frame.json", json.dumps(frame, indent=2) + "\n")
 
     def export(self, folder: str | os.PathLike) -> None:
-        """Writes the model's published files, or those of a tokenizer trained here, for transformers."""
+        """Writes the tokenizer for transformers.
+
+        These are the published files of the model, or those of a tokenizer trained here.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.files:
@@ -205,10 +212,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, phrases: str = "") ->
 
 
 def compose_embedding(embedding: np.ndarray, tokenizer: ChatTokenizer, seed: int) -> np.ndarray:
-    """The embedding [V, D] in which the row of a numbered object is that of its noun plus that of its number.
+    """An embedding [V, D] that composes the rows of numbered objects.
 
-    A model that starts from it sees at once that "apple 2" is an apple; with random rows it would have to learn that for every
-    object. The sum is scaled to preserve the norm of rows.
+    The row of an object is that of its noun plus that of its number. A model that starts from it sees at once that "apple 2"
+    is an apple; with random rows it would have to learn that for every object. The sum is scaled to preserve the norm of
+    rows.
     """
     rng = keys.generator(seed, "embedding")
     composed, parts = np.array(embedding), {}
@@ -227,7 +235,9 @@ def compose_embedding(embedding: np.ndarray, tokenizer: ChatTokenizer, seed: int
 
 
 def load_tokenizer(folder: str | os.PathLike) -> ChatTokenizer:
-    """The tokenizer of a run folder, or of a Hugging Face model folder, whose chat template gives the frame.
+    """The tokenizer of a run folder or a Hugging Face model folder.
+
+    The chat template of a model gives the frame.
 
     Raises:
         UserError: the folder has no readable tokenizer, or its chat template has no frame.

@@ -1,4 +1,7 @@
-"""Reads the tokenizer files of a model folder or a run folder; any fault is a UserError of one sentence."""
+"""Reads the tokenizer files of a model folder or a run folder.
+
+Any fault is a UserError of one sentence.
+"""
 
 import json
 from pathlib import Path
@@ -20,9 +23,10 @@ _TOGETHER = "copy both files from the same folder"
 
 
 def read(folder: Path) -> tuple[tokenizers.Tokenizer, ChatFrame, dict[str, str], Path, tuple[str, ...]]:
-    """(tokenizer, frame, pad and beginning-of-text tokens by role, folder, names of the model's published files there).
+    """(tokenizer, frame, tokens by role, folder, published files).
 
-    The frame is the one that a run has stored, or that of the chat template.
+    The roles are "pad" and "bos"; the files are the names of those that the model's publisher has written. The frame is the
+    one that a run has stored, or that of the chat template.
 
     Raises:
         UserError: see `epo_jax.models.tokenizer.load_tokenizer`.

@@ -1,4 +1,4 @@
-"""The critic: a linear output, the expected return, on the hidden states of a decoder.
+"""The critic: the expected return, linear in a decoder's hidden states.
 
 The decoder is separate from the policy ("own"), or the policy's frozen base with separate adapters ("lora"), or the policy
 itself, which gets no gradient from the value ("trunk").
@@ -17,13 +17,16 @@ from epo_jax.settings.table import CriticKind
 
 
 def init_critic(kind: CriticKind, policy: Params) -> Params:
-    """A critic that starts from a copy of its part of the policy and predicts 0 everywhere."""
+    """A critic with a copy of its part of the policy.
+
+    It predicts 0 everywhere.
+    """
     value = jnp.zeros(policy["final_norm"].shape, jnp.float32)
     return {"decoder": jax.tree.map(jnp.copy, _decoder(kind, policy)), "value": value}
 
 
 def critic_axes(kind: CriticKind, policy: PyTree[Axes]) -> PyTree[Axes]:
-    """The logical axes of each array of `init_critic`, from those of the policy."""
+    """The logical axes of `init_critic`, from those of the policy."""
     return {"decoder": _decoder(kind, policy), "value": ("hidden",)}
 
 

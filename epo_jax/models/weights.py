@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face model folders: safetensors on disk, `Params` in memory.
+"""Reads and writes the weights of Hugging Face model folders (safetensors).
 
 A checkpoint stores each projection of each layer separately, as [out, in]; `Params` stacks the layers and stores [in, out].
 `tensor_names` is the only mapping between the two.
@@ -35,12 +35,15 @@ SHARD_BYTES = 4 * 10**9
 
 
 def projection_module(name: str) -> str:
-    """The module of a projection in a layer of a Hugging Face model: q_proj -> self_attn.q_proj."""
+    """The Hugging Face module of a projection: q_proj -> self_attn.q_proj."""
     return f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
 
 
 def tensor_names(key: str, layers: int | None = None) -> list[str]:
-    """Tensor names of leaf `key` of `Params` in a checkpoint; with `layers`, of a leaf of `Params["layers"]`."""
+    """The tensor names in a checkpoint of leaf `key` of `Params`.
+
+    With `layers` the leaf is one of `Params["layers"]`.
+    """
     if layers is None:
         return [_TENSORS[key]]
     projection = key.replace("_bias", "_proj")
@@ -52,10 +55,11 @@ def tensor_names(key: str, layers: int | None = None) -> list[str]:
 
 
 def load_params(folder: Path, config: DecoderConfig, shardings=None) -> Params:
-    """Loads the weights of `folder`, in one or several safetensors files, as float32 arrays.
+    """Loads the weights of `folder` as float32 arrays.
 
-    Names, shapes and types are checked before the first weight is read. Tensors are read one at a time, and each host reads only
-    its devices' shards, so that host memory holds little more than one tensor in addition to the shards.
+    They are in one or several safetensors files. Names, shapes and types are checked before the first weight is read. Tensors
+    are read one at a time, and each host reads only its devices' shards, so that host memory holds little more than one
+    tensor in addition to the shards.
 
     The lm_head of a tied checkpoint is ignored. If it differs from the embedding, a line is printed: transformers 4 and vLLM tie
     such a model too, transformers 5 does not.
@@ -200,7 +204,10 @@ def save_params(
 
 
 def write_tensors(folder: Path, sizes: dict[str, int], tensor: Callable[[str], np.ndarray], dtype: str = "float32") -> None:
-    """Writes `tensor(name)` in `dtype` for each name of `sizes` (numbers of elements), in files of at most SHARD_BYTES."""
+    """Writes `tensor(name)` for each name of `sizes` in `dtype`.
+
+    `sizes` are numbers of elements. A file has at most SHARD_BYTES.
+    """
     folder, dtype = Path(folder), jnp.dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     shards, room = [], 0
@@ -221,7 +228,10 @@ def write_tensors(folder: Path, sizes: dict[str, int], tensor: Callable[[str], n
 
 
 def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file with default permissions; safetensors makes it readable to its owner only."""
+    """Writes a safetensors file with default permissions.
+
+    Safetensors alone makes it readable to its owner only.
+    """
     file.touch()
     mode = file.stat().st_mode
     # save_file ignores the strides of an array; transformers requires the metadata.

@@ -1,8 +1,8 @@
-"""The processes of a run on several hosts: one process per host, all running the same program in step.
+"""The processes of a run on several hosts, all running one program.
 
-Every process plays its share of the episodes with its own worker processes and devices, and stores its own shards of the arrays.
-Only the first process prints and writes results; all take part in checkpoints. The number of processes does not change what a
-run learns.
+There is one process per host. Every process plays its share of the episodes with its own worker processes and devices, and
+stores its own shards of the arrays. Only the first process prints and writes results; all take part in checkpoints. The
+number of processes does not change what a run learns.
 
 A process that dies would leave the others waiting forever. JAX's coordination service receives heartbeats from every process;
 a thread of each process asks it which processes are alive, and ends its own process with a message when one is missing. A
@@ -50,7 +50,10 @@ _OPTIONS = (
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the options that name the processes of the run. Cloud TPU needs none of them."""
+    """Defines the options that name the processes of the run.
+
+    Cloud TPU needs none of them.
+    """
     define: dict[type, Callable] = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
     for name, kind, about in _OPTIONS:
         define[kind](name, None, about, flag_values=values)
@@ -64,9 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def joined(values: flags.FlagValues | argparse.Namespace) -> Iterator[None]:
-    """Context of a run: connects the processes, and ends all of them when one fails.
+    """Context of a run that connects its processes.
 
-    Enter it before any use of a device.
+    Ends all processes if one fails. Enter it before any use of a device.
 
     Raises:
         UserError: the options do not fit together, or the processes do not find each other.
@@ -123,13 +126,19 @@ def is_first() -> bool:
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of `items`: consecutive ones, equally many per process up to one."""
+    """The part of `items` that belongs to this process.
+
+    Parts are consecutive, and their sizes differ by at most one.
+    """
     first, last = (len(items) * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
     return items[first:last]
 
 
 def gather(value: Any) -> list[Any]:
-    """`value`, anything that JSON can represent, of every process in order. All processes must call this together."""
+    """`value` of every process, in the order of the processes.
+
+    All processes must call this together, with anything that JSON can represent.
+    """
     if jax.process_count() == 1:
         return [value]
     messages = _exchange({"value": value})
@@ -150,7 +159,10 @@ def _exchange(message: dict) -> list[dict]:
 
 
 def agree(what: str, value: Any) -> None:
-    """Raises UserError unless `value`, anything that JSON can represent, is the same in every process."""
+    """Raises UserError unless `value` is the same in every process.
+
+    It is anything that JSON can represent.
+    """
     digests = gather(hashlib.sha256(json.dumps(value).encode()).hexdigest())
     for process, digest in enumerate(digests):
         if digest != digests[0]:
@@ -160,7 +172,7 @@ def agree(what: str, value: Any) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises UserError unless every process sees the run folder that the first one has made."""
+    """Raises UserError unless every process sees the first one's run folder."""
     gather(None)
     deadline = time.monotonic() + _SILENCE  # network file systems cache for a while that a file was missing
     while not (folder / "config.json").exists():
@@ -183,7 +195,10 @@ class _Watch:
         self._hosts = dict(enumerate(gather(os.uname().nodename)))
 
     def leave(self) -> None:
-        """Ends the watch of all processes together; the first process, which coordinates, is the last to leave."""
+        """Ends the watch of all processes together.
+
+        The first process, which coordinates, is the last to leave.
+        """
         gather(None)
         self._leaving.set()
         gather(None)  # from here on every process expects the others to leave
@@ -192,7 +207,7 @@ class _Watch:
             jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Ends this process with its error, and the others with a message about it."""
+        """Ends all processes because of an error in this one."""
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
             # Perhaps because another process has died: then the thread will name it and end this one.
             time.sleep(_SILENCE + 5 * _CHECK)

@@ -1,4 +1,4 @@
-"""The device mesh of a run, and how arrays are sharded over it.
+"""The device mesh of a run and the sharding of its arrays.
 
 The mesh has three axes, any of which may be 1:
 
@@ -145,7 +145,7 @@ def devices_in_use() -> str:
 
 
 def spec(*axes: str | None, without: str | None = None) -> P:
-    """The mesh axes of an array with these logical axes, `without` one of them.
+    """The mesh axes for these logical axes, `without` one mesh axis.
 
     Raises:
         ValueError: `RULES` has no such logical axis.
@@ -171,7 +171,9 @@ def _without(spec: P, axis: str | None) -> P:
 
 
 def shardings(mesh: Mesh, tree: PyTree, axes: PyTree[Axes], without: str | None = None) -> PyTree[NamedSharding]:
-    """The sharding of each array of `tree`, which may be abstract, by its logical `axes`.
+    """The sharding of each array of `tree` by its logical axes.
+
+    The arrays may be abstract.
 
     Args:
         axes: a pytree like `tree` whose leaves are tuples, one name for each axis of the array.
@@ -209,7 +211,10 @@ def abstract(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree[jax.Shape
 
 
 def place(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:
-    """Copies arrays of the host, equal in all processes, to the mesh; each process copies its devices' shards."""
+    """Copies arrays from the host to the mesh.
+
+    They must be equal in all processes, each of which copies the shards of its own devices.
+    """
 
     def of(x, sharding: NamedSharding) -> Array:
         if sharding.is_fully_addressable:
@@ -251,7 +256,7 @@ def on_this_host(tree: PyTree) -> PyTree:
 
 
 def mesh_of(tree: PyTree) -> Mesh | None:
-    """The run's mesh on which arrays are placed; None if that is a single device."""
+    """The mesh on which arrays are placed; None for one device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -261,7 +266,10 @@ def mesh_of(tree: PyTree) -> Mesh | None:
 
 
 def inside(mesh: Mesh | None):
-    """Context in which functions are traced for `mesh`: `constrain`, `at_use` and `locally` then take effect."""
+    """Context in which functions are traced for `mesh`.
+
+    `constrain`, `at_use` and `locally` take effect in it.
+    """
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
@@ -278,7 +286,10 @@ def platform() -> str:
 
 
 def divides(axis: str, length: int) -> bool:
-    """Whether the current mesh can shard a logical axis of this length; False without a mesh."""
+    """Whether the current mesh can shard a logical axis of this length.
+
+    False without a mesh.
+    """
     return _current() is not None and _divides(spec(axis), (length,))
 
 
@@ -289,12 +300,18 @@ def _divides(placed: P, shape: tuple[int, ...]) -> bool:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """`x` sharded by its logical axes where the mesh divides all of them; missing ones are whole."""
+    """Shards `x` by its logical axes if the mesh divides them.
+
+    Axes that are not named are not sharded.
+    """
     return _constrain(x, spec(*axes))
 
 
 def at_use(weight: Array, *axes: str | None) -> Array:
-    """A weight with these logical axes, all-gathered over `fsdp`; its gradient is reduce-scattered over it."""
+    """A weight with these logical axes, all-gathered over `fsdp`.
+
+    Its gradient is reduce-scattered over `fsdp`.
+    """
     return _constrain(weight, spec(*axes, without="fsdp"))
 
 
@@ -312,9 +329,11 @@ def as_stored(tree: PyTree, axes: PyTree[Axes]) -> PyTree:
 
 
 def locally(function: Callable, in_axes: tuple[Axes, ...], out_axes: Axes, mesh_axes: tuple[str, ...] = AXES) -> Callable:
-    """`function`, called on every device with the device's shards along `mesh_axes` of arguments with these logical axes.
+    """Calls `function` on every device with the device's own shards.
 
-    XLA partitions the function along the other mesh axes.
+    Args:
+        in_axes, out_axes: the logical axes of the arguments and of the results.
+        mesh_axes: the shards are those along these; XLA partitions the function along the others.
     """
     if _current() is None:
         return function
