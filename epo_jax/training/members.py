@@ -10,7 +10,7 @@ of a member that is computed in turn are those of a run of its own.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class States(NamedTuple):
     """
 
     base: Params
-    own: list[TrainState] | TrainState
+    own: Any
 
 
 @dataclasses.dataclass(frozen=True)

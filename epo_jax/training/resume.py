@@ -61,7 +61,7 @@ def refer_to_base(folders: list[Path], base: Params, kept: Path | None) -> None:
     if jax.tree.leaves(base):
         digest = frozen_base.digest(base)
         for folder in folders:
-            frozen_base.refer(folder, digest, kept and os.path.relpath(kept, folder / "model"))
+            frozen_base.refer(folder, digest, os.path.relpath(kept, folder / "model") if kept else None)
 
 
 def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) -> Restored:
