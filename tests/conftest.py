@@ -46,6 +46,11 @@ def _count_traces(event: str, _: float, **about) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count_traces)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole commands first: their files take longest, and no process should begin one when the others have finished."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_file():
     """A compiled program takes memory maps, of which a process may have 65,530; those of all test files are too many."""
