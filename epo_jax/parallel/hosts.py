@@ -209,7 +209,7 @@ class _Watch:
     def fail(self, error: BaseException) -> NoReturn:
         """Ends all processes because of an error in this one."""
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-            # Perhaps because another process has died: then the thread will name it and end this one.
+            # The cause may be another process that has died; then the thread names it and ends this process.
             time.sleep(_SILENCE + 5 * _CHECK)
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -219,7 +219,7 @@ class _Watch:
             traceback.print_exception(error)
         self._leaving.set()
         words = f"on {os.uname().nodename} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        # The others take it if they wait in `gather`. In any other place they find out that this process has left.
+        # The others get the message if they wait in `gather`. Everywhere else their threads notice that this process has left.
         farewell = threading.Thread(target=_exchange, args=({"failed": words},), daemon=True)
         farewell.start()
         farewell.join(_FAREWELL)
@@ -229,8 +229,7 @@ class _Watch:
         _exit(stopping.CODE if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1)
 
     def _run(self) -> None:
-        everybody = {device.process_index for device in jax.devices()}
-        alive = everybody
+        alive = {device.process_index for device in jax.devices()}
         # The coordination service answers when all living processes have asked; it ends with the first process.
         while not self._leaving.is_set() or is_first() and len(alive) > 1:
             try:
@@ -241,6 +240,10 @@ class _Watch:
                     process = min(device.process_index for device in failure.failed_devices)
                     host = self._hosts.get(process, "its host")
                     _end(f"process {process} on {host} has failed, or has given no sign of life for {_SILENCE} s")
+            except RuntimeError:
+                if self._leaving.is_set():
+                    return
+                _end("process 0, which coordinates the run, does not answer")
             self._leaving.wait(_CHECK)
 
 
