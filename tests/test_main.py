@@ -152,7 +152,7 @@ def test_rounds_that_replace_uniform_groups_play_other_episodes():
         (["--config.algo.name=sarsa"], "sarsa"),
         (["--config.algo.name=grpo+epoch"], "epoch"),
         (["--config.model.path=/no/such/folder"], "/no/such/folder"),
-        (["--config.rollout.devices=9"], "config.rollout.devices=9 cannot be had: this process has 8 cpu devices"),
+        (["--config.rollout.devices=9"], "config.rollout.devices=9 is more than this process has: 8 cpu devices"),
         (["--profile_steps=1"], "--profile_steps=1 must be FIRST:END"),
         (["--profile_steps=1:1"], "--profile_steps=1:1 must be FIRST:END"),
         (["--profile_steps=1:3"], "config.train.steps"),

@@ -246,8 +246,9 @@ def _rows_for(count: int, size: int) -> int:
 def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
     """The widths of successive extends that read prompts of these lengths at the least cost.
 
-    Each extend reads the next columns of every prompt that is not read to its end; a few long prompts are then read in a
-    quarter of the rows.
+    Each extend reads the next columns of every prompt that is not read to its end, a few long prompts in a quarter of the rows.
+    A dynamic program over the column at which an extend starts finds the widths. With windows, one power of two that holds the
+    longest prompt costs 28 % more of a rollout than these widths (docs/rollout.md).
 
         lengths 9, 10, ..., 10, 20 in a lane of 16: 16 columns of all rows and 16 more of four
     """
@@ -259,7 +260,7 @@ def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
             return 0, ()
         if start not in best:
             rows = _rows_for(sum(n > start for n in lengths), size)
-            widths = WIDTHS[1:] if start else WIDTHS  # what is one token long is read first
+            widths = WIDTHS[1:] if start else WIDTHS  # one column comes first or never
             enough = next((i for i, width in enumerate(widths) if width >= longest - start), len(widths) - 1)
             options = []
             for width in widths[: enough + 1]:
@@ -268,7 +269,7 @@ def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
             best[start] = min(options)
         return best[start]
 
-    # From the end on, so that no long prompt recurses deeply.
+    # From the end backwards, so that a long prompt does not recurse deeply.
     for start in range(longest - longest % WIDTHS[1], 0, -WIDTHS[1]):
         cheapest(start + 1)
         cheapest(start)

@@ -341,16 +341,16 @@ def _check_room(episodes: Sequence[LiveEpisode], config: RolloutConfig) -> None:
     lacking = [episode.lacking for episode in episodes if episode.lacking]
     if lacking and len(lacking) == len(episodes):
         raise UserError(
-            f"config.agent.max_tokens={config.max_tokens} has no room for the first prompt of any episode; they take "
-            f"{min(lacking)} to {max(lacking)} tokens with an answer of {config.response_tokens} "
-            f"(config.agent.response_tokens): set it to {max(lacking)}, better to several times as much."
+            f"config.agent.max_tokens={config.max_tokens} has no room for the first prompt of any episode. With an answer of "
+            f"{config.response_tokens} (config.agent.response_tokens), they take {min(lacking)} to {max(lacking)} tokens; set it "
+            f"to {max(lacking)}, better to several times as much."
         )
 
 
 def _policies(
     players: Sequence[Player], params: Params | Members, model: DecoderConfig, config: RolloutConfig
 ) -> Iterator[tuple[slice, Params | Members, jax.Array]]:
-    """Yields (players, parameters unstacked where they sample, sampling keys) for each program call that has its own lanes."""
+    """Yields (players, their unstacked parameters, their keys) for every set of players that shares lanes."""
     if not isinstance(params, Members):
         yield slice(0, 1), _sampled_from(params, model, config.devices), players[0].key
         return
@@ -376,18 +376,18 @@ def _member_devices(params: Members) -> list[jax.Device | None]:
 
 
 def check_devices(devices: int) -> None:
-    """Raises UserError unless this process has as many devices as `config.rollout.devices`."""
-    here = jax.local_devices()
-    if devices > len(here):
+    """Raises UserError if this process has fewer devices than `config.rollout.devices`."""
+    local = jax.local_devices()
+    if devices > len(local):
         raise UserError(
-            f"config.rollout.devices={devices} cannot be had: this process has {len(here)} {here[0].platform} device"
-            f"{'s' if len(here) > 1 else ''}; choose at most as many."
+            f"config.rollout.devices={devices} is more than this process has: {len(local)} {local[0].platform} device"
+            f"{'s' if len(local) > 1 else ''}; choose at most as many."
         )
 
 
 def _sampled_from(params: Params, model: DecoderConfig, devices: int) -> Params:
-    """A run's parameters, unstacked, where this process samples: put together from the mesh of all, or copied to `devices`."""
-    params = jax.tree.map(lambda x: x.astype(model.dtype), params)  # before they travel
+    """The parameters of a run, unstacked, on the devices where this process samples."""
+    params = jax.tree.map(lambda x: x.astype(model.dtype), params)  # fewer bytes to transfer
     if mesh.mesh_of(params) is not None:
         params = mesh.on_this_host(params)
     elif devices > 1:
@@ -411,21 +411,27 @@ def _of_all_processes(
 
 
 def warn_full(trajectories: Sequence[Trajectory], config: RolloutConfig) -> None:
-    """Prints how many episodes ended for want of room, if any did."""
+    """Prints how many episodes ended because a prompt or its answer had no room, if any did."""
     if full := sum(t.full for t in trajectories):
         keys = "config.agent.max_tokens" + ("" if config.window else " or config.train.rows_policy_tokens")
         print(
-            f"warning: {full} of {len(trajectories)} episodes ended as the next prompt or its answer had no room; raise {keys}, "
-            "or shorten prompts (config.env.hints, config.agent.history_turns)",
+            f"warning: {full} of {len(trajectories)} episodes ended because the next prompt or its answer had no room; "
+            f"raise {keys}, or shorten prompts (config.env.hints, config.agent.history_turns)",
             flush=True,
         )
 
 
 def choose_groups(rounds: list[list[Trajectory]], groups: int) -> tuple[list[Trajectory], int]:
-    """The first `groups` groups whose episodes differ in their return, of all rounds played (DAPO's dynamic sampling, arXiv
-    2503.14476), numbered anew from 0; where they are too few, uniform ones fill up. Returns (trajectories, uniform groups)."""
-    found = [list(g) for trajectories in rounds for _, g in itertools.groupby(trajectories, key=lambda t: t.group)]
-    uniform = [len({sum(t.rewards) for t in members}) == 1 for members in found]
-    kept = sorted(sorted(range(len(found)), key=uniform.__getitem__)[:groups])
-    chosen = [dataclasses.replace(t, group=number) for number, i in enumerate(kept) for t in found[i]]
+    """Chooses `groups` groups for the update: DAPO's dynamic sampling (arXiv 2503.14476).
+
+    Takes the first groups whose episodes differ in their return and, if they are too few, the first uniform ones. Numbers the
+    groups from 0.
+
+    Returns:
+        The trajectories, and how many of the groups are uniform.
+    """
+    played = [list(g) for trajectories in rounds for _, g in itertools.groupby(trajectories, key=lambda t: t.group)]
+    uniform = [len({sum(t.rewards) for t in group}) == 1 for group in played]
+    kept = sorted(sorted(range(len(played)), key=uniform.__getitem__)[:groups])
+    chosen = [dataclasses.replace(t, group=number) for number, i in enumerate(kept) for t in played[i]]
     return chosen, sum(uniform[i] for i in kept)
