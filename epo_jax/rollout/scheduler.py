@@ -419,19 +419,3 @@ def warn_full(trajectories: Sequence[Trajectory], config: RolloutConfig) -> None
             f"raise {keys}, or shorten prompts (config.env.hints, config.agent.history_turns)",
             flush=True,
         )
-
-
-def choose_groups(rounds: list[list[Trajectory]], groups: int) -> tuple[list[Trajectory], int]:
-    """Chooses `groups` groups for the update: DAPO's dynamic sampling (arXiv 2503.14476).
-
-    Takes the first groups whose episodes differ in their return and, if they are too few, the first uniform ones. Numbers the
-    groups from 0.
-
-    Returns:
-        The trajectories, and how many of the groups are uniform.
-    """
-    played = [list(g) for trajectories in rounds for _, g in itertools.groupby(trajectories, key=lambda t: t.group)]
-    uniform = [len({sum(t.rewards) for t in group}) == 1 for group in played]
-    kept = sorted(sorted(range(len(played)), key=uniform.__getitem__)[:groups])
-    chosen = [dataclasses.replace(t, group=number) for number, i in enumerate(kept) for t in played[i]]
-    return chosen, sum(uniform[i] for i in kept)

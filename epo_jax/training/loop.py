@@ -22,8 +22,8 @@ from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import hosts
 from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig
-from epo_jax.rollout.scheduler import Episode, Player, RolloutStats, choose_groups, collect, warn_full
-from epo_jax.rollout.trajectory import Trajectory
+from epo_jax.rollout.scheduler import Episode, Player, RolloutStats, collect, warn_full
+from epo_jax.rollout.trajectory import Trajectory, choose_groups
 from epo_jax.runs import checkpoint, metrics, profiling
 from epo_jax.runs.checkpoint import NOT_EVALUATED, Progress
 from epo_jax.runs.ledger import Ledger, Member

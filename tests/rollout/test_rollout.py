@@ -18,7 +18,6 @@ from epo_jax.parallel import mesh
 from epo_jax.rollout import lane, prompts, scheduler
 from epo_jax.rollout.episode import LiveEpisode
 from epo_jax.rollout.packing import BatchShape, pack
-from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.step import policy_statistics
 from tests.envs import wander_env
 
@@ -365,23 +364,6 @@ def test_a_second_rollout_compiles_nothing(params, max_traces):
     for function in (generate.decode, generate.extend, generate.take_slots, generate.copy_slots):
         max_traces(function, 0)
     play(params, key=5)
-
-
-def won(group, *returns):
-    return [Trajectory(task=TASKS[group], group=group, rewards=[0.0, r]) for r in returns]
-
-
-def test_uniform_groups_give_way_to_those_of_later_rounds():
-    first = [*won(0, 10.0, 10.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
-    chosen, uniform = scheduler.choose_groups([first], 3)
-    assert chosen == first and uniform == 2
-    second = [*won(0, 0.0, 0.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
-    chosen, uniform = scheduler.choose_groups([first, second], 3)
-    assert [t.rewards[1] for t in chosen] == [10.0, 10.0, 0.0, 10.0, 0.0, 10.0] and uniform == 1
-    assert [t.group for t in chosen] == [0, 0, 1, 1, 2, 2]
-    third = [*won(0, 10.0, 0.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
-    chosen, uniform = scheduler.choose_groups([first, second, third], 3)
-    assert [t.rewards[1] for t in chosen] == [0.0, 10.0, 0.0, 10.0, 10.0, 0.0] and uniform == 0
 
 
 def test_the_cost_of_rounds_adds_up():

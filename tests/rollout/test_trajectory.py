@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo_jax.rollout.packing import BatchShape, first_fit, pack
-from epo_jax.rollout.trajectory import Trajectory, entropy_by_turn
+from epo_jax.rollout.trajectory import Trajectory, choose_groups, entropy_by_turn
 
 
 def make(rng, turns, group=0, window=False):
@@ -94,3 +94,20 @@ def test_anchors_are_equal_exactly_where_group_and_observation_are():
     assert anchor[0, 0] == anchor[0, 2] == anchor[1, 0] != anchor[0, 1]
     assert anchor[2, 0] not in anchor[:2, :3]
     assert anchor.max() < anchor.size
+
+
+def won(group, *returns):
+    return [Trajectory(task={"id": "t", "type": "t"}, group=group, rewards=[0.0, r]) for r in returns]
+
+
+def test_uniform_groups_give_way_to_those_of_later_rounds():
+    first = [*won(0, 10.0, 10.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
+    chosen, uniform = choose_groups([first], 3)
+    assert chosen == first and uniform == 2
+    second = [*won(0, 0.0, 0.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
+    chosen, uniform = choose_groups([first, second], 3)
+    assert [t.rewards[1] for t in chosen] == [10.0, 10.0, 0.0, 10.0, 0.0, 10.0] and uniform == 1
+    assert [t.group for t in chosen] == [0, 0, 1, 1, 2, 2]
+    third = [*won(0, 10.0, 0.0), *won(1, 0.0, 10.0), *won(2, 0.0, 0.0)]
+    chosen, uniform = choose_groups([first, second, third], 3)
+    assert [t.rewards[1] for t in chosen] == [0.0, 10.0, 0.0, 10.0, 10.0, 0.0] and uniform == 0
