@@ -37,7 +37,7 @@ class TokenBatch(NamedTuple):
     positions: Int[Array, "M R T"]
     segment_ids: Int[Array, "M R T"]
     rows: Int[Array, " M"]
-    index: Int[Array, "M R P"]  # type: ignore[assignment]  # hides tuple.index
+    index: Int[Array, "M R P"]
     label: Int[Array, "M R P"]
     policy_mask: Float[Array, "M R P"]
     trajectory: Int[Array, "M R P"]

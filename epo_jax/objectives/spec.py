@@ -78,7 +78,7 @@ class EntropyHistory(NamedTuple):
 
     values: Float[Array, "K I"]
     observed: Float[Array, "K I"]
-    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count
+    count: Int[Array, ""]
 
 
 class Smoothing(NamedTuple):
