@@ -44,7 +44,7 @@ def run(main: Callable[[list[str]], None]) -> int:
     141, without a word, where a command that has nothing to save lost the reader of its output.
     """
     with stopping.listening() as listener:
-        console, code, told, full = sys.stdout, 0, "", False
+        console, code, message, full = sys.stdout, 0, "", False
         sys.stdout = console and stopping.Output(console, listener)
         try:
             try:
@@ -52,21 +52,21 @@ def run(main: Callable[[list[str]], None]) -> int:
             finally:
                 print(end="", flush=True)
         except UserError as error:
-            code, told = 2, f"error: {error}"
+            code, message = 2, f"error: {error}"
         except Stopped as stopped:
-            code, told = stopping.CODE, str(stopped)
+            code, message = stopping.CODE, str(stopped)
         except KeyboardInterrupt:
             unread = listener.output_closed and listener.sentence is None
-            code, told = (stopping.CLOSED_OUTPUT, "") if unread else (stopping.CODE, listener.last_line())
+            code, message = (stopping.CLOSED_OUTPUT, "") if unread else (stopping.CODE, listener.last_line())
         except Exception as error:
             if (sentence := full_disk(error)) is None:
                 raise
-            code, told, full = 2, f"error: {sentence}", True  # what threads have begun to write cannot be finished
+            code, message, full = 2, f"error: {sentence}", True  # what threads have begun to write cannot be finished
         finally:
             sys.stdout = console
-        if told:
+        if message:
             with contextlib.suppress(OSError):
-                print(told, file=sys.stderr, flush=True)
+                print(message, file=sys.stderr, flush=True)
         if listener.asked or full:
             stopping.end_at_once(code)
         return code

@@ -216,7 +216,7 @@ def test_resume_takes_the_runs_own_config(tmp_path):
         (lambda text: "[]", "cannot be read as the config of a run"),
         (lambda text: text.replace('"lam": ', '"lambda": '), "config.json lacks config.epo.lam; restore it"),
         (lambda text: text.replace('"lam": ', '"lambda": 1, "lam": '), "has config.epo.lambda, which is not a key; restore it"),
-        (lambda text: text.replace('"version": 2', '"version": 3'), "has version 3 of the format, .* reads 1 to 2"),
+        (lambda text: text.replace('"version": 3', '"version": 4'), "has version 4 of the format, .* reads 1 to 3"),
         (lambda text: text.replace('"lam": 0.005', '"lam": "high"'), "epo.lam='high' has the wrong type"),
         (lambda text: text.replace('"lam": 0.005', '"lam": -1.0'), "epo.lam=-1.0 must be zero or positive"),
     ],

@@ -36,7 +36,7 @@ def test_every_coefficient_and_every_arm_is_explained():
     keys = {key for key in flatten(base_config()) if key.startswith(("epo.", "algo.", "control."))}
     mechanics = {"algo.epochs", "algo.mini_batches", "algo.micro_batch_rows"}
     assert keys - mechanics <= set(NAMES), keys - mechanics - set(NAMES)
-    for arm in (*registry.BASES, *registry.OVERLAYS):
+    for arm in (*registry.BASES, *registry.VARIANTS):
         assert f"`{arm}`" in TEXT, arm
 
 

@@ -136,7 +136,7 @@ class AdamW:
 
 def learner(arm: str, micro_rows: int = 2, **choices):
     """(LearnerConfig, Hyper) of an arm; `choices` are fields of Hyper and ObjectiveConfig on top."""
-    objective, hyper = registry.override(*registry.arm(arm, OBJECTIVE), RATES | choices)
+    objective, hyper = registry.override(*registry.method(arm, OBJECTIVE), RATES | choices)
     optim = OptimConfig(1e-2, 8, clip_norm=1e9)
     critic = optim if objective.estimator == "gae" else None
     config = LearnerConfig(MODEL, objective, optim, critic, objective.kl != "none", 1, micro_rows, 4, TEMPERATURE)

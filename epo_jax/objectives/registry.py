@@ -1,6 +1,6 @@
-"""Everything that has a name. A new estimator, control or arm is one function elsewhere and one line here.
+"""Everything that has a name: a new estimator, control or method is one function elsewhere and one line here.
 
-An arm is written `base` or `base+overlay[+overlay...]`: `grpo`, `ppo+epo`, `dapo+epo_wo_dw`, `grpo+kl_cov`.
+A method is written `base` or `base+variant[+variant...]`: `grpo`, `ppo+epo`, `dapo+epo_wo_dw`, `grpo+kl_cov`.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ COEFFICIENTS = {
     "target": controls.target_coefficient,
 }
 
-# What each base algorithm and overlay sets: fields of Hyper and ObjectiveConfig by name.
+# What each base algorithm and variant sets: fields of Hyper and ObjectiveConfig by name.
 BASES: dict[str, dict] = {
     "ppo": {"estimator": "gae"},
     "grpo": {"estimator": "grpo"},
@@ -61,7 +61,7 @@ BASES: dict[str, dict] = {
              "clip_low": 3e-4, "clip_high": 4e-4},
 }  # fmt: skip
 
-OVERLAYS: dict[str, dict] = {
+VARIANTS: dict[str, dict] = {
     "epo": {},
     "epo_base": {"alpha": 0.0},
     "epo_indicator": {"penalty": "indicator"},
@@ -80,21 +80,24 @@ OVERLAYS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def arm(
+def method(
     name: str, objective: ObjectiveConfig | None = None, hyper: Hyper | None = None
 ) -> tuple[ObjectiveConfig, Hyper]:
-    """The objective and coefficients of a named arm, on top of those given (the paper's by default).
+    """The objective and coefficients of a named method, on top of those given (the paper's by default).
 
-    A base without overlay has no entropy term (lam = 0). Raises UserError for an unknown name.
+    A base algorithm alone has no entropy term (lam = 0).
+
+    Raises:
+        UserError: an unknown name.
     """
-    base, *overlays = name.split("+")
-    for kind, table, chosen in (("base algorithm", BASES, [base]), ("overlay", OVERLAYS, overlays)):
+    base, *variants = name.split("+")
+    for kind, table, chosen in (("base algorithm", BASES, [base]), ("variant", VARIANTS, variants)):
         for unknown in (c for c in chosen if c not in table):
             near = nearest(unknown, table)
-            raise UserError(f"{unknown!r} in arm {name!r} is no {kind}{near}; choose from {', '.join(sorted(table))}.")
-    settings = BASES[base] | ({} if overlays else {"lam": 0.0})
-    for overlay in overlays:
-        settings |= OVERLAYS[overlay]
+            raise UserError(f"{unknown!r} in {name!r} is no {kind}{near}; choose from {', '.join(sorted(table))}.")
+    settings = BASES[base] | ({} if variants else {"lam": 0.0})
+    for variant in variants:
+        settings |= VARIANTS[variant]
     return override(objective or ObjectiveConfig(), hyper or Hyper(), settings)
 
 

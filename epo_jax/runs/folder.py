@@ -94,7 +94,7 @@ def read_config(workdir: Path) -> ConfigDict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         sweep = content.pop("sweep", None)
-        saved, told = saved_keys(content)
+        saved, notes = saved_keys(content)
         config = base_config(saved["env.name"], **_env_options(saved)).lock()
     except FileNotFoundError:
         raise UserError(f"{path} is missing, so {workdir} is not a run folder.") from None
@@ -103,7 +103,7 @@ def read_config(workdir: Path) -> ConfigDict:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         what = explain(error, "restore it or begin a new run")
         raise UserError(f"{path} cannot be read as the config of a run {what}.") from None
-    for sentence in told:
+    for sentence in notes:
         print(f"{path}: {sentence}", file=sys.stderr)
     for key, value in saved.items():
         section, _, leaf = key.rpartition(".")
@@ -127,13 +127,13 @@ def saved_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     version = content.get("version", 1)
     if not isinstance(version, int) or not 1 <= version <= versions.VERSION:
         raise UserError(f"has version {version!r} of the format, and this installation reads 1 to {versions.VERSION}; update it.")
-    saved, told = versions.upgrade(flatten(content), version)
+    saved, notes = versions.upgrade(flatten(content), version)
     known = flatten(base_config(saved["env.name"], **_env_options(saved)))
     for key in sorted(known.keys() - saved.keys()):
         raise UserError(f"lacks config.{key}; restore it or begin a new run.")
     for key in sorted(saved.keys() - known.keys()):
         raise UserError(f"has config.{key}, which is not a key; restore it or begin a new run.")
-    return saved, told
+    return saved, notes
 
 
 def tuples(value: Any) -> Any:

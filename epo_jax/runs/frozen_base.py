@@ -86,8 +86,8 @@ def load(run: Path, config, model: DecoderConfig, like: Params, step: int | None
     except UserError as error:
         if kept["folder"] is not None:
             raise
-        told = str(error).rstrip(".")
-        raise UserError(f"The adapters in {run} need the model that they were trained on: {told}; name it with "
+        reason = str(error).rstrip(".")
+        raise UserError(f"The adapters in {run} need the model that they were trained on: {reason}; name it with "
                         "--config.model.path=FOLDER.") from error  # fmt: skip
     if digest(base) != kept["digest"]:
         raise UserError(

@@ -36,14 +36,14 @@ STATE_ADDED: dict[str, Callable[[Any], Any]] = {}
 
 def upgrade(keys: dict[str, Any], version: int) -> tuple[dict[str, Any], list[str]]:
     """The keys of a config.json of `version`, by dotted name, as those of today, and a sentence on each that has gone."""
-    keys, told = {key: value for key, value in keys.items() if key != "version"}, []
+    keys, notes = {key: value for key, value in keys.items() if key != "version"}, []
     known = {setting.key for setting in settings_of(keys.get("env.name", ""))}
     for before in range(version, VERSION):
         for old, new in KEYS_REMOVED.get(before, {}).items():
             if old in keys:
                 value = keys.pop(old)
                 if new is None:
-                    told.append(f"config.{old}={value!r} of an earlier version has no meaning any more")
+                    notes.append(f"config.{old}={value!r} of an earlier version has no meaning any more")
                 else:
                     keys[new] = value
         for key, renamed in VALUES_RENAMED.get(before, {}).items():
@@ -51,4 +51,4 @@ def upgrade(keys: dict[str, Any], version: int) -> tuple[dict[str, Any], list[st
         for key, value in KEYS_ADDED.get(before, {}).items():
             if key not in keys and key in known:
                 keys[key] = value(keys) if callable(value) else value
-    return keys, told
+    return keys, notes

@@ -45,12 +45,12 @@ def programs(config: ConfigDict) -> list[list[Member]]:
     combinations = list(_combinations(sweep, swept))
     grouped: dict[ObjectiveConfig, list[Member]] = {}
     seen = set()
-    for arm in sweep.arms or (config.algo.name,):
+    for method in sweep.arms or (config.algo.name,):
         for key, values in swept.items():
-            _refuse_change_of_program(config, arm, key, values)
+            _refuse_change_of_program(config, method, key, values)
         for values in combinations:
             for seed in sweep.seeds:
-                member = _member(config, {"algo.name": arm, **values, "seed": seed})
+                member = _member(config, {"algo.name": method, **values, "seed": seed})
                 read = member.hyper if member.objective.estimator == "gae" else member.hyper._replace(critic_lr=0.0)
                 same = member.objective, tuple(map(float, read)), seed
                 if same not in seen:
@@ -66,7 +66,7 @@ def refuse_static(key: str) -> None:
         if key in known:
             raise UserError(
                 f"config.sweep.over.{key}: config.{key} changes the program that all members share, so it cannot be swept; "
-                "give each of its values a sweep of its own, or where config.algo.name can express it, an arm."
+                "give each of its values a sweep of its own, or where config.algo.name can express it, a method."
             )
         raise UserError(f"config.sweep.over.{key} is not a coefficient; choose from {', '.join(COEFFICIENTS)}.")
 
@@ -96,8 +96,8 @@ def refuse_what_members_cannot_share(config) -> None:
         )
 
 
-def _refuse_change_of_program(config: ConfigDict, arm: str, key: str, values: tuple) -> None:
-    objectives = [_member(config, {"algo.name": arm, key: value}).objective for value in values]
+def _refuse_change_of_program(config: ConfigDict, method: str, key: str, values: tuple) -> None:
+    objectives = [_member(config, {"algo.name": method, key: value}).objective for value in values]
     for value, objective in zip(values, objectives, strict=True):
         if objective != objectives[0]:
             raise UserError(
@@ -113,8 +113,8 @@ def _combinations(sweep: ConfigDict, swept: dict[str, tuple]) -> Iterator[dict[s
     elif sweep.kind == "list":
         lengths = {key: len(values) for key, values in swept.items()}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{n} of {key}" for key, n in lengths.items())
-            raise UserError(f"config.sweep.kind='list' takes as many values of each key, not {told}.")
+            listed = ", ".join(f"{n} of {key}" for key, n in lengths.items())
+            raise UserError(f"config.sweep.kind='list' takes as many values of each key, not {listed}.")
         points = zip(*swept.values(), strict=True) if swept else [()]
     else:
         for key, values in swept.items():
@@ -140,14 +140,14 @@ def _member(config: ConfigDict, values: dict) -> Member:
         (own[section] if section else own)[leaf] = value
     validate(own)
     objective, hyper = objective_and_hyper(own)
-    arm, seed = values["algo.name"], values.get("seed", config.seed)
+    method, seed = values["algo.name"], values.get("seed", config.seed)
     leaves = [key.rpartition(".")[2] for key in values]
-    told = [
+    parts = [
         f"{leaf if leaves.count(leaf) == 1 else key}{value:g}"
         for leaf, (key, value) in zip(leaves, values.items(), strict=True)
         if key not in ("algo.name", "seed")
     ]
-    name = "-".join([arm, *told, f"seed{seed}"])
+    name = "-".join([method, *parts, f"seed{seed}"])
     if own.checkpoint.folder:
         own.checkpoint.folder = f"{own.checkpoint.folder.rstrip('/')}/{name}"
     return Member(name, own.lock(), values, objective, hyper)

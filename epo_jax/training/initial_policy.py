@@ -124,18 +124,18 @@ def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
     missing = asked - len(demonstrations)
     lost = sum(not d.won for d in demonstrations)
     kept = demonstrations if settings.lost else [d for d in demonstrations if d.won]
-    told = (
+    line = (
         f"of {asked} expert episodes, {missing} do not exist within config.env.max_turns={config.env.max_turns} turns and {lost} "
         "are lost"
     )
     if not kept:
         clone_lost = ", set config.warm_start.lost=True to clone lost ones," if lost else ""
         raise UserError(
-            f"config.warm_start.episodes={settings.episodes}: there is nothing to clone: {told}; raise "
+            f"config.warm_start.episodes={settings.episodes}: there is nothing to clone: {line}; raise "
             f"config.env.max_turns{clone_lost} or set config.warm_start.episodes=0 to train without a warm start."
         )
     if missing or lost:
-        print(f"warm start: {told}" + ", which are cloned as well (config.warm_start.lost)" * (settings.lost and lost > 0))
+        print(f"warm start: {line}" + ", which are cloned as well (config.warm_start.lost)" * (settings.lost and lost > 0))
     return kept
 
 
@@ -212,8 +212,8 @@ def clone_experts(
         params, updates = cloned.params, cloned.updates
         if updates % max(1, settings.steps // 10) == 0:
             seconds = time.perf_counter() - started
-            told = f"warm start {updates}/{settings.steps}  cross-entropy {cloned.cross_entropy:.3f} nats/token  {seconds:.0f} s"
-            print(told, flush=True)
+            line = f"warm start {updates}/{settings.steps}  cross-entropy {cloned.cross_entropy:.3f} nats/token  {seconds:.0f} s"
+            print(line, flush=True)
         if stop.asked and updates < settings.steps:
             warm_start.save(folder, cloned)
             raise Stopped(stop.sentence(f"{updates} updates of the warm start done and saved"))

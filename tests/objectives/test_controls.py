@@ -83,7 +83,7 @@ def test_kl_cov_charges_the_tokens_of_largest_covariance(rows, advantage):
 
 
 def test_the_divergence_of_kl_cov_takes_the_place_of_every_clip(rows, advantage):
-    objective, hyper = registry.arm("grpo+kl_cov", OBJECTIVE, Hyper(kl_coef=0.0, cov_fraction=0.1))
+    objective, hyper = registry.method("grpo+kl_cov", OBJECTIVE, Hyper(kl_coef=0.0, cov_fraction=0.1))
     part = table(rows, advantage, hyper, objective)
     smoothing = smoothing_terms(entropy.init_history(4), 0, 4, part, hyper, objective)
     log_ratio = 5.0 * (rows["log_prob"] - rows["old_log_prob"])  # far beyond what PPO keeps
@@ -144,7 +144,7 @@ def test_peak_tokens_are_the_top_of_each_episode(rows, quantile):
 def test_siren_pulls_peak_tokens_towards_the_first_step(rows, advantage):
     """lam (mean - anchor)^2 over the mean over episodes of the mean over peak tokens; the first step's same mean is the
     anchor; tokens that are no peak have no gradient."""
-    objective, hyper = registry.arm("grpo+siren", OBJECTIVE, Hyper(lam=0.5, peak_quantile=0.6))
+    objective, hyper = registry.method("grpo+siren", OBJECTIVE, Hyper(lam=0.5, peak_quantile=0.6))
     first = entropy.append(entropy.init_history(4), jnp.array([0.6]), jnp.ones(1))
     history = entropy.append(first, jnp.array([99.0]), jnp.ones(1))
     part = table(rows, advantage, hyper, objective)

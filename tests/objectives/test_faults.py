@@ -26,7 +26,7 @@ def table(rows, hyper, objective):
 @pytest.mark.parametrize("base", sorted(registry.BASES))
 def test_1_and_2_the_corridor_has_a_gradient_in_every_arm(base):
     """The release's penalty is constant in the parameters, and its PPO script does not even pass the flags."""
-    objective, hyper = registry.arm(f"{base}+epo", SHAPES)
+    objective, hyper = registry.method(f"{base}+epo", SHAPES)
     rows = pack(trajectories(0), ONE_PER_ROW, 24)
     history = entropy.append(entropy.init_history(4), jnp.array([0.1]), jnp.ones(1))  # everything is far above
 

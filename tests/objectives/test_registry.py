@@ -6,16 +6,16 @@ from epo_jax.objectives import registry
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 
 BASES = ("ppo", "grpo", "gigpo", "rloo", "reinforce_pp", "dr_grpo", "dapo")
-OVERLAYS = (
+VARIANTS = (
     "epo", "epo_base", "epo_wo_dw", "epo_indicator", "epo_decay", "ea", "target", "clip_cov", "kl_cov", "siren", "empg",
     "released",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_every_base_takes_every_overlay(base):
-    for overlay in OVERLAYS:
-        objective, _ = registry.arm(f"{base}+{overlay}")
+def test_every_base_takes_every_variant(base):
+    for variant in VARIANTS:
+        objective, _ = registry.method(f"{base}+{variant}")
         assert objective.estimator in registry.ESTIMATORS
         assert objective.shaper in registry.SHAPERS
         assert objective.token_control in registry.TOKEN_CONTROLS
@@ -24,23 +24,23 @@ def test_every_base_takes_every_overlay(base):
 
 
 def test_a_base_alone_has_no_entropy_term():
-    assert registry.arm("grpo")[1].lam == 0.0
-    assert registry.arm("grpo+epo")[1].lam == Hyper().lam > 0
+    assert registry.method("grpo")[1].lam == 0.0
+    assert registry.method("grpo+epo")[1].lam == Hyper().lam > 0
 
 
-def test_overlays_are_the_papers_arms():
-    assert registry.arm("ppo+epo_base")[1].alpha == 0.0
-    assert registry.arm("ppo+epo_wo_dw")[0].phase == "constant"
-    assert registry.arm("ppo+epo_decay")[1].turn_decay > 0.0
-    assert registry.arm("ppo+ea")[0].shaper == "ea" and registry.arm("ppo+ea")[1].lam == 0.0
+def test_variants_are_the_papers_arms():
+    assert registry.method("ppo+epo_base")[1].alpha == 0.0
+    assert registry.method("ppo+epo_wo_dw")[0].phase == "constant"
+    assert registry.method("ppo+epo_decay")[1].turn_decay > 0.0
+    assert registry.method("ppo+ea")[0].shaper == "ea" and registry.method("ppo+ea")[1].lam == 0.0
 
 
 def test_arms_keep_the_settings_they_do_not_name():
-    objective, hyper = registry.arm("dapo+epo", ObjectiveConfig(max_turns=7, kl="k1"), Hyper(lam=jnp.float32(0.3)))
+    objective, hyper = registry.method("dapo+epo", ObjectiveConfig(max_turns=7, kl="k1"), Hyper(lam=jnp.float32(0.3)))
     assert (objective.max_turns, objective.kl, hyper.lam, hyper.clip_high) == (7, "none", jnp.float32(0.3), 0.28)
 
 
 @pytest.mark.parametrize("name, culprit", [("grop", "grop"), ("grpo+epoo", "epoo"), ("", "''")])
 def test_unknown_arms_are_named(name, culprit):
     with pytest.raises(UserError, match=culprit):
-        registry.arm(name)
+        registry.method(name)

@@ -56,7 +56,7 @@ def test_every_choice_is_tried():
         "penalty": get_args(Penalty),
     }.items():  # fmt: skip
         assert {getattr(objective, field) for objective in tried.values()} == set(values), field
-    assert {overlay for arm in CASES for overlay in arm.split("+")[1:]} == set(registry.OVERLAYS)
+    assert {overlay for arm in CASES for overlay in arm.split("+")[1:]} == set(registry.VARIANTS)
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def spread(batch: TokenBatch, live: int) -> TokenBatch:
 
 def config_of(arm: str, style: str, micro_rows: int = MICRO_ROWS):
     """(LearnerConfig, Hyper, fields of the state): with an earlier step, another reference policy and another critic."""
-    own = set().union(*(registry.OVERLAYS[o] for o in arm.split("+")[1:]), registry.BASES[arm.split("+")[0]])
+    own = set().union(*(registry.VARIANTS[o] for o in arm.split("+")[1:]), registry.BASES[arm.split("+")[0]])
     config, hyper = tiny.learner(arm, micro_rows, **{k: v for k, v in STRONG.items() if k not in own} | CASES[arm])
     config = dataclasses.replace(config, episode_policy_tokens=EPISODE_TOKENS if style == "window" else None)
     width = tiny.TURNS if config.objective.history_index == "turn" else 1

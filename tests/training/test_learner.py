@@ -60,7 +60,7 @@ def play(world, params, step):
 
 
 def learner(world, arm="grpo+epo", micro_rows=4, **changes):
-    objective, hyper = registry.arm(
+    objective, hyper = registry.method(
         arm, ObjectiveConfig(num_trajectories=64, max_turns=2, kl="none"), Hyper(lr=1.0, critic_lr=1.0)
     )
     optim = OptimConfig(3e-3, 90)

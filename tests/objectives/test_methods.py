@@ -11,7 +11,7 @@ import pytest
 from epo_jax.objectives import registry
 from tests import tiny
 
-ARMS = (*registry.BASES, "ppo+epo", *(f"grpo+{overlay}" for overlay in registry.OVERLAYS))
+ARMS = (*registry.BASES, "ppo+epo", *(f"grpo+{overlay}" for overlay in registry.VARIANTS))
 # Strong enough for each arm's own term to show after three steps on a policy of this size.
 STRONG = {"alpha": 2.0, "kappa_l": 0.95, "kappa_r": 1.05, "cov_fraction": 0.2, "cov_low": 0.05, "target_delta": 0.05,
           "target_entropy": 9.0, "target_cap": 1.0}  # fmt: skip
@@ -38,7 +38,7 @@ def trained(arm: str) -> np.ndarray:
 
 def overridden(arm: str) -> set[str]:
     base, *overlays = arm.split("+")
-    return set(registry.BASES[base]).union(*(registry.OVERLAYS[overlay] for overlay in overlays))
+    return set(registry.BASES[base]).union(*(registry.VARIANTS[overlay] for overlay in overlays))
 
 
 @pytest.mark.parametrize("arm", ARMS)
