@@ -248,7 +248,7 @@ def pieces(lengths: tuple[int, ...], size: int) -> tuple[int, ...]:
 
     Each extend reads the next columns of every prompt that is not read to its end, a few long prompts in a quarter of the rows.
     A dynamic program over the column at which an extend starts finds the widths. With windows, one power of two that holds the
-    longest prompt costs 28 % more of a rollout than these widths (docs/rollout.md).
+    longest prompt makes a rollout take a third longer than these widths do (docs/rollout.md).
 
         lengths 9, 10, ..., 10, 20 in a lane of 16: 16 columns of all rows and 16 more of four
     """
