@@ -96,3 +96,14 @@ def test_rematerialisation_changes_no_gradient_and_keeps_less_and_less(params):
     for gradient in gradients[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2), gradients[0], gradient)
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.5 * kept[0], kept
+
+
+def test_a_profile_shows_the_parts_of_the_model(params):
+    """The operations of learner and sampler carry the names of the sub-blocks that they belong to."""
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    learner = _forward.lower(CONFIG, params, tokens, tokens, tokens).as_text(debug_info=True)
+    sampler = extend.lower(CONFIG, params, init_cache(CONFIG, 2, 16), tokens, jnp.ones(2, int), jnp.ones(2, bool))
+    for text in (learner, sampler.as_text(debug_info=True)):
+        for part in ("embed", "rope", "block/attention", "block/mlp"):
+            assert f"{part}/" in text, part
+    assert "block/kv_cache/" in sampler.as_text(debug_info=True)
