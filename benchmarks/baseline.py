@@ -162,8 +162,10 @@ def moved(before, now, where: str = "") -> list[str]:
         return [line for i, pair in enumerate(zip(before, now, strict=True)) for line in moved(*pair, f"{where}[{i}]")]
     if before == now:
         return []
-    both = isinstance(before, float) and isinstance(now, float)
-    return [f"{where}: {before} -> {now}" + f" (by {abs(now - before) / max(abs(before), math.ulp(1.0)):.1e})" * both]
+    by = ""
+    if isinstance(before, float) and isinstance(now, float):
+        by = f" (by {abs(now - before) / max(abs(before), math.ulp(1.0)):.1e})"
+    return [f"{where}: {before} -> {now}{by}"]
 
 
 def main() -> int:
