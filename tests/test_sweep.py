@@ -328,6 +328,9 @@ def test_adapters_share_a_base(tmp_path, monkeypatch):
          "as many values of each key, not 1 of epo.alpha, 2 of epo.lam"),
         (["--config.sweep.kind=random", "--config.sweep.over.epo.lam=(0.1,)"], "takes .lowest, highest."),
         (["--config.sweep.kind=bayes"], "'bayes' is not known"),
+        (["--config.sweep.at_once=-1"], "config.sweep.at_once=-1 must be zero or positive"),
+        (["--config.sweep.over.epo.window=(2.5,)"], "sweep.over.epo.window: 2.5 must be a whole number"),
+        (["--config.sweep.over.epo.lam=('much',)"], "sweep.over.epo.lam: 'much' must be a number"),
         (["--config.sweep.seeds=()"], "seeds is empty"),
         (["--config.sweep.seeds=(0, 4294967296)"], "config.seed=4294967296 must be a whole number from 0 to 4294967295"),
         (["--config.model.lora_rank=2", "--config.sweep.seeds=(0, 1)"], "members share their base"),
@@ -370,6 +373,13 @@ def test_a_coefficient_that_an_arm_does_not_read_makes_no_members():
         "grpo+epo-lam0.1-lr0.002-seed0", "grpo+epo-lam0.2-lr0.001-seed0", "grpo+epo-lam0.2-lr0.002-seed0",
     ]  # fmt: skip
     assert [m.hyper.lr for m in found[:2]] == [np.float32(1e-3), np.float32(2e-3)]
+
+
+def test_a_coefficient_that_is_a_whole_number_is_swept_as_one():
+    [found] = grid(over={"epo.window": (3, 5.0)})
+    assert [m.config.epo.window for m in found] == [3, 5] and [m.hyper.window for m in found] == [3.0, 5.0]
+    [found] = grid(kind="random", samples=9, over={"epo.window": (1, 4)})
+    assert {m.config.epo.window for m in found} == {1, 2, 3, 4}
 
 
 def test_random_members_are_drawn_between_the_bounds_and_the_same_each_time():

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from epo_jax.objectives.spec import EntropyHistory, Scalar, Step
+from epo_jax.settings.hyper import Hyper
 from epo_jax.settings.table import HistoryMode, Penalty, Phase
+
+_DEFAULTS = Hyper()
 
 
 class Center(NamedTuple):
@@ -60,7 +63,10 @@ def append(history: EntropyHistory, mean: Float[Array, " I"], observed: Float[Ar
 
 
 def center(
-    history: EntropyHistory, mode: HistoryMode = "cumulative", window: Scalar = 10.0, ema_decay: Scalar = 0.9
+    history: EntropyHistory,
+    mode: HistoryMode = "cumulative",
+    window: Scalar = _DEFAULTS.window,
+    ema_decay: Scalar = _DEFAULTS.ema_decay,
 ) -> Center:
     """Hbar: one average over the stored steps, per series.
 
@@ -102,7 +108,7 @@ def corridor_penalty(
     return jax.lax.stop_gradient(1.0 - ((entropy > low) & (entropy < high)).astype(entropy.dtype))
 
 
-def phase_weight(kind: Phase, step: Step | Scalar, total: int, gamma: Scalar = 3.0) -> Float[Array, ""]:
+def phase_weight(kind: Phase, step: Step | Scalar, total: int, gamma: Scalar = _DEFAULTS.gamma) -> Float[Array, ""]:
     """beta_k, the weight of the smoothing term at RL step k of `total`.
 
     `exponential` (eq. 6): 1 + exp(-gamma k / floor(total/2)), from 2 towards 1. `constant`: 1 (the paper's W/O DW).

@@ -2,7 +2,7 @@
 
     config.sweep.arms              values of algo.name
     config.sweep.seeds             values of seed
-    config.sweep.over.epo.lam    values of a coefficient, and so on for every key of `COEFFICIENTS`; () leaves it alone
+    config.sweep.over.epo.lam      values of a coefficient, and so on for every key of `COEFFICIENTS`; () leaves it alone
 
 Every method is run with every seed and every combination of values. A member is an ordinary run: its config is the config of the
 sweep with one value for each of these keys, and `python -m epo_jax.main` with that config computes the same.
@@ -10,6 +10,7 @@ sweep with one value for each of these keys, and `python -m epo_jax.main` with t
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,12 +18,14 @@ from ml_collections import ConfigDict
 from epo_jax.common.errors import UserError
 from epo_jax.objectives.spec import ObjectiveConfig
 from epo_jax.runs.ledger import Member
-from epo_jax.settings.config import base_config, flatten
+from epo_jax.settings.config import flatten
 from epo_jax.settings.sweep import COEFFICIENTS
+from epo_jax.settings.table import SETTINGS
 from epo_jax.settings.validate import validate
 from epo_jax.training.from_config import objective_and_hyper
 
-KINDS = ("grid", "list", "random")
+# Coefficients that are whole numbers.
+_WHOLE = {setting.key for setting in SETTINGS if setting.traced and isinstance(setting.default, int)}
 
 
 def programs(config: ConfigDict) -> list[list[Member]]:
@@ -35,13 +38,12 @@ def programs(config: ConfigDict) -> list[list[Member]]:
         UserError: a value that is impossible, or one that would change the program.
     """
     sweep = config.sweep
-    if sweep.kind not in KINDS:
-        raise UserError(f"config.sweep.kind={sweep.kind!r} is not known; choose one of {', '.join(map(repr, KINDS))}.")
     if not sweep.seeds:
         raise UserError("config.sweep.seeds is empty; name at least one seed.")
     swept = {key: values for key, values in flatten(sweep.over).items() if values}
     for key in swept:
         refuse_static(key)
+    swept = {key: tuple(_number(key, value) for value in values) for key, values in swept.items()}
     combinations = list(_combinations(sweep, swept))
     grouped: dict[ObjectiveConfig, list[Member]] = {}
     seen = set()
@@ -62,8 +64,7 @@ def programs(config: ConfigDict) -> list[list[Member]]:
 def refuse_static(key: str) -> None:
     """Raises UserError for a key that must be the same for all members."""
     if key not in COEFFICIENTS:
-        known = {*flatten(base_config("alfworld")), *flatten(base_config("scienceworld"))}
-        if key in known:
+        if any(setting.key == key for setting in SETTINGS):
             raise UserError(
                 f"config.sweep.over.{key}: config.{key} changes the program that all members share, so it cannot be swept; "
                 "give each of its values a sweep of its own, or where config.algo.name can express it, a method."
@@ -80,9 +81,6 @@ def refuse_what_members_cannot_share(config) -> None:
                 f"config.{key}={size} must be {alone} in a sweep, whose members are spread over devices instead "
                 "(config.sweep.devices)."
             )
-    for key in ("at_once", "devices"):
-        if config.sweep[key] < 0:
-            raise UserError(f"config.sweep.{key}={config.sweep[key]} must be zero or positive.")
     if config.init_from.state == "everything" and config.init_from.run:
         raise UserError(
             "config.init_from.state='everything' must be 'weights' in a sweep, whose members begin at RL step 0; a single run "
@@ -94,6 +92,14 @@ def refuse_what_members_cannot_share(config) -> None:
             f"config.sweep.seeds={config.sweep.seeds}: with config.model.lora_rank members share their base, which would be "
             "another for each seed here; take one seed, or a config.model.path with config.warm_start.episodes=0."
         )
+
+
+def _number(key: str, value: Any) -> float:
+    """A value of a coefficient. Raises UserError if it is of another type."""
+    whole = key in _WHOLE
+    if not isinstance(value, (int, float)) or (whole and value != round(value)):
+        raise UserError(f"config.sweep.over.{key}: {value!r} must be {'a whole number' if whole else 'a number'}.")
+    return int(value) if whole else float(value)
 
 
 def _refuse_change_of_program(config: ConfigDict, method: str, key: str, values: tuple) -> None:
@@ -122,7 +128,7 @@ def _combinations(sweep: ConfigDict, swept: dict[str, tuple]) -> Iterator[dict[s
                 raise UserError(f"config.sweep.over.{key}={values}: config.sweep.kind='random' takes (lowest, highest).")
         points = _draws(sweep.samples, list(swept.values()))
     for point in points:
-        yield dict(zip(swept, map(float, point), strict=True))
+        yield {key: round(value) if key in _WHOLE else value for key, value in zip(swept, point, strict=True)}
 
 
 def _draws(samples: int, bounds: list[tuple[float, float]]) -> Iterator[list[float]]:
