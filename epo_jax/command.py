@@ -1,4 +1,4 @@
-"""The command line that train, evaluate and sweep share.
+"""The command line: parsing, exit codes, and what several programs' options share.
 
     --config=FILE.py[:preset]   what to run; `--config.section.key=value` overrides one key
     --workdir=FOLDER            the run folder
@@ -38,10 +38,10 @@ from epo_jax.settings.table import SECTIONS, SWEEP
 
 
 def run(main: Callable[[list[str]], None]) -> int:
-    """Calls `main(sys.argv)`; the exit code, with a sentence on stderr unless it is 0.
+    """Calls `main(sys.argv)` and returns the exit code.
 
-    2 after bad input or where a file system is full; 75 where the command was asked to stop, and is to be resumed or repeated;
-    141, without a word, where a command that has nothing to save lost the reader of its output.
+    0: success. 2: bad input, or a full file system. 75: the command was stopped on request and can be resumed or repeated. 141: a
+    command that has nothing to save lost the reader of its output. Except for 0 and 141, stderr has a sentence.
     """
     with stopping.listening() as listener:
         console, code, message, full = sys.stdout, 0, "", False
@@ -72,9 +72,6 @@ def run(main: Callable[[list[str]], None]) -> int:
         return code
 
 
-SETTINGS_ARE = "Settings, each an option --config.KEY=VALUE (docs/settings.md has their ranges and the paper's values)"
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """For programs without a config: raises UserError for bad input, and reads `~` in paths as a home folder."""
 
@@ -83,8 +80,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         options, rest = super().parse_known_args(args, namespace)
         for name in self.PATHS:
-            if str(given := getattr(options, name, None)).startswith("~"):
-                setattr(options, name, type(given)(expand_user(given, f"--{name}")))
+            if str(path := getattr(options, name, None)).startswith("~"):
+                setattr(options, name, type(path)(expand_user(path, f"--{name}")))
         return options, rest
 
     def error(self, message: str):
@@ -92,7 +89,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number_type(kind: type[int] | type[float], rule: Rule) -> Callable[[str], int | float]:
-    """A type for `add_argument`: a number that a rule holds for."""
+    """A type for `add_argument`: a number that satisfies a rule."""
     words = f"a whole number, {rule.words}" if kind is int and "whole number" not in rule.words else rule.words
 
     def read(text: str) -> int | float:
@@ -108,20 +105,20 @@ def number_type(kind: type[int] | type[float], rule: Rule) -> Callable[[str], in
 
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:
-    """The option that names the base model of a run's adapters, `base`."""
-    about = "the model that a run's adapters were trained on, if it is no longer where it was"
+    """Adds --config.model.path, the base model of a run's adapters, as `base`."""
+    about = "the model that the run's adapters were trained on, if its path has changed"
     parser.add_argument("--config.model.path", dest="base", help=about)
 
 
 def check_output(out: Path, example: str) -> None:
-    """Raises UserError unless the file of --out can lie where it says."""
+    """Raises UserError if --out is a folder, or is in none."""
     if out.is_dir() or not out.absolute().parent.is_dir():
         what = "is a folder" if out.is_dir() else f"lies in {out.parent}, which is no folder"
         raise UserError(f"--out={out} {what}; name a file to write, for example --out={example}.")
 
 
 def write_output(out: Path, text: str) -> None:
-    """Writes the file of --out, whole or not at all. Raises UserError where the file system refuses."""
+    """Writes the file of --out, whole or not at all. Raises UserError if the file system refuses."""
     try:
         write_atomically(out, text)
     except OSError as error:
@@ -195,4 +192,4 @@ def _help(values: flags.FlagValues, sweep: bool) -> str:
     options = [values[name] for name in sorted(values) if "." not in name and len(name) > 1]
     lines = [f"  --{option.name}{'' if option.boolean else '=...'}\n      {option.help}" for option in options]
     sections = (*SECTIONS, SWEEP) if sweep else SECTIONS
-    return "\n".join(["Options", *lines, "", SETTINGS_ARE, help_text(sections, flatten(values.config or {}))])
+    return "\n".join(["Options", *lines, "", help_text(sections, flatten(values.config or {}))])

@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 
 from epo_jax.command import (
-    SETTINGS_ARE,
     ArgumentParser,
     add_base_option,
     check_output,
@@ -98,7 +97,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what is left for the config."""
     parser = ArgumentParser(prog="python -m epo_jax.evaluate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
-                            epilog=f"{SETTINGS_ARE}\n{help_text(SECTIONS, {})}")  # fmt: skip
+                            epilog=help_text(SECTIONS, {}))  # fmt: skip
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
     parser.add_argument("--step", type=number_type(int, NOT_NEGATIVE),
                         help="RL steps of the run's checkpoint; the newest if left out")  # fmt: skip

@@ -90,9 +90,8 @@ def play(
 
 
 def main(argv: list[str]) -> None:
-    keys = help_text([section for section in SECTIONS if section.name == "env"], {})
     parser = ArgumentParser(prog="python -m epo_jax.envs.play", description=__doc__,
-                            epilog=f"Keys for --option, without env.\n{keys}",
+                            epilog=help_text([s for s in SECTIONS if s.name == "env"], {}, "Keys for --option, without env."),
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--env", required=True, help="alfworld, scienceworld, toy, or a module of your own")
     parser.add_argument("--split", default="train", choices=SPLITS)

@@ -14,6 +14,7 @@ from epo_jax.common.errors import UserError, explain
 from epo_jax.common.files import append, write_atomically
 from epo_jax.runs import lock, versions
 from epo_jax.settings.config import base_config, flatten
+from epo_jax.settings.sweep import sweep_section
 from epo_jax.settings.table import SETTINGS
 from epo_jax.settings.validate import validate
 
@@ -85,7 +86,7 @@ def write_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`, locked and validated; an earlier version's as this one would have written it.
+    """The config of the run in `workdir`, locked and validated; one of an earlier version as this version would have written it.
 
     Raises:
       UserError: the file is missing, is not JSON, was written by a later version, or has other keys or types than its version.
@@ -111,15 +112,19 @@ def read_config(workdir: Path) -> ConfigDict:
             (config[section] if section else config)[leaf] = tuples(value)
         except TypeError:
             raise UserError(f"{path}: {key}={value!r} has the wrong type; restore it or begin a new run.") from None
-    validate(config)
     if sweep is not None:
         with config.unlocked():
-            config.sweep = ConfigDict(tuples(sweep))
+            config.sweep = sweep_section()  # with the coefficients that its version did not have
+        try:
+            config.sweep.update(tuples(sweep))
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise UserError(f"{path}: the section sweep has the wrong keys or types; restore it or begin a new run.") from None
+    validate(config)
     return config
 
 
 def saved_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The keys of a config.json without its section sweep, by dotted name, as this version has them, and what to tell the user.
+    """The keys of a config.json (without sweep) as this version has them, by dotted name, and notes for the user.
 
     Raises:
       UserError: the rest of a sentence about the file.
@@ -144,9 +149,9 @@ def tuples(value: Any) -> Any:
 
 
 def _env_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """The keys that an environment of the user's own brought to the config of a run."""
+    """The keys of the section env besides its name."""
     env = {key.removeprefix("env."): value for key, value in saved.items() if key.startswith("env.")}
-    return {key: tuples(v) for key, v in env.items() if key != "name"}
+    return {key: tuples(value) for key, value in env.items() if key != "name"}
 
 
 def refuse_other_program(config: ConfigDict, sweep: bool, what: str = "--config") -> None:
@@ -154,17 +159,17 @@ def refuse_other_program(config: ConfigDict, sweep: bool, what: str = "--config"
     if sweep and "sweep" not in config:
         raise UserError(
             f"{what} has no section sweep, so it is for python -m epo_jax.main; for a sweep take configs/ablation.py, or add "
-            "epo_jax.training.grid.sweep_section()."
+            "epo_jax.settings.sweep.sweep_section()."
         )
     if not sweep and "sweep" in config:
         raise UserError(f"{what} has a section sweep, so it is for python -m epo_jax.sweep; take a config without one for a run.")
 
 
 def changes_of(config: ConfigDict, saved: ConfigDict, overridden: set[str], workdir: Path) -> Changes:
-    """What `config` changes of a run for good.
+    """The recorded settings that differ between `config` and the `saved` one of the run.
 
     Raises:
-      UserError: for a key that a resumed run keeps, or one that the command line does not name, so that it differs by accident.
+      UserError: a fixed setting differs, or the command line does not name a recorded one, so that it differs by accident.
     """
     now, then = flatten(config), flatten(saved)
     changes = {}
@@ -185,7 +190,7 @@ def changes_of(config: ConfigDict, saved: ConfigDict, overridden: set[str], work
 
 
 def record_changes(changes: Changes, workdir: Path, step: int) -> None:
-    """Adds what changes from RL step `step` on to `workdir`/changes.jsonl, {step, key, old, new}, and to its config.json."""
+    """Appends {step, key, old, new} to `workdir`/changes.jsonl, and updates its config.json; `step` is the first with them."""
     if not changes:
         return
     config, rows = read_config(workdir), ""

@@ -1,6 +1,6 @@
-"""Run folders of earlier versions, read as if this one had written them.
+"""Reads run folders of earlier versions as if this version had written them.
 
-config.json says in `version` which version of the format wrote it; without one it is 1. When a key of the config is removed or
+`version` in config.json is the version of the format; without the key it is 1. When a key of the config is removed or
 renamed, or a field of `TrainState` is added, add it here; docs/architecture.md explains how.
 """
 
@@ -30,12 +30,12 @@ VALUES_RENAMED: dict[int, dict[str, dict[Any, Any]]] = {
     2: {"epo.phase": {"released": "two_stage"}},
 }
 
-# Fields added to `TrainState`, with what a checkpoint without them stands for: (abstract field) -> field.
+# Fields added to `TrainState`, with their value for a checkpoint without them: (abstract field) -> field.
 STATE_ADDED: dict[str, Callable[[Any], Any]] = {}
 
 
 def upgrade(keys: dict[str, Any], version: int) -> tuple[dict[str, Any], list[str]]:
-    """The keys of a config.json of `version`, by dotted name, as those of today, and a sentence on each that has gone."""
+    """The keys of a config.json of `version`, by dotted name, as this version has them, and a note on each that is gone."""
     keys, notes = {key: value for key, value in keys.items() if key != "version"}, []
     known = {setting.key for setting in settings_of(keys.get("env.name", ""))}
     for before in range(version, VERSION):

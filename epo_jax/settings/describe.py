@@ -21,6 +21,8 @@ Every key of a config. A config file (`configs/*.py`) changes defaults, and the 
   records when. "fixed": it keeps the value.
 """
 
+_HEADING = "Settings, each an option --config.KEY=VALUE (docs/settings.md has their ranges and the paper's values)"
+
 
 def markdown() -> str:
     """The page docs/settings.md."""
@@ -46,14 +48,15 @@ def _row(setting: Setting) -> tuple[str, ...]:
     return tuple(cell.replace("|", "\\|").replace("<", "&lt;") for cell in row)
 
 
-def help_text(sections: Iterable[Section], values: Mapping[str, Any]) -> str:
+def help_text(sections: Iterable[Section], values: Mapping[str, Any], heading: str = _HEADING) -> str:
     """The meaning of every key, for a terminal.
 
     Args:
         sections: what to list; of the sections of environments, those of the config's alone, if there is one.
         values: the values of a config, by key; empty: the defaults.
+        heading: the first line.
     """
-    width, lines = min(shutil.get_terminal_size().columns, 130), []
+    width, lines = min(shutil.get_terminal_size().columns, 130), [heading]
     for section in sections:
         if section.env in ("", values.get("env.name", section.env)):
             lines.append(f"\n{f'{section.name}: ' * bool(section.name)}{section.title}")

@@ -31,7 +31,7 @@ class Setting(NamedTuple):
         meaning: what it does, in a sentence.
         unit: of its value.
         rule: what a value must be. None passes every rule.
-        choices: the allowed values, if it names a variant.
+        choices: the allowed values, if it names a variant; those of its items, if it is a tuple.
         by_env: the default for an environment where it is another one.
         paper: the value in the paper, and where it is given.
         reference: the value in the authors' reference implementation, if the paper does not give it or has another one.

@@ -32,6 +32,8 @@ Penalty = Literal["hinge", "indicator"]
 PenaltyScope = Literal["token", "turn", "trajectory", "batch"]
 Phase = Literal["exponential", "constant", "two_stage"]
 
+SPLITS = ("train", "valid_seen", "valid_unseen")
+
 # The projections of a layer that can have adapters.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -115,7 +117,7 @@ SECTIONS = (
         Setting("model.lora_rank", 0, "Rank of the adapters that RL trains in place of the weights; 0: it trains the weights.",
                 NOT_NEGATIVE),
         Setting("model.lora_alpha", 32.0, "Adapters are scaled by lora_alpha / lora_rank.", POSITIVE),
-        Setting("model.lora_targets", LORA_TARGETS, "Projections that have adapters."),
+        Setting("model.lora_targets", LORA_TARGETS, "Projections that have adapters.", choices=LORA_TARGETS),
     )),
     Section("init_from", "Start from another run's checkpoint, in place of model.path and of the warm start", (
         Setting("init_from.run", "", "Run folder of the other run; empty: none.", added=(1, "")),
@@ -326,7 +328,8 @@ SECTIONS = (
                 resume="recorded"),
         Setting("eval.top_p", 1.0, "Sample from the most likely tokens that hold this probability together.", SHARE_ABOVE_0,
                 resume="recorded"),
-        Setting("eval.splits", ("valid_seen", "valid_unseen"), "Splits that are evaluated.", reference="16 episodes of each"),
+        Setting("eval.splits", ("valid_seen", "valid_unseen"), "Splits that are evaluated.", choices=SPLITS,
+                reference="16 episodes of each"),
         Setting("eval.before", True, "Whether there is an evaluation before the first RL step.", resume="free"),
     )),
     Section("metrics", "Records of the run", (

@@ -14,10 +14,12 @@ from safetensors.numpy import load_file
 
 from epo_jax import evaluate, export, generate, report, sweep
 from epo_jax import main as program
+from epo_jax.common.errors import UserError
 from epo_jax.runs import figures, lock, versions
 from epo_jax.runs.folder import read_config, write_config
 from epo_jax.runs.metrics import read_rows
 from epo_jax.settings.config import ENVIRONMENTS, base_config, flatten
+from epo_jax.settings.sweep import sweep_section
 
 MEMBER = "grpo+epo-lr0.003-seed0"
 
@@ -80,6 +82,20 @@ def test_keys_and_values_that_version_3_renamed_are_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content | {"version": 2}))
     read = read_config(tmp_path)
     assert (read.algo.mini_batch_turns, read.algo.micro_batch_turns, read.epo.phase) == (24, 6, "two_stage")
+
+
+def test_an_old_sweep_has_the_coefficients_that_came_later(old):
+    path = old / "sweep" / "config.json"
+    content = json.loads(path.read_text())
+    del content["sweep"]["over"]["epo"]["lam"]
+    path.write_text(json.dumps(content))
+    sweep_of = read_config(old / "sweep").sweep
+    assert flatten(sweep_of).keys() == flatten(sweep_section()).keys() and sweep_of.over.epo.lam == ()
+    assert sweep_of.over.optim.lr == tuple(content["sweep"]["over"]["optim"]["lr"]) != ()
+    content["sweep"]["seeds"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="config.json: the section sweep has the wrong keys or types"):
+        read_config(old / "sweep")
 
 
 def test_what_is_no_longer_read_is_told(old, monkeypatch, capsys):

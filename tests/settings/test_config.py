@@ -5,6 +5,7 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -144,18 +145,19 @@ def test_every_key_is_read():
     """An option that nothing reads would deceive whoever sets it."""
     sources = [path for path in (ROOT / "epo_jax").rglob("*.py") if path.parent.name != "settings"]
     text = "\n".join(path.read_text() for path in sources)
+    attributes = set(re.findall(r"\b(\w+)(?=\.(\w+))", text))
+    names = set(re.findall(r"[\"']([\w{}]+)[\"']", text))
+    names |= set(re.findall(r"^    (\w+): (?:int|float|bool|str)\b", text, re.MULTILINE))  # model and optim are read by field
     unread = []
     for setting in SETTINGS:
         section, _, leaf = setting.key.rpartition(".")
-        # Per-split keys are read as f"{split}_games".
-        leaf = re.escape(re.sub(r"^(train|valid_seen|valid_unseen)_", "{split}_", leaf))
-        read = rf"\b(?:{section or 'config'}|config|settings|evaluation|kept)\.{leaf}\b"
-        field = rf"^    {leaf}: (?:int|float|bool|str)\b"  # model and optim are read by field
-        read = rf"{read}|[\"']{leaf}[\"']|{field}"
-        if setting.traced or setting.static:
-            read = rf"\b(?:hyper|self|objective|settings)\.{setting.traced or setting.static}\b"
-        if not re.search(read, text, re.MULTILINE):
-            unread.append(setting.key)
+        leaf = re.sub(r"^(train|valid_seen|valid_unseen)_", "{split}_", leaf)  # as in f"{split}_games"
+        owners = (section or "config", "config", "settings", "evaluation", "kept")
+        if field := setting.traced or setting.static:
+            read = any((owner, field) in attributes for owner in ("hyper", "self", "objective", "settings"))
+        else:
+            read = leaf in names or any((owner, leaf) in attributes for owner in owners)
+        unread += [] if read else [setting.key]
     assert not unread
 
 
@@ -180,13 +182,26 @@ def test_coefficients_are_numbers_that_a_resumed_run_may_change():
 
 def test_the_objectives_know_every_choice():
     choices = {setting.key: setting.choices for setting in SETTINGS if setting.choices}
-    history = entropy.append(entropy.init_history(3), jnp.ones(1), jnp.ones(1))
-    one, index = jnp.ones((1, 2)), jnp.zeros((1, 2), jnp.int32)
-    found = [entropy.center(history, mode).value for mode in choices["epo.history"]]
-    found += [entropy.corridor_penalty(one, one, 0.5, 2.0, kind) for kind in choices["epo.penalty"]]
-    found += [entropy.phase_weight(kind, 1, 4) for kind in choices["epo.phase"]]
-    found += [policy.scope_mean(one, one, index, index, 1, 1, scope) for scope in choices["epo.scope"] if scope != "batch"]
-    found += [policy.kl_estimate(one, one, kind) for kind in choices["algo.kl_kind"] if kind != "full"]
-    for key in ("algo.aggregation", "epo.aggregation"):
-        found += [policy.token_weights(one, index, index, 1, 1, mode) for mode in choices[key]]
-    assert len(found) == 26 and all(np.isfinite(x).all() for x in found)
+    one, index = jax.ShapeDtypeStruct((1, 2), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    history = jax.eval_shape(lambda: entropy.init_history(3))
+
+    def shape(function, *arguments):
+        return jax.eval_shape(function, *arguments).shape
+
+    known = {
+        "epo.history": lambda mode: shape(lambda h: entropy.center(h, mode).value, history),
+        "epo.penalty": lambda kind: shape(lambda x, y: entropy.corridor_penalty(x, y, 0.5, 2.0, kind), one, one),
+        "epo.phase": lambda kind: shape(lambda: entropy.phase_weight(kind, 1, 4)),
+        "algo.kl_kind": lambda kind: shape(lambda x, y: policy.kl_estimate(x, y, kind), one, one),
+        "algo.aggregation": lambda mode: shape(lambda x, i: policy.token_weights(x, i, i, 1, 1, mode), one, index),
+    }  # fmt: skip
+    for key, function in known.items():
+        for choice in choices[key]:
+            if choice != "full":  # test_full_kl_takes_the_place_of_the_estimate
+                assert function(choice) in ((), (1,), (1, 2)), choice
+        with pytest.raises(Exception):  # noqa: B017  of the checked annotations, or of a branch that is not there
+            function("another")
+    assert choices["epo.aggregation"] == choices["algo.aggregation"]
+    for scope in choices["epo.scope"]:
+        if scope != "batch":
+            assert shape(lambda x, i, scope=scope: policy.scope_mean(x, x, i, i, 1, 1, scope), one, index) == (1, 2)
