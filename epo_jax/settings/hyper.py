@@ -9,7 +9,7 @@ from epo_jax.settings.table import SETTINGS
 _TRACED = {setting.traced: setting.default_for("alfworld") for setting in SETTINGS if setting.traced}
 _STATIC = {setting.static: setting.default_for("alfworld") for setting in SETTINGS if setting.static}
 
-# A type checker cannot know the fields.
+# Any: a type checker cannot derive fields from the table.
 _Coefficients: Any = cast(Any, collections.namedtuple("_Coefficients", _TRACED, defaults=_TRACED.values()))
 _Choices: Any = dataclasses.make_dataclass("_Choices", [(k, type(v), v) for k, v in _STATIC.items()], frozen=True)
 
