@@ -122,13 +122,13 @@ def listening() -> Iterator[_Listener]:
     if _listener is not None or threading.current_thread() is not threading.main_thread():
         yield _listener or _Listener()
         return
-    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     reading, writing = os.pipe()
     listener = _Listener()
     os.set_blocking(writing, False)
     thread = threading.Thread(target=listener.watch, args=(reading,), name="signals", daemon=True)
     thread.start()
-    before = {number: signal.signal(number, listener.interrupt) for number in heard}
+    before = {number: signal.signal(number, listener.interrupt) for number in handled}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     hook, sys.unraisablehook = sys.unraisablehook, functools.partial(listener.lost, sys.unraisablehook)
     _listener = listener

@@ -69,8 +69,8 @@ def parse_action(text: str, tags: bool, opened: str = "") -> ParsedAction:
     """
     if tags:
         text = opened + text
-        found = _ACTION.findall(text)
-        content, formatted = (found[-1] if found else ""), _has_thought(text.lower())
+        actions = _ACTION.findall(text)
+        content, formatted = (actions[-1] if actions else ""), _has_thought(text.lower())
     else:
         content, formatted = text, True
     action = _BLANKS.sub(" ", content).strip().lower()

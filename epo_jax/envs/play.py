@@ -45,11 +45,11 @@ def read_options(env: str, settings: Sequence[str]) -> dict[str, Any]:
 
 def find_task(tasks: list[Task], wanted: str) -> Task:
     """Returns the task whose id is `wanted` or begins with it; the first task for ""."""
-    found = [task for task in tasks if task["id"] == wanted] or [task for task in tasks if task["id"].startswith(wanted)]
-    if not found:
+    matching = [task for task in tasks if task["id"] == wanted] or [task for task in tasks if task["id"].startswith(wanted)]
+    if not matching:
         near = difflib.get_close_matches(wanted, [task["id"] for task in tasks], n=1, cutoff=0) or ["none at all"]
         raise UserError(f"--task={wanted!r} is not in this split; the nearest is {near[0]}.")
-    return found[0]
+    return matching[0]
 
 
 def expert_answers(env: Environment, task: Task, options: dict[str, Any], style: str) -> list[str]:
@@ -76,11 +76,11 @@ def play(
         message = agent.message(first, history, observation, style, window)
         print(f"\n--- turn {len(history) + 1} of {max_turns}, score {observation.score:g}\n{message}\n")
         try:
-            said = answer()
+            text = answer()
         except EOFError:
             break
-        action, valid = agent.parse_action(said, tags=style == "tagged")
-        print(f"{said}\n=> {action!r}" + ("" if valid else "  (not a valid answer)"))
+        action, valid = agent.parse_action(text, tags=style == "tagged")
+        print(f"{text}\n=> {action!r}" + ("" if valid else "  (not a valid answer)"))
         history.append((observation.text, action))
         pool.step(0, action)
         _, observation = pool.get()
@@ -107,10 +107,10 @@ def main(argv: list[str]) -> None:
     answers = iter(expert_answers(env, task, options, args.style) if args.expert else ())
 
     def answer() -> str:
-        said = next(answers, None) if args.expert else ask(args.style)
-        if said is None:
+        text = next(answers, None) if args.expert else ask(args.style)
+        if text is None:
             raise EOFError
-        return said
+        return text
 
     window = None if args.window is None else agent.Window(args.window, base_config(args.env).agent.history_actions)
     print(f"{args.env}, {args.split}: {task['id']}")

@@ -89,15 +89,15 @@ class Game:
 
     def step(self, state: State, command: str) -> tuple[State, str]:
         """Returns the state after `command`, and the feedback; an inadmissible command does not change the state."""
-        known = state.transitions.get(command)
-        if known is None:
+        transition = state.transitions.get(command)
+        if transition is None:
             operator = self._commands(state).get(command)
             if operator is None:
                 return state, NOTHING_HAPPENS
-            known = self._apply(state, operator)
+            transition = self._apply(state, operator)
             if len(self._states) < MAX_REMEMBERED_STATES:
-                state.transitions[command] = known
-        return known
+                state.transitions[command] = transition
+        return transition
 
     def admissible(self, state: State) -> list[str]:
         """Returns the admissible commands in `state`, sorted."""
@@ -155,9 +155,8 @@ class Game:
 
     def _word(self, operator: str, state: State) -> tuple[str, str, Binding]:
         """Returns command, action and binding of an operator such as `openobject agent1 loc_1 fridge_1`."""
-        known = self._wording.get(operator)
-        if known is not None:
-            return known
+        if operator in self._wording:
+            return self._wording[operator]
         name, *arguments = operator.split()
         action = self._actions[name]
         mapping = {(p, t): argument for (p, t), argument in zip(action["parameters"], arguments, strict=False)}
@@ -214,24 +213,24 @@ def compiled(content: bytes, cache: str) -> dict[str, Any]:
     """Returns the compiled form of a game file, from folder `cache`; compiles it if it is missing."""
     digest = hashlib.sha256(content).hexdigest()[:32]
     target = Path(cache) / digest[:2] / f"{digest}-{COMPILER_VERSION}.json.z"
-    known = _read_compiled(target)
-    if known is not None:
-        return known
+    stored = _read_compiled(target)
+    if stored is not None:
+        return stored
     try:
-        made = compile_game(_fields(content))
+        game = compile_game(_fields(content))
     except (UserError, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # the translator exits the process on some malformed problems
         raise UserError(f"{type(error).__name__}: {error}; restore the data.") from None
-    write_to_cache(target, zlib.compress(json.dumps(made).encode()))
-    return made
+    write_to_cache(target, zlib.compress(json.dumps(game).encode()))
+    return game
 
 
 def _fields(content: bytes) -> dict[str, str]:
     data = json.loads(content)
-    wanted = ("pddl_domain", "pddl_problem", "grammar")
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in wanted):
-        raise UserError(f"it lacks one of the texts {', '.join(wanted)}.")
+    required = ("pddl_domain", "pddl_problem", "grammar")
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in required):
+        raise UserError(f"it lacks one of the texts {', '.join(required)}.")
     return data
 
 

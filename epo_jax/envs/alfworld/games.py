@@ -95,9 +95,9 @@ def _place(
         if len(needed) > limit:
             return None
         others = [r for r in available if r not in needed]
-        kept = needed | set(rng.sample(others, min(len(others), limit - len(needed))))
-        available = {r: type_ for r, type_ in available.items() if r in kept}
-        things = [(type_, receptacle) for type_, receptacle in things if receptacle in kept]
+        chosen = needed | set(rng.sample(others, min(len(others), limit - len(needed))))
+        available = {r: type_ for r, type_ in available.items() if r in chosen}
+        things = [(type_, receptacle) for type_, receptacle in things if receptacle in chosen]
     others = [t for t in room.object_types if t != goal.object for _ in range(rng.randint(1, copies)) if homes(t)]
     if limit is not None:
         rng.shuffle(others)
@@ -116,7 +116,7 @@ def _place(
 def _escape(text: str) -> str:
     """Escapes identifiers for ALFWorld's PDDL; `#` in `text` stands for the type separator `-`."""
     names = {"-": "_minus_", "#": "-", "|": "_bar_", "+": "_plus_", ".": "_dot_", ",": "_comma_"}
-    return re.sub(r"[-#|+.,]", lambda found: names[found.group(0)], text)
+    return re.sub(r"[-#|+.,]", lambda match: names[match.group(0)], text)
 
 
 def _location(location: rooms.Location) -> str:

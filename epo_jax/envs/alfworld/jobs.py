@@ -86,26 +86,26 @@ def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     Existing games, from an interrupted process, are kept.
     """
-    for wanted in job["games"]:
-        split, index = wanted["split"], wanted["index"]
-        made = games.generate(split, index, job["seed"], job["max_receptacles"])
-        folder = Path(job["root"]) / split / made.folder
-        answer = {"split": split, "index": index, "type": made.task_type, "folder": f"{split}/{made.folder}"}
+    for item in job["games"]:
+        split, index = item["split"], item["index"]
+        generated = games.generate(split, index, job["seed"], job["max_receptacles"])
+        folder = Path(job["root"]) / split / generated.folder
+        answer = {"split": split, "index": index, "type": generated.task_type, "folder": f"{split}/{generated.folder}"}
         if folder.exists():
             yield answer
             continue
-        compiled = engine.compiled(made.files["game.tw-pddl"].encode(), job["compiled"])
+        compiled = engine.compiled(generated.files["game.tw-pddl"].encode(), job["compiled"])
         game = engine.Game(compiled)
         state = game.start
         wins = []
-        for command in made.walkthrough:
+        for command in generated.walkthrough:
             wins.append(state.won)
             state, _ = game.step(state, command)
         if any(wins) or not state.won:
-            raise RuntimeError(f"the walkthrough of generated game {split}/{made.folder} does not win at its end")
+            raise RuntimeError(f"the walkthrough of generated game {split}/{generated.folder} does not win at its end")
         unfinished = Path(f"{job['unfinished']}-{os.getpid()}")
         unfinished.mkdir(parents=True)
-        for name, content in made.files.items():
+        for name, content in generated.files.items():
             (unfinished / name).write_text(content)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -125,17 +125,17 @@ def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     env = AlfworldEnv(job["compiled"], job["admissible"])
     for task in job["tasks"]:
         start = env.reset(task)
-        wanted = _goal(task["file"])
-        moves = experts.expert_moves(wanted, start.text)
+        goal = _goal(task["file"])
+        moves = experts.expert_moves(goal, start.text)
         if job["mistakes"]:
-            moves = experts.erring(moves, job["mistakes"], f"{task['seed']}/mistakes", start.text, wanted.object)
+            moves = experts.erring(moves, job["mistakes"], f"{task['seed']}/mistakes", start.text, goal.object)
         if job["hesitation"]:
             moves = experts.hesitating(moves, job["hesitation"], task["seed"])
         episode = _play(env, start, moves, job["max_turns"])
         if not episode["won"]:
             walkthrough = json.loads(Path(task["file"]).read_bytes()).get("walkthrough") or ()
-            told = _play(env, env.reset(task), _recite(walkthrough), job["max_turns"])
-            episode = told if told["won"] else episode
+            recited = _play(env, env.reset(task), _recite(walkthrough), job["max_turns"])
+            episode = recited if recited["won"] else episode
         yield episode
 
 
@@ -167,8 +167,8 @@ def _play(env: AlfworldEnv, start: Observation, moves: experts.Moves, max_turns:
             action = moves.send(observations[-1].text)
         except StopIteration:
             action = None
-    told = [to_fields(observation) for observation in observations]
-    return {"observations": told, "actions": actions, "mistakes": mistakes, "won": observations[-1].won}
+    fields = [to_fields(observation) for observation in observations]
+    return {"observations": fields, "actions": actions, "mistakes": mistakes, "won": observations[-1].won}
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
 
 
 def make_env(options: dict[str, Any]) -> AlfworldEnv:
-    return AlfworldEnv(str(_cache(options) / "compiled"), _tells_admissible(options))
+    return AlfworldEnv(str(_cache(options) / "compiled"), _lists_admissible(options))
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
@@ -98,8 +98,8 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
     hesitation = options.get("hesitation", 0.0)
     mistakes = options.get("mistakes", 0.0)
     max_turns = options["max_turns"] * (1 + (hesitation > 0) + (mistakes > 0))
-    told = _tells_admissible(options)
-    key = [DEMONSTRATION_VERSION, max_turns, hesitation, mistakes, told, [task["file"] for task in tasks]]
+    admissible = _lists_admissible(options)
+    key = [DEMONSTRATION_VERSION, max_turns, hesitation, mistakes, admissible, [task["file"] for task in tasks]]
     if (data := _real_data()) is not None:
         key.append(_contents(data))
     path = _cache(options) / "demonstrations" / f"{_digest(key)}.jsonl"
@@ -113,7 +113,7 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
             playing.append({**task, "seed": f"{task['id']}/{times[task['id']]}"})
             times[task["id"]] += 1
         share = -(-len(tasks) // max(1, options["workers"]))
-        common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled"), "admissible": told}
+        common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled"), "admissible": admissible}
         common |= {"max_turns": max_turns, "hesitation": hesitation, "mistakes": mistakes}
         jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
         episodes = run_jobs(jobs, _progress("expert episodes played", len(tasks)))
@@ -127,7 +127,7 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _tells_admissible(options: dict[str, Any]) -> bool:
+def _lists_admissible(options: dict[str, Any]) -> bool:
     return options.get("hints", "none") == "admissible"
 
 
@@ -144,8 +144,8 @@ def _index_path(options: dict[str, Any]) -> Path:
     if data is not None:
         return _cache(options) / f"real-{_digest([INDEX_VERSION, str(data), _contents(data)])}" / _INDEX
     package = importlib.metadata.version("alfworld")
-    wanted = [options[f"{split}_games"] for split in SPLITS]
-    key = [GENERATOR_VERSION, package, wanted, options["max_receptacles"], options["seed"]]
+    counts = [options[f"{split}_games"] for split in SPLITS]
+    key = [GENERATOR_VERSION, package, counts, options["max_receptacles"], options["seed"]]
     return _cache(options) / f"generated-{_digest(key)}" / _INDEX
 
 
@@ -185,13 +185,13 @@ def _contents(data: Path) -> list[tuple[str, int, int]]:
 
     Any added, repaired or deleted trial changes the result. The files, thousands of them, are not opened.
     """
-    found = []
+    files = []
     for split in SPLITS:
         for folder, _, names in os.walk(data / split):
             for name in _GAME_FILES.intersection(names):
                 about = os.stat(os.path.join(folder, name))
-                found.append((os.path.relpath(os.path.join(folder, name), data), about.st_size, about.st_mtime_ns))
-    return sorted(found)
+                files.append((os.path.relpath(os.path.join(folder, name), data), about.st_size, about.st_mtime_ns))
+    return sorted(files)
 
 
 def _index_real_data(data: Path) -> Index:
@@ -239,9 +239,9 @@ def _generate(options: dict[str, Any]) -> None:
             "max_receptacles": options["max_receptacles"],
         }
         jobs = [{**common, "games": games[k::workers]} for k in range(workers)]
-        made = run_jobs(jobs, _progress("games made and played to their end", len(games)))
+        answers = run_jobs(jobs, _progress("games made and played to their end", len(games)))
         index: Index = {split: [] for split in SPLITS}
-        for game in sorted(made, key=lambda g: g["index"]):
+        for game in sorted(answers, key=lambda g: g["index"]):
             file = f"{game['folder']}/game.tw-pddl"
             index[game["split"]].append({"id": game["folder"], "type": game["type"], "file": file})
         if not target.exists():  # another process may have been faster

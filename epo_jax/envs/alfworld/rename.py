@@ -35,8 +35,8 @@ def _renamed(demonstration, places, objects, pattern, rng) -> Demonstration:
     texts = "\n".join(observation.text for observation in demonstration.observations)
     numbers = {}
     for noun in objects:
-        held = sorted({number for name, number in _THING.findall(texts) if name == noun})
-        numbers[noun] = dict(zip(held, rng.sample(held, len(held)), strict=True))
+        present = sorted({number for name, number in _THING.findall(texts) if name == noun})
+        numbers[noun] = dict(zip(present, rng.sample(present, len(present)), strict=True))
 
     def swap(match: re.Match) -> str:
         noun, number = match.groups()
@@ -45,10 +45,10 @@ def _renamed(demonstration, places, objects, pattern, rng) -> Demonstration:
     def renamed(text: str) -> str:
         return pattern.sub(swap, text)
 
-    def told(o: Observation) -> Observation:
+    def observation(o: Observation) -> Observation:
         # The engine lists commands in alphabetical order.
         commands = sorted(map(renamed, o.admissible))
         return dataclasses.replace(o, text=renamed(o.text), goal=renamed(o.goal), admissible=tuple(commands))
 
-    observations = tuple(map(told, demonstration.observations))
+    observations = tuple(map(observation, demonstration.observations))
     return dataclasses.replace(demonstration, observations=observations, actions=tuple(map(renamed, demonstration.actions)))

@@ -156,13 +156,13 @@ def pairings(task_type: str, room: int) -> tuple[Pairing, ...]:
     needed, _, station = TREATMENTS.get(task_type, ("", "", ""))
     if station and station not in types:
         return ()
-    found = []
+    goals = []
     for object_type in built.object_types:
         if needed and object_type not in constants().VAL_ACTION_OBJECTS[needed]:
             continue
         homes = sorted(t for t in types if fits(t, object_type))
-        found += [Pairing(object_type, target) for target in homes if len(homes) >= 2]
-    return tuple(found)
+        goals += [Pairing(object_type, target) for target in homes if len(homes) >= 2]
+    return tuple(goals)
 
 
 @functools.cache

@@ -125,11 +125,11 @@ def _compile_node(node: ast.expr) -> Callable[[dict[str, dict[str, str]]], Any]:
     raise ValueError("only fields of variables, strings, + and or/and may be used")
 
 
-def _first(parts: list[Callable], wanted: bool, scope: dict[str, dict[str, str]]) -> Any:
-    """Python's `or` (wanted is True) or `and` (wanted is False)."""
+def _first(parts: list[Callable], stop_at: bool, scope: dict[str, dict[str, str]]) -> Any:
+    """Python's `or` (`stop_at` is True) or `and` (False)."""
     for part in parts:
         value = part(scope)
-        if bool(value) == wanted:
+        if bool(value) == stop_at:
             break
     return value
 
@@ -211,7 +211,7 @@ class Grammar:
         _, expression, query = symbol
         if query is None:
             return [self._derive(expression, binding, facts)]
-        return [self._derive(expression, found, facts) for found in solve(query, binding, facts, self._types)]
+        return [self._derive(expression, bound, facts) for bound in solve(query, binding, facts, self._types)]
 
     def _join(self, items: list[str], binding: Binding, facts: Facts) -> str:
         if len(items) < 2:

@@ -47,8 +47,8 @@ def _tidied(episode: Episode, job: tuple[str, int], actions: list[str]) -> list[
     episode.load(*job)
     episode.step("look around")
     played, looked = [], True
-    for wanted in actions:
-        for action in ["look around", wanted] if not looked and wanted.startswith("focus on") else [wanted]:
+    for gold in actions:
+        for action in ["look around", gold] if not looked and gold.startswith("focus on") else [gold]:
             text, _, completed = episode.step(action)
             if text == _NOTHING_DONE:
                 continue
@@ -79,8 +79,8 @@ def _gold(simulator: Simulator, jobs: list[tuple[str, int]], hints: str) -> Iter
         observations, played = _play(env, job, _tidied(helper, job, actions))
         if not observations[-1].won:
             observations, played = _play(env, job, actions)
-        told = [to_fields(observation) for observation in observations]
-        yield {"task": job[0], "variation": job[1], "observations": told, "actions": played}
+        fields = [to_fields(observation) for observation in observations]
+        yield {"task": job[0], "variation": job[1], "observations": fields, "actions": played}
 
 
 def main() -> None:

@@ -95,9 +95,9 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
     tasks = []
     for name in _names_of(split, options):
         variations = _splits(options)[name][_THEIR_SPLIT[split]]
-        wanted = len(variations) if cap < 0 else min(cap, len(variations))
-        for i in range(wanted):
-            variation = variations[i * len(variations) // wanted]
+        count = len(variations) if cap < 0 else min(cap, len(variations))
+        for i in range(count):
+            variation = variations[i * len(variations) // count]
             tasks.append({"id": f"{name}/{variation}", "type": name, "variation": variation})
     return tasks
 
@@ -144,23 +144,23 @@ class ScienceWorld:
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
     """Returns gold episodes (`gold`) for the tasks solved within `max_turns` actions; cached on disk."""
     prepare(options)
-    known: dict[str, dict[str, Any]] = {}
+    stored: dict[str, dict[str, Any]] = {}
     for name in sorted({task["type"] for task in tasks}):
         path = _gold_path(name, options)
         with from_cache(path, "its gold paths are made again"):
-            known[name] = json.loads(path.read_text()) if path.exists() else {}
-    missing = [(task["type"], task["variation"]) for task in tasks if str(task["variation"]) not in known[task["type"]]]
+            stored[name] = json.loads(path.read_text()) if path.exists() else {}
+    missing = [(task["type"], task["variation"]) for task in tasks if str(task["variation"]) not in stored[task["type"]]]
     if missing:
         processes = max(1, min(options["workers"], os.cpu_count() or 1, len(missing) // 8))
         parts = [missing[i::processes] for i in range(processes)]
         request = {"op": "gold", "simplification": options["simplification"], "hints": options.get("hints", "none")}
         for answer in _ask([{**request, "jobs": part} for part in parts]):
-            known[answer.pop("task")][str(answer.pop("variation"))] = answer
+            stored[answer.pop("task")][str(answer.pop("variation"))] = answer
         for name in sorted({name for name, _ in missing}):
-            write_to_cache(_gold_path(name, options), json.dumps(known[name]))
+            write_to_cache(_gold_path(name, options), json.dumps(stored[name]))
     demos = []
     for task in tasks:
-        gold = known[task["type"]][str(task["variation"])]
+        gold = stored[task["type"]][str(task["variation"])]
         demos.append(Demonstration(task, tuple(map(from_fields, gold["observations"])), tuple(gold["actions"])))
     return [demo for demo in demos if demo.won and len(demo.actions) <= options["max_turns"]]
 
@@ -172,14 +172,14 @@ def _simulator(simplification: str) -> jvm.Simulator:
 
 
 def _check(options: dict[str, Any]) -> None:
-    known = _splits(options)
+    splits = _splits(options)
     for key, allowed in (("level", LEVELS), ("hints", HINTS)):
         if options.get(key, allowed[0]) not in allowed:
             raise UserError(f"env.{key}={options[key]!r} is not known; choose one of {', '.join(allowed)}.")
     for name in options["tasks"]:
-        if name not in known:
-            near = nearest(name, known)
-            raise UserError(f"env.tasks holds {name!r}, which is not a ScienceWorld task{near}; choose from {', '.join(known)}.")
+        if name not in splits:
+            near = nearest(name, splits)
+            raise UserError(f"env.tasks holds {name!r}, which is not a ScienceWorld task{near}; choose from {', '.join(splits)}.")
     used = [part for part in options["simplification"].split(",") if part]
     for part in used:
         if part not in SIMPLIFICATIONS and (part != "easy" or len(used) > 1):
@@ -189,8 +189,8 @@ def _check(options: dict[str, Any]) -> None:
             )
     for split in ("train", "valid_unseen"):
         if not _names_of(split, options):
-            kept = "trained on" if split == "train" else "held out for its test"
-            raise UserError(f"env.tasks names no task that env.level='L2' has {kept}; add one or use env.level='L1'.")
+            use = "trained on" if split == "train" else "held out for its test"
+            raise UserError(f"env.tasks names no task that env.level='L2' has {use}; add one or use env.level='L1'.")
     electrical = [name for name in _task_names(options) if any(part in name for part in _ELECTRICAL)]
     if "noElectricalAction" in used and electrical:
         raise UserError(f"env.simplification has noElectricalAction, which {electrical[0]!r} can not be solved with; drop one.")
@@ -212,8 +212,8 @@ def _folder(options: dict[str, Any]) -> Path:
 
 
 def _gold_path(name: str, options: dict[str, Any]) -> Path:
-    told = f"{options['simplification'] or 'plain'}-{options.get('hints', 'none')}"
-    return _folder(options) / f"demonstrations-{told}" / f"{name}.json"
+    variant = f"{options['simplification'] or 'plain'}-{options.get('hints', 'none')}"
+    return _folder(options) / f"demonstrations-{variant}" / f"{name}.json"
 
 
 def _splits(options: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
@@ -230,35 +230,35 @@ def _ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the answers of `gold` processes, one per request, which run at the same time."""
     running = []
     for request in requests:
-        with tempfile.TemporaryFile() as given:
-            given.write(json.dumps(request).encode())
-            given.seek(0)
-            said, wrote = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(json.dumps(request).encode())
+            stdin.seek(0)
+            stderr, stdout = tempfile.TemporaryFile(), tempfile.TemporaryFile()
             command = [sys.executable, "-m", "epo_jax.envs.scienceworld.gold"]
             process = subprocess.Popen(
-                command, stdin=given, stdout=wrote, stderr=said, env=child_environment(), start_new_session=True
+                command, stdin=stdin, stdout=stdout, stderr=stderr, env=child_environment(), start_new_session=True
             )
             stopping.process_groups.add(process.pid)
-        running.append((process, wrote, said))
+        running.append((process, stdout, stderr))
     answers = []
     try:
-        for process, wrote, said in running:
+        for process, stdout, stderr in running:
             process.wait()
-            for file in (wrote, said):
+            for file in (stdout, stderr):
                 file.seek(0)
-            lines = [json.loads(line) for line in wrote.read().decode().splitlines() if process.returncode == 0]
+            lines = [json.loads(line) for line in stdout.read().decode().splitlines() if process.returncode == 0]
             if process.returncode:
-                last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+                last = stderr.read().decode(errors="replace").strip().splitlines()[-1:]
                 raise UserError(f"the ScienceWorld simulator failed ({' '.join(last) or 'it was killed'}); try again.")
             answers += lines
     finally:
-        for process, wrote, said in running:
+        for process, stdout, stderr in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its Java process, too
             stopping.process_groups.discard(process.pid)
             process.wait()
-            wrote.close()
-            said.close()
+            stdout.close()
+            stderr.close()
     for answer in answers:
         if "user_error" in answer:
             raise UserError(answer["user_error"])

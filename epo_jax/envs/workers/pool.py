@@ -88,7 +88,7 @@ class EnvPool:
         deadlines: Deadlines = DEADLINES,
         memory_limit_mb: int = MEMORY_LIMIT_MB,
     ):
-        """`memory_limit_mb` bounds every process of a worker; an environment that asks for more fails, and is replaced."""
+        """`memory_limit_mb` limits each process of a worker; allocations beyond it fail, and the worker is replaced."""
         environment = base.environment(name)
         self._module = environment.module
         self._capacity = environment.slots_per_worker or sys.maxsize
@@ -264,10 +264,10 @@ class EnvPool:
         if culprit is not None and worker.episodes.get(culprit.seat) is culprit:
             culprit.failures += 1
             if culprit.failures >= FAILURES_ALLOWED:
-                said = f" and last wrote {words!r}" if words else ""
+                last = f" and last wrote {words!r}" if words else ""
                 message = (
                     f"the environment worker failed {culprit.failures} times in a row on task {culprit.task['id']!r}: "
-                    f"{reason}{said}; leave this task out or repair its files."
+                    f"{reason}{last}; leave this task out or repair its files."
                 )
                 self._refuse(culprit, UserError(message))
         self._renew(worker)
