@@ -1,4 +1,6 @@
-"""Trains many runs at once: the members of a sweep, which differ in coefficients and seeds, in one compiled program.
+"""Trains many runs at once: the members of a sweep.
+
+Members differ in coefficients and seeds, and share one compiled program.
 
     python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/first
 

@@ -1,4 +1,4 @@
-"""sweep.json: the members of a sweep, their coefficients, and the RL step at which a member stopped."""
+"""sweep.json: the members of a sweep, and which of them stopped."""
 
 import json
 import math
@@ -20,7 +20,9 @@ from epo_jax.runs.policies import decoder_of_run
 
 
 class Member(NamedTuple):
-    """One run of a sweep; a run of its own has neither name nor coefficients.
+    """One run of a sweep.
+
+    A run of its own has neither name nor coefficients.
 
     Attributes:
         config: the whole config, as `epo_jax.main` takes it.
@@ -68,7 +70,7 @@ class Ledger:
         return checkpoint.place(self.folder(member), member.config.checkpoint.folder)
 
     def model(self, member: Member) -> DecoderConfig | None:
-        """The decoder that a member trains, from its run folder; None before it has a checkpoint."""
+        """The decoder that a member trains; None before its first checkpoint."""
         if checkpoint.newest(self.checkpoints(member)) is None:
             return None
         folder = self.folder(member)
@@ -93,14 +95,14 @@ class Ledger:
         self._write()
 
     def go_back(self, members: list[Member], step: int) -> None:
-        """Forgets which of `members` stopped in RL step `step` or later: those steps are taken again."""
+        """Forgets which members stopped in RL step `step` or later."""
         for member in members:
             if self.stopped.get(member.name, -1) >= step:
                 del self.stopped[member.name]
         self._write()
 
     def resume_point(self, members: list[Member]) -> int | None:
-        """The RL step from which the members of a program continue; None if they have no checkpoint yet.
+        """The RL step from which members continue; None without checkpoints.
 
         Raises:
             UserError: a member lacks checkpoints that others have. If a sweep is killed while it saves, some members are one
@@ -127,7 +129,10 @@ class Ledger:
 
 
 def last_common_step(saved: list[set[int]], stopped: list[int | None]) -> int | None:
-    """The newest RL step of which every member has a checkpoint, members that had stopped by then aside."""
+    """The newest RL step of which every member has a checkpoint.
+
+    Members that had stopped by then need none.
+    """
     for step in sorted(set().union(*saved), reverse=True):
         if all(step in steps for steps, stop in zip(saved, stopped, strict=True) if stop is None or stop >= step):
             return step

@@ -12,9 +12,9 @@ from epo_jax.rollout.trajectory import Trajectory
 def step_batch(
     config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int
 ) -> TokenBatch:
-    """The batch of RL step `step`: the mini-batches of every epoch, in micro-batches of `micro_rows`.
+    """The batch of RL step `step`, in micro-batches of `micro_rows`.
 
-    Each epoch assigns the episodes to mini-batches in another order.
+    It has the mini-batches of every epoch; each epoch assigns the episodes to them in another order.
     """
     by_episode = objective.mini_batches_by == "episode"  # else the train step cuts its own
     mini_batches, epochs = (config.algo.mini_batches, config.algo.epochs) if by_episode else (1, 1)
@@ -25,7 +25,10 @@ def step_batch(
 
 
 def batch_shape(config, mini_batches: int, micro_rows: int) -> BatchShape:
-    """The shape of an RL step's batch; with a window, each turn is a context of its own."""
+    """The shape of an RL step's batch.
+
+    With a window, each turn is a context of its own.
+    """
     contexts, per_row = 1, 1
     if config.agent.context == "window":
         contexts = config.env.max_turns

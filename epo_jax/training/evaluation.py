@@ -1,4 +1,4 @@
-"""Evaluation: every episode of a fixed split, once, or several times each for pass@k."""
+"""Evaluation: every episode of a split, once or, for pass@k, several times."""
 
 
 
@@ -28,7 +28,7 @@ def evaluate(
     top_p: float = 1.0,
     samples: int = 1,
 ) -> tuple[Row, list[Trajectory]]:
-    """Plays each task `samples` times; the row of eval.jsonl, and the trajectories task by task.
+    """Plays each task `samples` times; the row of eval.jsonl and the trajectories.
 
     The sampling key depends on `seed` alone, so two evaluations of the same parameters agree, and the first play of a task does
     not depend on `samples`.

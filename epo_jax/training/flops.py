@@ -1,8 +1,8 @@
-"""Floating-point operations that a model's arithmetic needs, and the share of a device's peak that they came to.
+"""Model FLOPs of rollout and update, as a share of the peak.
 
-What is counted is what the method asks for (model FLOPs, as in arXiv 2204.02311, app. B): matrix products at two operations a
-multiplication, attention over the tokens that a token sees. What a program does besides, on padding, on masked scores, or
-again for its backward pass, is not. Counts are of operations; rates are operations per second.
+Counted are the operations that the method needs (arXiv 2204.02311, app. B): matrix products at two operations a multiplication,
+and attention over the tokens that a token attends to. Not counted are operations on padding, on masked scores, or of
+rematerialization. Counts are operations; rates are operations per second.
 """
 
 from collections import Counter
@@ -14,8 +14,8 @@ from epo_jax.models.decoder import DecoderConfig
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.state import LearnerConfig
 
-# Peak of dense bfloat16 arithmetic, operations per second of one JAX device, by the start of its `device_kind`: the makers'
-# data sheets, without sparsity.
+# Peak of dense bfloat16 arithmetic, in operations per second of one JAX device, by the start of its `device_kind`: data sheets of
+# the makers, without sparsity.
 PEAK = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -35,15 +35,15 @@ PEAK = {
 
 
 def peak(device_kind: str) -> float | None:
-    """Operations per second at most; None where it is not known."""
+    """The peak of a device in operations per second, if it is known."""
     known = [name for name in PEAK if device_kind.startswith(name) and not device_kind[len(name) :][:1].isalnum()]
     return PEAK[max(known, key=len)] if known else None
 
 
 def context_flops(model: DecoderConfig, contexts: Iterable[int]) -> tuple[float, float, float]:
-    """(weights, adapters, attention): operations of the layers' forward pass over contexts of these many tokens.
+    """(weights, adapters, attention): operations of the layers in a forward pass.
 
-    `weights` are products with the base's weights, `adapters` those with adapters.
+    `contexts` are lengths in tokens. `weights` are products with the weights of the base, `adapters` products with adapters.
     """
     sizes = model.projection_sizes()
     weights = sum(rows * columns for rows, columns in sizes.values())
@@ -57,24 +57,27 @@ def context_flops(model: DecoderConfig, contexts: Iterable[int]) -> tuple[float,
 
 
 def _seen(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it sees, itself included."""
+    """Pairs of a token and one that it attends to, itself included."""
     inside = min(length, window or length)
     return inside * (inside + 1) // 2 + (length - inside) * inside
 
 
 def head_flops(model: DecoderConfig, policy_tokens: int) -> float:
-    """The output head's forward pass."""
+    """Operations of the output head in a forward pass."""
     return 2.0 * model.d_model * model.vocab_size * policy_tokens
 
 
 def sampling_flops(model: DecoderConfig, contexts: Iterable[int], policy_tokens: int) -> float:
-    """To read and sample contexts, `policy_tokens` of whose tokens were sampled."""
+    """Operations to prefill and sample contexts with `policy_tokens` sampled tokens."""
     return sum(context_flops(model, contexts)) + head_flops(model, policy_tokens)
 
 
 def update_flops(config: LearnerConfig, contexts: Iterable[int], policy_tokens: int) -> float:
-    """Of one RL step's updates on contexts with `policy_tokens` policy tokens: every epoch's forward and backward pass, and the
-    passes before them of the reference policy, the critic and the policy itself, where there are any."""
+    """Operations of all updates of an RL step on these contexts.
+
+    They are the forward and backward pass of every epoch, and the passes before them of the reference policy, the critic and the
+    policy itself, if there are any.
+    """
     model, objective = config.model, config.objective
     contexts = list(contexts)
     weights, adapters, attention = context_flops(model, contexts)
@@ -103,8 +106,11 @@ def rates(
     update_seconds: float,
     devices: int,
 ) -> dict[str, float]:
-    """The fields of metrics.jsonl that say how busy `devices` devices were: operations per second of the rollout that played
-    `sampled` and of the update on `trained`, all devices together, and their shares of the peak where that is known."""
+    """The fields of metrics.jsonl for the use of `devices` devices.
+
+    They are the operations per second of the rollout of `sampled` and of the update on `trained`, all devices together, and their
+    shares of the peak if it is known.
+    """
     did = {
         "rollout": sampling_flops(config.model, *_tokens(sampled)) / rollout_seconds,
         "update": update_flops(config, *_tokens(trained)) / update_seconds,

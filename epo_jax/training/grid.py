@@ -1,4 +1,4 @@
-"""From a sweep's config to its members: the coefficients of each, and which members share a program.
+"""From a sweep's config to its members, grouped by program.
 
     config.sweep.arms              values of algo.name
     config.sweep.seeds             values of seed
@@ -73,7 +73,7 @@ def refuse_static(key: str) -> None:
 
 
 def refuse_what_members_cannot_share(config) -> None:
-    """Raises UserError for settings of single runs that a sweep has no use for."""
+    """Raises UserError for settings that only a single run can have."""
     sizes = {"rollout.devices": (config.rollout.devices, 1)} | {f"mesh.{axis}": (size, 0) for axis, size in config.mesh.items()}
     for key, (size, alone) in sizes.items():
         if size > 1:

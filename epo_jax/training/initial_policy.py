@@ -1,4 +1,4 @@
-"""The policy that RL begins with: tokenizer, weights, and the warm start on expert episodes.
+"""The policy that RL begins with.
 
     named_policy     the policy that the config names: of another run, or a published model
     plan             what the warm start needs, with every refusal before anything is written
@@ -46,16 +46,20 @@ class InitialPolicy(NamedTuple):
 
 
 def named_policy(config, devices: Mesh | None = None) -> InitialPolicy | None:
-    """The policy of config.init_from or config.model.path, on the devices of a mesh; None if the config names none."""
+    """The policy of another run or a published model; None without one.
+
+    config.init_from or config.model.path names it; it is placed on the devices of a mesh.
+    """
     if config.init_from.run:
         return InitialPolicy(*load_source(config, devices)[:3], [])
     return InitialPolicy(*load_pretrained(config, devices), []) if config.model.path else None
 
 
 def plan(config, tasks: list[Task], named: InitialPolicy | None, folder: Path) -> InitialPolicy:
-    """The policy that RL will begin with; `named` is that of `named_policy`. Nothing is written.
+    """The policy before its warm start, with every refusal. Nothing is written.
 
     Args:
+        named: that of `named_policy`.
         tasks: the training tasks, whose expert episodes the warm start clones. The policy of another run has none.
         folder: where the policy will be kept, for messages.
 
@@ -78,7 +82,10 @@ def initial_params(config, policy: InitialPolicy, devices: Mesh | None = None) -
 
 
 def add_adapters(config, model: DecoderConfig, params: Params, devices: Mesh | None = None) -> tuple[DecoderConfig, Params]:
-    """A model and its weights with the adapters that the config asks for, fresh ones unless it has them already."""
+    """The model and its weights with the adapters of the config.
+
+    The adapters are fresh unless the model has some already.
+    """
     if not config.model.lora_rank or model.lora:
         return model, params
     model = with_adapters(model, config.model)
@@ -92,7 +99,10 @@ def _placed(params: Params, axes, devices: Mesh | None) -> Params:
 
 
 def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, published: bool) -> None:
-    """Keeps the frozen base of a run's adapters; `published` models, unchanged by a warm start, by reference."""
+    """Stores the frozen base of a run's adapters.
+
+    A `published` model that no warm start has changed is stored by reference.
+    """
     base = lora.split(params)[0]
     if config.init_from.run and model.lora:
         frozen_base.copy(config.init_from.run, workdir, model, base)
@@ -103,7 +113,9 @@ def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, publi
 
 
 def expert_demonstrations(config, tasks: list[Task]) -> list[Demonstration]:
-    """Expert episodes of tasks that are drawn by the seed, each followed by its renamed copies (`warm_start.copies`).
+    """The expert episodes that the warm start clones.
+
+    Their tasks are drawn by the seed; each episode is followed by its renamed copies (`warm_start.copies`).
 
     Lost episodes are among them only with `warm_start.lost`.
 

@@ -1,4 +1,6 @@
-"""The training loop, for one run or for the members of a sweep that share a program. A run is a sweep of one.
+"""The training loop, for one run or the members of a sweep.
+
+The members share a program; a run is a sweep of one.
 
 `train` is the whole of it: each RL step samples episodes, packs them, takes one train step, writes what came of it, and now and
 then evaluates and saves. Everything that a function needs is in `Run`, which never changes, in `States` on the devices, and in
@@ -40,7 +42,10 @@ from epo_jax.training.tasks import step_episodes
 
 
 class Files(NamedTuple):
-    """What a member writes; on several hosts the first one alone has a writer and a log."""
+    """What a member writes.
+
+    On several hosts, the first one alone has a writer and a log.
+    """
 
     folder: Path
     manager: ocp.CheckpointManager
@@ -50,7 +55,7 @@ class Files(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The members of one program, and all that the loop needs to train them.
+    """The members of one program, and what the loop needs.
 
     Attributes:
         members, files, tokenizers: one for each member. The members' configs differ in coefficients and seeds alone.
@@ -117,7 +122,7 @@ class Played(NamedTuple):
 
 
 def train(run: Run, states: States, host: Host) -> None:
-    """Trains the members from RL step `host.first_step` to the end, or until every member has stopped.
+    """Trains the members to the end, or until every member has stopped.
 
     Raises:
         Stopped: the process was asked to stop; all members are saved.
@@ -149,7 +154,9 @@ def train(run: Run, states: States, host: Host) -> None:
 
 
 def begin(run: Run, states: States, host: Host) -> None:
-    """The evaluation and the checkpoint that are due before `train`: those of step 0, or what a stopped process left out.
+    """The evaluation and the checkpoint that are due before `train`.
+
+    They are those of step 0, or what a process left out when it was stopped.
 
     Raises:
         Stopped: as `train`.
@@ -173,7 +180,7 @@ def begin(run: Run, states: States, host: Host) -> None:
 
 
 def sample(run: Run, states: States, living: list[int], step: int) -> tuple[list[Played | None], RolloutStats]:
-    """Plays the episodes of RL step `step`: what each living member played, and how long all of them took.
+    """Plays the episodes of RL step `step` for each living member.
 
     With dynamic sampling (DAPO), a member plays up to `rollout.resample` more rounds while groups of its episodes are uniform:
     have one return.
@@ -200,7 +207,10 @@ def sample(run: Run, states: States, living: list[int], step: int) -> tuple[list
 def play(
     run: Run, states: States, episodes: list[list[Episode]], purpose: str, sampling: SamplingConfig
 ) -> tuple[list[list[Trajectory]], RolloutStats]:
-    """Plays each member's episodes with its policy; `purpose` names the stream of random numbers."""
+    """Plays each member's episodes with its policy.
+
+    `purpose` names the stream of random numbers.
+    """
     players = [
         Player(mine, tokenizer, keys.key(member.config.seed, purpose))
         for mine, tokenizer, member in zip(episodes, run.tokenizers, run.members, strict=True)
@@ -226,7 +236,7 @@ def record(
     stats: RolloutStats,
     seconds: dict[str, float],
 ) -> None:
-    """Writes RL step `step`: each member's row of metrics.jsonl, episodes to read, the console line.
+    """Writes what RL step `step` resulted in, and prints its line.
 
     Args:
         learned: metrics of each member's train step.
@@ -254,7 +264,7 @@ def record(
 
 
 def continuing(run: Run, host: Host, step: int, learned: list[dict[str, float]]) -> bool:
-    """Counts RL steps without a finite gradient; whether a member is left that goes on.
+    """Counts RL steps without a finite gradient; whether any member continues.
 
     Raises:
         UserError: a single run had `train.max_skipped` of them in a row. A member of a sweep stops.
@@ -277,7 +287,7 @@ def continuing(run: Run, host: Host, step: int, learned: list[dict[str, float]])
 
 
 def evaluate(run: Run, states: States, host: Host, step: int, splits: list[str]) -> list[float]:
-    """Plays every episode of each split after `step` RL steps; each member's success on the last one."""
+    """Evaluates every living member; its success on the last split."""
     settings, seeds, success = run.config.eval, [member.config.seed for member in run.members], not_evaluated(run)
     sampling = SamplingConfig(settings.temperature, settings.top_k, settings.top_p)
     # Before the first step, members of one seed are one policy.
@@ -316,7 +326,7 @@ def raise_best(host: Host, success: list[float]) -> bool:
 
 
 def save(run: Run, states: States, host: Host, success: list[float]) -> None:
-    """Starts writing a checkpoint of every living member; `success` is that of its policy."""
+    """Starts writing a checkpoint of every living member, ranked by `success`."""
     wait_for_saves(run)  # so that no member is ever more than one checkpoint behind another
     for i in host.living:
         progress = host.progress[i]._replace(wall_seconds=host.wall_seconds(i))
@@ -330,12 +340,15 @@ def wait_for_saves(run: Run) -> None:
 
 
 def asked_to_stop(run: Run, done: int) -> bool:
-    """Whether a process was asked to stop, or its machine is about to be taken away; the same in every process."""
+    """Whether all processes stop now, as one was asked to.
+
+    A machine that is about to be taken away counts too.
+    """
     return run.files[0].manager.reached_preemption(done) or any(hosts.gather(run.stop.asked_here))
 
 
 def end_early(run: Run, states: States, host: Host, step: int) -> None:
-    """Saves every living member, if its checkpoint of `step` is missing, and raises Stopped."""
+    """Saves what is not saved yet after `step` RL steps; raises Stopped."""
     wait_for_saves(run)
     if any(step not in run.files[i].manager.all_steps() for i in host.living):
         save(run, states, host, not_evaluated(run))

@@ -70,7 +70,10 @@ class InTurns:
     def update(
         self, states: States, batches: list[TokenBatch | None], hypers: Sequence[Hyper]
     ) -> tuple[States, list[dict[str, float]]]:
-        """One RL step of every member that has a batch. `states` are donated; the others' metrics are empty."""
+        """One RL step of every member that has a batch.
+
+        `states` are donated. A member without a batch has no metrics.
+        """
         own, metrics = list(states.own), [{}] * len(batches)
         for i, batch in enumerate(batches):
             if batch is not None:
@@ -81,10 +84,11 @@ class InTurns:
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-    """Computes the members of each device of `mesh`, `at_once` of them at a time, by one mapped program.
+    """Computes the members of each device of `mesh` by one mapped program.
 
     Attributes:
         mesh: has the axis "member" alone; its devices have equal shares of the members.
+        at_once: members of a device that are computed at a time.
         home: as in `InTurns`.
         train_step: `InTurns.train_step` with an axis M in front of everything but the base.
     """
@@ -110,7 +114,10 @@ class Mapped:
     def update(
         self, states: States, batches: list[TokenBatch | None], hypers: Sequence[Hyper]
     ) -> tuple[States, list[dict[str, float]]]:
-        """As `InTurns.update`. A member without a batch has one without rows, by which nothing is learned."""
+        """As `InTurns.update`.
+
+        A member without a batch gets one without rows, which changes no weight.
+        """
         some = next(batch for batch in batches if batch is not None)
         empty = jax.tree.map(np.zeros_like, some)
         batch = stack([empty if batch is None else batch for batch in batches])
@@ -143,7 +150,7 @@ def in_turns(learner: LearnerConfig, on: Mesh) -> InTurns:
 
 
 def mapped(learner: LearnerConfig, at_once: int, on: Mesh) -> Mapped:
-    """Members mapped over an axis, `at_once` together on each device of the mesh `on` (`member_mesh`)."""
+    """Members mapped over an axis on each device of a `member_mesh`."""
     step = _without_base(learner)
 
     def of_device(base: Params, *members):
@@ -164,7 +171,7 @@ def mapped(learner: LearnerConfig, at_once: int, on: Mesh) -> Mapped:
 
 
 def _without_base(learner: LearnerConfig) -> Callable:
-    """The RL step of one member, (base, state, batch, hyper) -> (state, metrics), with no base in the state."""
+    """The RL step of one member: (base, state, batch, hyper) -> (state, metrics)."""
     step = step_function(learner)
 
     def train_step(base: Params, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
@@ -187,7 +194,10 @@ def first_device() -> Mesh:
 
 
 def member_mesh(members: int, devices: int) -> Mesh:
-    """As many local devices as divide the number of members evenly, at most `devices` of them (0: all)."""
+    """The mesh of local devices with equal shares of the members.
+
+    It has at most `devices` of them; 0: as many as divide the number of members.
+    """
     local = jax.local_devices()
     count = max(n for n in range(1, min(devices or len(local), len(local)) + 1) if members % n == 0)
     return Mesh(np.array(local[:count]), ("member",))

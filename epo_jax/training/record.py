@@ -10,9 +10,10 @@ from epo_jax.runs.metrics import Row
 def step_row(
     config, step: int, rounds: list[list[Trajectory]], uniform: int, stats: scheduler.RolloutStats, metrics: dict[str, float]
 ) -> Row:
-    """The row of a run whose episodes in RL step `step` are `rounds`; docs/metrics.md has its fields.
+    """The row of one RL step; docs/metrics.md has its fields.
 
     Args:
+        rounds: all episodes of the step, the tasks as they come first.
         uniform: groups with one return among those that were trained on.
         stats: of the rollout, in which the members of a sweep play together.
         metrics: of the train step.

@@ -1,4 +1,4 @@
-"""How a run continues: its saved state or that of another run, what may change, what is still to be evaluated."""
+"""How a run continues from checkpoints, its own or another run's."""
 
 import dataclasses
 import os
@@ -23,23 +23,26 @@ from epo_jax.training.state import LearnerConfig, TrainState, abstract_state, ab
 
 
 class Restored(NamedTuple):
-    """The states of a run's members, without the frozen base of their adapters, which all of them share."""
+    """The states of a run's members; they share the base."""
 
     base: Params
     own: list[TrainState]
     progress: list[checkpoint.Progress]
 
     def forgiven(self) -> "Restored":
-        """With no RL step counted as without a finite gradient, for a run that changes what it learns with."""
+        """The same with no RL step counted as skipped.
+
+        It is for a run that changes what it learns with.
+        """
         return self._replace(progress=[progress._replace(skipped=0) for progress in self.progress])
 
 
 def restore(
     folders: list[Path], managers: list[ocp.CheckpointManager], config, learner: LearnerConfig, on: Mesh, step: int | None
 ) -> Restored:
-    """The checkpoints of RL step `step` (the newest if None) of members that share a program, on the devices of a mesh.
+    """The checkpoints of members that share a program, on a mesh.
 
-    A member that stopped earlier has none of that step; its newest stands in.
+    They are those of RL step `step`, the newest if None. Of a member that stopped before that step, the newest stands in.
 
     Raises:
         UserError: one of them, or the base of their adapters, cannot be read.
@@ -57,7 +60,10 @@ def restore(
 
 
 def refer_to_base(folders: list[Path], base: Params, kept: Path | None) -> None:
-    """Writes into run folders where the frozen base of their adapters is: in `kept`, None for the published model."""
+    """Refers run folders to the frozen base of their adapters.
+
+    It is in `kept`, or if None in the published model.
+    """
     if jax.tree.leaves(base):
         digest = frozen_base.digest(base)
         for folder in folders:
@@ -65,7 +71,10 @@ def refer_to_base(folders: list[Path], base: Params, kept: Path | None) -> None:
 
 
 def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) -> Restored:
-    """The whole state of the run that `config.init_from` names; its entropy history gets the length that this run needs."""
+    """The whole state of the run that `config.init_from` names.
+
+    Its entropy history gets the length that this run needs.
+    """
     source = config.init_from
     step = None if source.step < 0 else source.step
     with checkpoint.open_reader(checkpoint.place(source.run, read_config(source.run).checkpoint.folder)) as reader:
@@ -78,7 +87,10 @@ def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) 
 
 
 def refuse_changes_of_state(config, changes: Changes, model: DecoderConfig) -> None:
-    """Raises UserError for a change by which the train state would have other arrays than the run's checkpoints."""
+    """Raises UserError for a change of the train state's arrays.
+
+    The state would not fit the checkpoints of the run.
+    """
 
     def arrays(config) -> list:
         state = abstract_state(learner_config(config, model, objective_and_hyper(config)[0]))
@@ -96,7 +108,10 @@ def refuse_changes_of_state(config, changes: Changes, model: DecoderConfig) -> N
 
 
 def splits_to_evaluate(config, workdir: Path, step: int) -> list[str]:
-    """The splits whose evaluation after RL step `step` is due and missing, as the run was stopped in it."""
+    """The splits whose evaluation after `step` RL steps is missing.
+
+    The run was stopped in that evaluation.
+    """
     if step != config.train.steps and (not config.eval.every or step % config.eval.every):
         return []
     evaluated = {row["split"] for row in read_rows(workdir / "eval.jsonl") if row["step"] == step}

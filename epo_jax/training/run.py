@@ -1,4 +1,7 @@
-"""A single run, from its config to its results. On several hosts each of them runs it (epo_jax/parallel/hosts.py)."""
+"""A single run, from its config to its results.
+
+On several hosts each of them runs it (epo_jax/parallel/hosts.py).
+"""
 
 import contextlib
 import time
@@ -31,7 +34,7 @@ from epo_jax.training.state import LearnerConfig, init_state_on, state_shardings
 
 
 def train(command: Command, stop: StopRequest) -> None:
-    """Trains the run of a command line to its end, from its newest checkpoint if there is one.
+    """Trains a run to its end, from its newest checkpoint if any.
 
     Raises:
         UserError: bad input, before anything is written; or training diverged.
@@ -117,7 +120,9 @@ def train(command: Command, stop: StopRequest) -> None:
 
 
 def is_resumed(command: Command, checkpoints) -> bool:
-    """Whether a run continues from a checkpoint; one that was killed before its first begins again.
+    """Whether a run continues from a checkpoint.
+
+    A run that was killed before its first checkpoint begins again.
 
     Raises:
         UserError: the checkpoints of the run are gone, or those in the folder of a new run are another's.
@@ -133,7 +138,7 @@ def is_resumed(command: Command, checkpoints) -> bool:
 def begin_run(
     config, workdir: Path, policy: InitialPolicy, devices: Mesh, stop: StopRequest
 ) -> tuple[LearnerConfig, Restored]:
-    """The state of a run that begins, after its warm start; `policy` is donated."""
+    """The state of a new run after its warm start; donates `policy`."""
     tokenizer, model = policy.tokenizer, policy.model
     params = initial_policy.initial_params(config, policy, devices)
     if hosts.is_first():
@@ -163,7 +168,7 @@ def continue_run(command: Command, model: DecoderConfig, devices: Mesh, manager)
 
 
 def list_tasks(config) -> dict[str, list[Task]]:
-    """The tasks of the training split and of every evaluated one, prepared on disk."""
+    """The tasks of the training split and of every evaluated split."""
     env, options = environment(config.env.name), config.env.to_dict()
     env.prepare(options)
     return {split: env.list_tasks(split, options) for split in ("train", *config.eval.splits)}

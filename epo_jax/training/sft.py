@@ -1,8 +1,10 @@
-"""The warm start: behaviour cloning on expert episodes, so that a sparse reward has something to find.
+"""The warm start: behavior cloning on expert episodes.
 
-Expert episodes get the prompts that a rollout would show (`prompting.next_prompt`), in the same token batches; the loss is the
-cross-entropy of the expert's action tokens plus, at a smaller weight, that of the prompts, from which a model trained from
-scratch learns what the game's words mean. The expert's mistakes are context only: no term of the loss predicts them.
+Without it, RL on a sparse reward begins with no success.
+
+Expert episodes get the prompts of a rollout (`prompts.next_prompt`), in the same token batches. The loss is the cross-entropy of
+the action tokens plus, at a smaller weight, that of the prompts, from which a model trained from scratch learns the language of
+the game. Mistakes of an expert are context only: no term of the loss predicts them.
 """
 
 import functools
@@ -30,7 +32,7 @@ from epo_jax.training.step import head_statistics
 
 
 def transcript(demonstration: Demonstration, style: str, window: agent.Window | None = None) -> list[tuple[str, str]]:
-    """The (message, answer) pairs of an expert episode as an agent would see and say them, with room for every message."""
+    """The (message, answer) pairs of an expert episode, uncut."""
     first = demonstration.observations[0]
     return [
         (agent.message(first, history, observation, style, window), answer)
@@ -39,10 +41,10 @@ def transcript(demonstration: Demonstration, style: str, window: agent.Window | 
 
 
 def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config: RolloutConfig) -> Trajectory:
-    """An expert episode as a trajectory whose policy tokens are the expert's answers; those of mistaken turns are not valid.
+    """An expert episode as a trajectory; its answers are policy tokens.
 
-    Its prompts are those that a rollout with `config` would show to a policy that gives these answers. Turns that a rollout's
-    limits would cut off are in it all the same.
+    Turns with a mistake are not valid. The prompts are those of a rollout with `config` whose policy gives these answers; turns
+    beyond the limits of a rollout are kept.
     """
     trajectory = Trajectory(task=demonstration.task, won=demonstration.won)
     first = demonstration.observations[0]
@@ -60,8 +62,10 @@ def to_trajectory(demonstration: Demonstration, tokenizer: ChatTokenizer, config
 def _turns(
     demonstration: Demonstration, style: str, opened: str = ""
 ) -> Iterator[tuple[list[tuple[str, str]], Observation, str]]:
-    """(history, what is seen, the answer after what its prompt `opened`) of every turn. A history holds actions as they are
-    read out of answers."""
+    """(history, observation, answer after the text that its prompt `opened`) of every turn.
+
+    A history has actions as they are parsed from answers.
+    """
     history = []
     for observation, action in zip(demonstration.observations, demonstration.actions, strict=False):
         answer = agent.expert_answer(action, style, opened)
@@ -74,7 +78,7 @@ def cloning_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(loss, mean cross-entropy of the action tokens), nats, over rows without the leading mini-batch axis.
 
-    Answers that are not valid, an expert's mistakes, are neither actions nor prompts: they weigh nothing.
+    Answers that are not valid (mistakes of an expert) are neither actions nor prompts: their weight is 0.
     """
     module = bind(model, params)
     hidden = module(batch.tokens, batch.positions, batch.segment_ids)
@@ -98,8 +102,10 @@ def cloning_loss(
 def make_cloning_step(
     model: DecoderConfig, optim: OptimConfig, prompt_weight: float, on: jax.sharding.Mesh | None = None
 ) -> Callable:
-    """(params, opt_state, rows) -> (params, opt_state, action cross-entropy in nats), jitted, the first two donated, over the
-    devices of a mesh."""
+    """The jitted cloning update, over the devices of a mesh.
+
+    (params, opt_state, rows) -> (params, opt_state, cross-entropy of the action tokens in nats); the first two are donated.
+    """
     optimizer, axes = make_optimizer(optim), param_axes(model)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -115,7 +121,10 @@ def make_cloning_step(
 
 
 class Cloning(NamedTuple):
-    """A warm start after `updates` updates; `cross_entropy` of the action tokens of the last one, nats."""
+    """A warm start after `updates` updates.
+
+    `cross_entropy` is that of the action tokens in the last update, nats.
+    """
 
     params: Params
     opt_state: optax.OptState
@@ -134,13 +143,13 @@ def warm_start(
     seed: int,
     begun: Cloning | None = None,
 ) -> Iterator[Cloning]:
-    """Clones the experts for `optim.updates` steps, each on `rows_per_step` packed rows; yields the state after each.
+    """Clones the experts; yields the state after each of `optim.updates` updates.
 
-    A mesh changes nothing: it gets empty rows too, which weigh nothing, up to a multiple of its `row_shards`. The yielded
-    arrays are donated to the next step: keep only the last.
+    An update is on `rows_per_step` packed rows. On a mesh, empty rows fill the batch to a multiple of `row_shards`; their weight
+    is 0, so that the result is the same. The yielded arrays are donated to the next update: keep only the last.
 
     Args:
-        begun: the state that an earlier process came to, from which this one goes on as that one would have.
+        begun: the state that an earlier process saved, from which this one continues exactly.
     """
     shape = BatchShape(
         row_tokens,

@@ -1,4 +1,6 @@
-"""A sweep, from its config to its results: its programs one after the other, the members of each together.
+"""A sweep, from its config to its results.
+
+Programs run one after the other, the members of each together.
 
 A member is a run whose folder is WORKDIR/members/NAME; `epo_jax.main` could resume it. What members share is done once: worker
 processes, expert episodes and the warm start of a seed, the evaluation before the first step, compilation.
@@ -53,7 +55,10 @@ class Beginner(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What all programs of a sweep share; `beginner` makes that of a seed, once."""
+    """What all programs of a sweep share.
+
+    `beginner` makes the policy that a seed begins with, once.
+    """
 
     command: Command
     ledger: Ledger
@@ -134,10 +139,10 @@ def check_resumed(command: Command, groups: list[list[Member]], ledger: Ledger) 
 
 
 def alike(members: list[Member], key: Callable[[Member], Any]) -> list[list[Member]]:
-    """The members of one objective by the model that they train, of which `key` is a function.
+    """The members of one objective, grouped by the model that they train.
 
-    Tokenizers that were made for each seed may define different numbers of ids, and a program has the ids that it must not
-    sample as constants.
+    `key` is a function of that model. Tokenizers that were made for each seed may define different numbers of ids, and a program
+    has the ids that it must not sample as constants.
     """
     found: dict[Any, list[Member]] = {}
     for member in members:
@@ -146,7 +151,7 @@ def alike(members: list[Member], key: Callable[[Member], Any]) -> list[list[Memb
 
 
 def train_program(sweep: Sweep, members: list[Member]) -> None:
-    """Trains the members of one program to their end, from their last common checkpoint if they have one."""
+    """Trains the members of one program from their last common checkpoint."""
     began = time.perf_counter()
     ledger, config = sweep.ledger, members[0].config
     folders = [ledger.folder(member) for member in members]
@@ -200,7 +205,7 @@ def train_program(sweep: Sweep, members: list[Member]) -> None:
 
 
 def begin_members(folders: list[Path], beginners: list[Beginner], learner: LearnerConfig) -> Restored:
-    """The states of members that begin, and what their run folders keep of the policies that they begin with."""
+    """The states of members that begin; writes tokenizers and base."""
     for folder, beginner in zip(folders, beginners, strict=True):
         beginner.tokenizer.save(folder / "tokenizer")
     states = [init_state(learner, beginner.params) for beginner in beginners]

@@ -1,4 +1,7 @@
-"""The episodes of an RL step, a pure function of the seed and the number of RL steps done."""
+"""The episodes of an RL step.
+
+They are a pure function of the seed and the number of RL steps done.
+"""
 
 
 from epo_jax.common import keys
@@ -21,7 +24,7 @@ def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[sc
 
 
 def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Task]:
-    """The tasks of RL step `step`: the training split, shuffled again for each pass over it."""
+    """The tasks of RL step `step`: the split, shuffled for each pass."""
     chosen = []
     for position in range(step * groups, (step + 1) * groups):
         epoch, place = divmod(position, len(tasks))
@@ -30,6 +33,9 @@ def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Tas
 
 
 def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[scheduler.Episode]:
-    """`size` episodes of each task, one group a task. If each round of a run has another `number`, all ids differ."""
+    """`size` episodes of each task, one group a task.
+
+    If each round of a run has another `number`, all ids differ.
+    """
     first = number * len(tasks) * size
     return [scheduler.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]

@@ -1,4 +1,7 @@
-"""The state of a warm start that was stopped, kept in a folder until the run has its first checkpoint."""
+"""The state of a warm start that was stopped.
+
+It is kept in a folder until the run has its first checkpoint.
+"""
 
 import shutil
 from pathlib import Path
