@@ -87,10 +87,11 @@ def smoothing_terms(
     center, known = entropy.center(history, objective.history, hyper.window, hyper.ema_decay)
     total = jnp.maximum(rows.weights.entropy.sum(), 1e-30)
     batch_entropy = jax.lax.stop_gradient((rows.old.entropy * rows.weights.entropy).sum() / total)
+    beta = entropy.phase_weight(objective.phase, step, objective.phase_steps or total_steps, hyper.gamma)
     return Smoothing(
         center=center,
         known=known,
-        beta=entropy.phase_weight(objective.phase, step, objective.phase_steps or total_steps, hyper.gamma),
+        beta=jnp.where(step >= hyper.start_step, beta, 0.0),
         lam=registry.COEFFICIENTS[objective.coefficient](history, batch_entropy, hyper),
         batch_entropy=batch_entropy,
     )

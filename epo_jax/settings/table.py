@@ -245,6 +245,8 @@ SECTIONS = (
                 paper="2.0 (table, Eq. 3); 1.5 in the appendix", traced="kappa_r", resume="recorded"),
         Setting("epo.gamma", 3.0, "Decay rate of the phase weight beta_k = 1 + exp(-gamma k / k_mid).", NOT_NEGATIVE,
                 paper="3.0 (table, Eq. 5)", traced="gamma", resume="recorded"),
+        Setting("epo.start_step", 0, "First RL step in which the corridor penalty counts; before it, beta_k is 0.", NOT_NEGATIVE,
+                unit="RL steps", traced="start_step", resume="recorded", added=(2, 0)),
         Setting("epo.window", 10, 'Steps that history "sliding" averages.', COUNT, unit="RL steps", traced="window",
                 resume="recorded"),
         Setting("epo.ema_decay", 0.9, 'Decay of history "ema".', SHARE_BELOW_1, unit="per RL step", traced="ema_decay",

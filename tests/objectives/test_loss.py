@@ -259,6 +259,14 @@ def test_the_first_step_has_no_corridor():
     assert (corridor == 0).all() and (bonus[rows["mask"] > 0] < 0).all()
 
 
+def test_the_corridor_penalty_counts_from_its_first_step_on():
+    rows, advantage = pack(trajectories(0), PACKED, 60), jnp.asarray(advantages(0), jnp.float32)
+    usual, without = (total(rows, advantage, HYPER._replace(alpha=alpha), BASE)[0] for alpha in (HYPER.alpha, 0.0))
+    assert usual != without
+    for start_step, expected in ((0, usual), (2, usual), (3, without)):  # `total` is RL step 2
+        assert total(rows, advantage, HYPER._replace(start_step=start_step), BASE)[0] == expected, start_step
+
+
 def test_hinge_pushes_back_and_indicator_does_not():
     rows = pack(trajectories(0), PACKED, 60)
     hinge, _ = entropy_gradient(rows, BASE)
