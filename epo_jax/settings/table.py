@@ -370,3 +370,5 @@ SWEEP = Section("sweep", "Members of a sweep (python -m epo_jax.sweep)", (
 
 # All of them; env.data_dir and env.hints occur once for each environment.
 SETTINGS = tuple(setting for section in (*SECTIONS, SWEEP) for setting in section.settings)
+
+DEFAULTS = {setting.key: setting.default for setting in SETTINGS}

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from epo_jax.models.decoder import Params
+from epo_jax.settings.table import DEFAULTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,12 @@ class OptimConfig:
 
     lr: float
     updates: int
-    warmup_ratio: float = 0.1
-    floor_ratio: float = 0.2
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
+    warmup_ratio: float = DEFAULTS["optim.warmup_ratio"]
+    floor_ratio: float = DEFAULTS["optim.floor_ratio"]
+    weight_decay: float = DEFAULTS["optim.weight_decay"]
+    clip_norm: float = DEFAULTS["optim.clip_norm"]
+    b1: float = DEFAULTS["optim.b1"]
+    b2: float = DEFAULTS["optim.b2"]
     muon: bool = False
     scheduled: bool = True
 
