@@ -31,7 +31,7 @@ from epo_jax.common.errors import UserError
 from epo_jax.envs.base import SPLITS, environment
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.parallel import hosts, mesh
-from epo_jax.rollout.prompts import rollout_config
+from epo_jax.rollout.prompts import SamplingConfig, rollout_config
 from epo_jax.rollout.scheduler import check_devices
 from epo_jax.runs.folder import read_config
 from epo_jax.runs.metrics import evaluation_table, plain
@@ -82,9 +82,8 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
     with EnvPool(config.env.name, env_options, config.env.workers) as pool:
         for split in tasks:
             row, _ = evaluate(
-                split, tasks[split], policy.step, pool, policy.tokenizer, policy.model, policy.params,
-                settings, seed=seed, samples=options.samples, **sampling,
-            )  # fmt: skip
+                split, tasks[split], policy, pool, settings, SamplingConfig(**sampling), seed, options.samples
+            )
             rows.append(row)
             print(evaluation_table(row), flush=True)
     if options.out is not None and hosts.is_first():

@@ -15,11 +15,11 @@ from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.parallel import mesh
-from epo_jax.rollout.prompts import RolloutConfig, rollout_config
+from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig, rollout_config
 from epo_jax.runs import checkpoint
 from epo_jax.runs.folder import read_config, write_config
 from epo_jax.runs.metrics import wilson
-from epo_jax.runs.policies import load
+from epo_jax.runs.policies import Policy, load
 from epo_jax.training.evaluation import evaluate
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.state import init_state
@@ -38,7 +38,8 @@ def params():
 
 def run(params, tasks, seed=0, samples=1):
     with EnvPool("toy", {}, 1) as pool:
-        return evaluate("valid_seen", tasks, 5, pool, TOKENIZER, MODEL, params, SETTINGS, 0.4, seed, samples=samples)
+        policy = Policy(TOKENIZER, MODEL, params, None, 5)
+        return evaluate("valid_seen", tasks, policy, pool, SETTINGS, SamplingConfig(0.4), seed, samples)
 
 
 def test_fault_11_every_episode_of_the_split_is_played_once(params):
@@ -107,7 +108,8 @@ def test_a_run_folder_is_played_as_the_run_itself_would(folders, tmp_path, capsy
     assert (found["step"], found["temperature"], found["samples"]) == (3, config.eval.temperature, 1)
     with EnvPool("toy", {}, 1) as pool:
         tasks = toy.list_tasks("valid_seen", {})
-        want, _ = evaluate("valid_seen", tasks, 3, pool, TOKENIZER, model, last, rollout_config(config), 0.4, 0)
+        policy = Policy(TOKENIZER, model, last, None, 3)
+        want, _ = evaluate("valid_seen", tasks, policy, pool, rollout_config(config), SamplingConfig(0.4), 0)
     assert [without_seconds(row) for row in found["splits"]] == [json.loads(json.dumps(without_seconds(want)))]
     assert "valid_seen after 3 RL steps" in capsys.readouterr().out
     older = load(str(runs), 0, config, mesh.make_mesh(1, 2, 1))

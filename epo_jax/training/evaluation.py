@@ -1,31 +1,23 @@
 """Evaluation: every episode of a split, once or, for pass@k, several times."""
 
-
-
 from epo_jax.common import keys
 from epo_jax.envs.base import Task
 from epo_jax.envs.workers.pool import EnvPool
-from epo_jax.models.decoder import DecoderConfig, Params
-from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig
 from epo_jax.rollout.scheduler import Episode, Player, collect, warn_full
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.metrics import Outcome, Row, evaluation_row
+from epo_jax.runs.policies import Policy
 
 
 def evaluate(
     split: str,
     tasks: list[Task],
-    step: int | None,
+    policy: Policy,
     pool: EnvPool,
-    tokenizer: ChatTokenizer,
-    model: DecoderConfig,
-    params: Params,
     config: RolloutConfig,
-    temperature: float,
+    sampling: SamplingConfig,
     seed: int,
-    top_k: int = 0,
-    top_p: float = 1.0,
     samples: int = 1,
 ) -> tuple[Row, list[Trajectory]]:
     """Plays each task `samples` times; the row of eval.jsonl and the trajectories.
@@ -34,10 +26,10 @@ def evaluate(
     not depend on `samples`.
     """
     key = keys.key(seed, "evaluation")
-    player = Player(episodes_of(tasks, samples), tokenizer, key)
-    (trajectories,), stats = collect([player], params, pool, model, config, SamplingConfig(temperature, top_k, top_p))
+    player = Player(episodes_of(tasks, samples), policy.tokenizer, key)
+    (trajectories,), stats = collect([player], policy.params, pool, policy.model, config, sampling)
     warn_full(trajectories, config)
-    return row_of(split, step, trajectories, stats.seconds), trajectories
+    return row_of(split, policy.step, trajectories, stats.seconds), trajectories
 
 
 def episodes_of(tasks: list[Task], samples: int = 1) -> list[Episode]:
