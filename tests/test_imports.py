@@ -20,11 +20,6 @@ ROOT = Path(epo_jax.__file__).parent
 COMMANDS = {*(path.stem for path in ROOT.glob("*.py")), "envs.play"} - {"__init__"}
 SHARED_BY_COMMANDS = "command"
 
-# (module, what it imports): why it still does, until it does no more.
-EXCEPTIONS = {
-    ("runs.checkpoint", "training.state"): "a checkpoint is restored into a TrainState",
-}
-
 
 def modules() -> dict[str, Path]:
     """Every module, by its name below epo_jax: {"models.decoder": path}."""
@@ -84,17 +79,13 @@ def wrong(module: str, source: str) -> list[tuple[int, str]]:
 
 
 def test_no_import_points_the_wrong_way():
-    found, used = [], set()
+    found = []
     for module, path in modules().items():
         if path.name == "__init__.py" or path.is_dir():
             continue
         for line, target in wrong(module, path.read_text()):
-            if (module, target) in EXCEPTIONS:
-                used.add((module, target))
-            else:
-                found.append(f"{path}:{line}: epo_jax.{module} may not import epo_jax.{target}")
+            found.append(f"{path}:{line}: epo_jax.{module} may not import epo_jax.{target}")
     assert not found, "\n".join(found)
-    assert used == set(EXCEPTIONS), f"exceptions that no module needs any more; remove them: {set(EXCEPTIONS) - used}"
 
 
 def test_what_is_no_command_takes_nothing_from_main_and_sweep_but_the_call():

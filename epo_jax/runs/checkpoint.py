@@ -8,7 +8,7 @@ which tasks an RL step plays, are pure functions of `config.seed` and the number
 import json
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,16 +19,17 @@ from epo_jax.common.errors import UserError, explain, keep_traceback
 from epo_jax.common.files import expand_user
 from epo_jax.models.decoder import Params
 from epo_jax.runs import versions
-from epo_jax.training.state import TrainState
 
 NOT_EVALUATED = -1.0  # below any success
 
+State = Any  # `TrainState`, of which only the fields `step` and `base` matter here
+
 
 class Progress(NamedTuple):
-    """What a run has come to, beside its `TrainState`.
+    """What the host has to remember, next to the `TrainState`.
 
     Attributes:
-        wall_seconds: that it took to come here, in all processes that had a part in it.
+        wall_seconds: cumulative wall-clock seconds, including earlier (resumed) processes.
         best: the highest success evaluated so far.
         skipped: the last RL steps in a row that had no finite gradient.
     """
@@ -131,7 +132,7 @@ BEGINNING = Progress()
 
 
 def save(
-    manager: ocp.CheckpointManager, state: TrainState, progress: Progress = BEGINNING, success: float = NOT_EVALUATED
+    manager: ocp.CheckpointManager, state: State, progress: Progress = BEGINNING, success: float = NOT_EVALUATED
 ) -> None:
     """Starts writing a checkpoint; returns once it is copied, before it is on disk (`manager.wait_until_finished`).
 
@@ -154,7 +155,7 @@ def rank(manager: ocp.CheckpointManager, step: int, progress: Progress, success:
     manager.reload()
 
 
-def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> tuple[TrainState, Progress]:
+def restore(manager: ocp.CheckpointManager, like: State, step: int | None = None) -> tuple[State, Progress]:
     """The newest checkpoint (or that of `step`).
 
     Args:
