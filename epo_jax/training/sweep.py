@@ -40,8 +40,8 @@ from epo_jax.training.run import list_tasks, open_files, written
 from epo_jax.training.state import LearnerConfig, init_state
 
 
-class Beginner(NamedTuple):
-    """The policy that the members of a seed begin with.
+class SeedPolicy(NamedTuple):
+    """The initial policy of the members of a seed.
 
     Attributes:
         params: with adapters, if the config asks for them.
@@ -57,12 +57,12 @@ class Beginner(NamedTuple):
 class Sweep(NamedTuple):
     """What all programs of a sweep share.
 
-    `beginner` makes the policy that a seed begins with, once.
+    `policy_of_seed` makes the initial policy of a seed, once.
     """
 
     command: Command
     ledger: Ledger
-    beginner: Callable[[int], Beginner]
+    policy_of_seed: Callable[[int], SeedPolicy]
     tasks: dict[str, list[Task]]
     pool: EnvPool
     profile_steps: tuple[int | None, int | None]
@@ -95,7 +95,7 @@ def train(command: Command, stop: StopRequest) -> None:
     first_steps = check_resumed(command, groups, ledger) if command.resume else {member.name: 0 for member in members}
     profiling.refuse_past(profile_steps, min(first_steps.values()))
     open_workdir(command)
-    beginner = functools.cache(functools.partial(begin, config, tasks["train"], named, workdir / "warm_start", stop))
+    policy_of_seed = functools.cache(functools.partial(begin, config, tasks["train"], named, workdir / "warm_start", stop))
 
     # ---------------------------------------------------------------- one program after the other
     folders = [folder for member in members for folder in written(member.config, ledger.folder(member))]
@@ -104,12 +104,12 @@ def train(command: Command, stop: StopRequest) -> None:
         record_changes(command.changes, workdir, min(first_steps.values()))
         for member in members:
             record_changes(command.changes, ledger.folder(member), first_steps[member.name])
-        sweep = Sweep(command, ledger, beginner, tasks, pool, profile_steps, stop)
+        sweep = Sweep(command, ledger, policy_of_seed, tasks, pool, profile_steps, stop)
         for number, group in enumerate(groups, start=1):
             with stop.now():  # a request that came when the last program had done its last step
                 pass
             print(f"program {number} of {len(groups)}, {len(group)} members: " + ", ".join(m.name for m in group), flush=True)
-            for some in alike(group, lambda member: ledger.model(member) or beginner(member.config.seed).model):
+            for some in alike(group, lambda member: ledger.model(member) or policy_of_seed(member.config.seed).model):
                 if command.changes or not all(member.name in ledger.stopped for member in some):
                     train_program(sweep, some)
 
@@ -164,16 +164,16 @@ def train_program(sweep: Sweep, members: list[Member]) -> None:
 
     # ---------------------------------------------------------------- the states
     if found is None:
-        beginners = [sweep.beginner(member.config.seed) for member in members]
-        tokenizers, model = [each.tokenizer for each in beginners], beginners[0].model
+        policies = [sweep.policy_of_seed(member.config.seed) for member in members]
+        tokenizers, model = [each.tokenizer for each in policies], policies[0].model
     else:
         tokenizers = [load_tokenizer(folder / "tokenizer") for folder in folders]
         model = decoder_of_run(folders[0], config, tokenizers[0])
     learner = learner_config(config, model, members[0].objective)
     placement = place_members(learner, len(members), sweep.command.config.sweep)
     if found is None:
-        restored = begin_members(folders, beginners, learner)
-        del beginners
+        restored = begin_members(folders, policies, learner)
+        del policies
     else:
         restored = restore(folders, managers, config, learner, placement.home, found)
         restored = restored.forgiven() if sweep.command.changes else restored
@@ -204,21 +204,21 @@ def train_program(sweep: Sweep, members: list[Member]) -> None:
         loop.train(run, states, host)
 
 
-def begin_members(folders: list[Path], beginners: list[Beginner], learner: LearnerConfig) -> Restored:
+def begin_members(folders: list[Path], policies: list[SeedPolicy], learner: LearnerConfig) -> Restored:
     """The states of members that begin; writes tokenizers and base."""
-    for folder, beginner in zip(folders, beginners, strict=True):
-        beginner.tokenizer.save(folder / "tokenizer")
-    states = [init_state(learner, beginner.params) for beginner in beginners]
+    for folder, policy in zip(folders, policies, strict=True):
+        policy.tokenizer.save(folder / "tokenizer")
+    states = [init_state(learner, policy.params) for policy in policies]
     base = states[0].base
-    refer_to_base(folders, base, beginners[0].folder)
-    own = [jax.tree.map(jnp.copy, state._replace(base={})) for state in states]  # the members of a seed share a beginner
+    refer_to_base(folders, base, policies[0].folder)
+    own = [jax.tree.map(jnp.copy, state._replace(base={})) for state in states]  # the members of a seed share a policy
     return Restored(base, own, [checkpoint.Progress()] * len(own))
 
 
 def begin(
     config, tasks: list[Task], named: Callable[[], InitialPolicy | None], kept: Path, stop: StopRequest, seed: int
-) -> Beginner:
-    """The policy that the members of a seed begin with.
+) -> SeedPolicy:
+    """The initial policy of the members of a seed.
 
     Its warm start is done once and kept as a model folder in `kept`, and so is the base of adapters unless it is a published
     model.
@@ -244,7 +244,7 @@ def begin(
         weights.save_params(folder, dataclasses.replace(policy.model, lora=None), lora.split(params)[0])
         warm_start.clear(folder / "updates")
     model, params = initial_policy.add_adapters(config, policy.model, params)
-    return Beginner(policy.tokenizer, model, params, folder if (folder / "config.json").exists() else None)
+    return SeedPolicy(policy.tokenizer, model, params, folder if (folder / "config.json").exists() else None)
 
 
 def saved_policy(config, folder: Path, named: InitialPolicy | None) -> InitialPolicy:
