@@ -3,9 +3,9 @@
     python -m epo_jax.export --workdir=runs/first --to=exported
 
 Adapters are merged into the weights; with --adapters they are written alone, as a PEFT folder for the model that the run
-began with. A published model keeps its own tokenizer files, chat template and generation_config.json, to which the tokens are
-added that ended a turn in the run. (A tokenizer made from scratch is for transformers.PreTrainedTokenizerFast: AutoTokenizer
-takes every Qwen2 model's for Qwen's own.)
+began with. A published model keeps its own tokenizer files, chat template and generation_config.json, to which the tokens that
+end a turn are added. (Load a tokenizer made from scratch with transformers.PreTrainedTokenizerFast: AutoTokenizer assumes that
+every Qwen2 model has Qwen's own.)
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""What a policy says: to a prompt, in a chat, or in its game.
+"""Talks to a policy: a prompt, a chat, or an episode of its game.
 
-    python -m epo_jax.generate --checkpoint=runs/first --play                     it plays; --interactive: you may cut in
+    python -m epo_jax.generate --checkpoint=runs/first --play                     watch it play; --interactive: act in its place
     python -m epo_jax.generate --checkpoint=/models/Qwen2.5-3B-Instruct --prompt="Where would you look for an apple?"
     python -m epo_jax.generate --checkpoint=/models/Qwen2.5-3B-Instruct           a chat, one line a turn
 

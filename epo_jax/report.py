@@ -1,15 +1,15 @@
-"""Run folders as one page to share: a single HTML file that opens anywhere and asks no network for anything.
+"""Makes one page of run folders to share: a single HTML file that needs no network.
 
     python -m epo_jax.report runs/first runs/second --out report.html
     python -m epo_jax.report grpo=runs/a grpo=runs/b epo=runs/c --out report.html     arms by name
     python -m epo_jax.report runs/sweep --out report.html                             every member of a sweep
 
-Runs whose configs differ in nothing but the seed, and in what decides no result (workers, folders, how often things are
-saved), form an arm: its curves are means with the span of its runs. A run with a name before it joins the arm of that name. A
-folder with a sweep.json ({"members": [{"name": ..., "coefficients": {key: value}}, ...]}) stands for the runs in its members/.
-The page's table is printed too, in Markdown.
+Runs form an arm if their configs differ only in the seed and in settings that change no result (workers, folders, how often the
+run saves): its curves are means with the range of its runs. A run with a name before it joins the arm of that name. A folder with
+a sweep.json ({"members": [{"name": ..., "coefficients": {key: value}}, ...]}) stands for the runs in its members/. The command
+also prints the page's table in Markdown.
 
-What is computed is computed here; page/ holds the page, which draws it.
+This module computes the numbers; runs/page/ draws them.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CURVES = (
     ("outside_corridor", "Tokens outside the corridor", "share"),
     ("reward", "Return of training episodes", "mean"),
     ("kl", "KL to the reference policy", "nats per token"),
-    ("approx_kl", "KL to the behaviour policy (k1 estimate)", "nats per token"),
+    ("approx_kl", "KL to the policy before the update (k1 estimate)", "nats per token"),
     ("clip_fraction", "Clipped tokens", "share"),
 )
 _CORRIDOR = ("corridor_low", "corridor_high")
@@ -55,7 +55,7 @@ _BOOTSTRAP = 4000
 
 
 class Run(NamedTuple):
-    """A run folder as read; `config` is flat, and empty where there is none; `arm` is the arm's name if one was given."""
+    """What was read from a run folder; `config` is flat, and empty without a config.json; `arm` is the name given, if any."""
 
     name: str
     arm: str | None
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     out = options.out
     check_output(out, "report.html")
     runs = [run for text in options.runs for run in read_argument(text)]
-    summary = summarise(runs, options.title, options.megabytes)
+    summary = summarize(runs, options.title, options.megabytes)
     page = render(summary)
     write_output(out, page)
     print(table(summary))
@@ -179,7 +179,7 @@ def arm_name(group: list[Run], differing: list[str]) -> str:
 # -------------------------------------------------------------------- numbers
 
 
-def summarise(runs: Sequence[Run], title: str, megabytes: float) -> dict[str, Any]:
+def summarize(runs: Sequence[Run], title: str, megabytes: float) -> dict[str, Any]:
     """All that the page shows, in JSON's own types."""
     arms = arms_of(runs)
     results = [result(arm) for arm in arms]

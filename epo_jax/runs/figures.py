@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from epo_jax.common.errors import UserError
 from epo_jax.runs.metrics import Row, read_rows
 
-# Okabe and Ito's palette, told apart with any colour vision; each split also has a marker of its own.
+# Okabe and Ito's palette, which can be told apart with any color vision; each split also has its own marker.
 _GREY, _BLUE, _ORANGE, _GREEN = "#7f7f7f", "#0072B2", "#D55E00", "#009E73"
 _SPLITS = {"valid_unseen": (_ORANGE, "s"), "valid_seen": (_BLUE, "o"), "train": (_GREEN, "^")}
 
@@ -63,7 +63,7 @@ def _success(axes: Axes, metrics: Sequence[Row], evaluations: Sequence[Row]) -> 
     splits = list(dict.fromkeys(row["split"] for row in evaluations))
     for position, split in enumerate(splits):
         rows = sorted((row for row in evaluations if row["split"] == split), key=lambda row: row["step"])
-        colour, marker = _SPLITS.get(split, (_GREEN, "D"))
+        color, marker = _SPLITS.get(split, (_GREEN, "D"))
         # Splits are evaluated at the same steps: half a percent of the axis keeps their intervals apart.
         shift = (position - (len(splits) - 1) / 2) * 0.006 * max(row["step"] for row in evaluations)
         middle = [row["success"] for row in rows]
@@ -74,7 +74,7 @@ def _success(axes: Axes, metrics: Sequence[Row], evaluations: Sequence[Row]) -> 
                 [max(0.0, row["success"] - row["low"]) for row in rows],
                 [max(0.0, row["high"] - row["success"]) for row in rows],
             ),
-            color=colour,
+            color=color,
             marker=marker,
             markersize=5,
             linewidth=1.5,

@@ -1,6 +1,6 @@
 """The frozen base of a run with adapters: stored once or by reference, and not in each checkpoint.
 
-RUN/model/base.json says where it is and has its digest, by which another model is noticed:
+RUN/model/base.json has its place and its digest, which detects another model:
 
     {"folder": null, "digest": ...}     the model that config.model.path names, as it was published
     {"folder": PATH, "digest": ...}     a model folder, relative to RUN/model: "." where the run stored it there itself

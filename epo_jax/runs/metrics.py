@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, eval.jsonl, TensorBoard events, and the lines a person follows.
+"""The records of a run: metrics.jsonl, eval.jsonl, TensorBoard events, and the lines of the console.
 
 One row of metrics.jsonl per RL step, one row of eval.jsonl per evaluated split. Fields that the console and the figures
 read (a row may hold more):
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 class MetricWriter:
     """Writes the rows of the run in `workdir`, from RL step `step` on.
 
-    Rows of a killed run that lie beyond the checkpoint it resumes from will be written again: metrics of `step` and later,
+    Rows of a killed run past the checkpoint that it resumes from will be written again: metrics of `step` and later,
     evaluations after `step`. So each step has one row however often the run was killed. The old ones move to
     metrics.superseded.jsonl and eval.superseded.jsonl.
 
@@ -140,10 +140,10 @@ def wilson(won: float, episodes: float, z: float = 1.959964) -> tuple[float, flo
         return 0.0, 1.0
     rate = won / episodes
     scale = 1 + z * z / episodes
-    centre = (rate + z * z / (2 * episodes)) / scale
+    center = (rate + z * z / (2 * episodes)) / scale
     half = z / scale * math.sqrt(rate * (1 - rate) / episodes + z * z / (4 * episodes * episodes))
     # At no success and at full success one bound is exactly 0 or 1, which rounding would miss.
-    return (0.0 if won == 0 else centre - half), (1.0 if won == episodes else centre + half)
+    return (0.0 if won == 0 else center - half), (1.0 if won == episodes else center + half)
 
 
 def interval_of_plays(won: Sequence[int], plays: int) -> tuple[float, float]:

@@ -41,7 +41,7 @@ def load(path: str, step: int | None, config: ConfigDict, devices: Mesh | None =
 
     Args:
         step: RL steps of the run's checkpoint; the newest when None.
-        config: says how a model is read: `model.dtype`, and the longest context that it must take. A run has its own.
+        config: for a model, its `model.dtype` and the longest context that it must take; a run has its own config.
         base: the model that a run's adapters were trained on, where it is no longer at the run's config.model.path.
 
     Raises:
@@ -93,7 +93,7 @@ def load_pretrained(config, devices: Mesh | None = None) -> tuple[ChatTokenizer,
 
 
 def _check_context(config, tokenizer: ChatTokenizer, model: DecoderConfig, folder: Path) -> None:
-    """Raises UserError if the model in `folder` cannot take the contexts that the config asks for."""
+    """Raises UserError if the contexts of the config are too long for the model in `folder`."""
     prompts.refuse_rewriting(tokenizer, config, folder)
     if config.agent.max_tokens > model.max_positions:
         raise UserError(

@@ -28,7 +28,7 @@ _CHARACTER = 4
 class TrajectoryLog:
     """Writes the sample of the run in `workdir`, from RL step `step` on.
 
-    Rows that lie beyond the checkpoint a killed run resumes from are dropped, as those of `MetricWriter` are. A file that
+    Rows past the checkpoint that a killed run resumes from are dropped, as in `MetricWriter`. A file that
     outgrows its bound loses whole steps from its middle, so that what is left is spread over the run. (Of a run that was killed
     after that, other steps than of one left alone.)
 

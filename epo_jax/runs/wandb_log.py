@@ -1,4 +1,4 @@
-"""Weights & Biases beside the files of a run, where `config.metrics.wandb_project` names a project. The package is imported
+"""Weights & Biases next to the files of a run, if `config.metrics.wandb_project` names a project. The package is imported
 then and not before; it is no requirement."""
 
 import importlib
@@ -16,7 +16,7 @@ def package(project: str) -> ModuleType:
     """The module wandb. Raises UserError where it is not installed."""
     try:
         wandb = importlib.import_module("wandb")
-        wandb.init  # noqa: B018  a folder named wandb, where its runs lie, passes for a module
+        wandb.init  # noqa: B018  a folder named wandb, which holds its runs, passes for a module
     except (ImportError, AttributeError):
         raise UserError(
             f"config.metrics.wandb_project={project!r} needs the package wandb, which is not installed; pip install wandb, or "
