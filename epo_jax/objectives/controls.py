@@ -49,7 +49,7 @@ def smoothness_penalty(
 def epo_term(
     entropy: Float[Array, "B T"], rows: Rows, smoothing: Smoothing, hyper: Hyper, objective: ObjectiveConfig
 ) -> TermAndPenalty:
-    """EPO: -lam * (L_H - beta * L_smooth), L_H and L_smooth the weighted means of H and of alpha * P (eq. 2-5)."""
+    """EPO: -lam * (L_H - beta * L_smooth), L_H and L_smooth the weighted means of H and of alpha * P (eq. 2-6)."""
     penalty = smoothness_penalty(entropy, rows, smoothing, hyper, objective)
     inner = entropy - smoothing.beta * hyper.alpha * penalty
     return -smoothing.lam * (rows.weights.entropy * inner).sum(), penalty

@@ -1,4 +1,4 @@
-"""Entropy smoothing: the history of past entropies, the corridor around its mean, the phase weight (EPO v2, eq. 3-6).
+"""Entropy smoothing: the history of past entropies, the corridor around its mean, the phase weight (EPO v2, eq. 3-5).
 
 All entropies are in nats, of the distribution that was sampled from (after the temperature). The history is a pytree
 that travels inside the train state; nothing here looks at the current step's entropy, so the corridor is always built
@@ -97,7 +97,7 @@ def corridor_penalty(
     kappa_r: Scalar,
     kind: Penalty = "hinge",
 ) -> Float[Array, "*shape"]:
-    """Distance of an entropy from [kappa_l * center, kappa_r * center] (eq. 4), without the factor alpha.
+    """Distance of an entropy from [kappa_l * center, kappa_r * center] (eq. 3), without the factor alpha.
 
     `hinge`: the distance in nats, slope -1 below, 0 inside, +1 above. `indicator`: 1 outside and 0 inside (v1 and the
     reference implementation), a constant of the parameters, so its gradient is exactly zero.
@@ -111,7 +111,7 @@ def corridor_penalty(
 def phase_weight(kind: Phase, step: Step | Scalar, total: int, gamma: Scalar = _DEFAULTS.gamma) -> Float[Array, ""]:
     """beta_k, the weight of the smoothing term at RL step k of `total`.
 
-    `exponential` (eq. 6): 1 + exp(-gamma k / floor(total/2)), from 2 towards 1. `constant`: 1 (the paper's W/O DW).
+    `exponential` (eq. 5): 1 + exp(-gamma k / floor(total/2)), from 2 towards 1. `constant`: 1 (the paper's W/O DW).
     `two_stage`: the reference implementation's curve, falling from 1 to 0.83 by half-time and then from 0.8 to 0.04.
     """
     k, half = jnp.asarray(step, jnp.float32), total // 2

@@ -56,8 +56,6 @@ def _check_model(config: ConfigDict) -> None:
         raise UserError("config.algo.critic='lora' needs the policy's frozen base: set config.model.lora_rank, or choose 'own'.")
     if warm_start.episodes and not warm_start.steps:
         raise UserError("config.warm_start.steps must be positive if config.warm_start.episodes is.")
-    if warm_start.copies and config.env.name != "alfworld":
-        raise UserError(f"config.warm_start.copies={warm_start.copies} must be 0: only ALFWorld's experts are renamed.")
     if config.rollout.devices > 1 and any(size > 1 for size in config.mesh.values()):
         raise UserError(
             f"config.rollout.devices={config.rollout.devices} must be 1 with a mesh of several devices (config.mesh), which "
