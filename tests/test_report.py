@@ -3,7 +3,6 @@
 import json
 import struct
 import sys
-import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -268,11 +267,6 @@ def test_a_place_that_cannot_be_written_is_refused(runs, tmp_path, out, culprit)
 def test_the_command_line_is_refused_in_one_sentence():
     with pytest.raises(UserError, match="--out"):
         report.main(["report", "runs/first"])
-
-
-def test_the_page_is_part_of_the_package():
-    settings = tomllib.loads((Path(report.__file__).parents[1] / "pyproject.toml").read_text())
-    assert settings["tool"]["setuptools"]["package-data"] == {"epo_jax.runs": ["page/*"]} and report.PAGE.name == "page"
 
 
 # -------------------------------------------------------------------- in a browser

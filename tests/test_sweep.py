@@ -323,7 +323,7 @@ def test_adapters_share_a_base(tmp_path, monkeypatch):
         (["--config.sweep.over.epo.lamda=(0.1,)"], "epo.lamda is not a coefficient"),
         (["--config.sweep.over.algo.kl_coef=(0.0, 0.1)"], "sweep.over.algo.kl_coef: 0.1 makes another program than 0.0"),
         (["--config.sweep.over.epo.lam=(0.1, -0.1)"], "config.epo.lam=-0.1 must be zero or positive"),
-        (["--config.sweep.arms=('grpo+epoch',)"], "'epoch' in arm"),
+        (["--config.sweep.arms=('grpo+epoch',)"], "'epoch' in 'grpo\\+epoch' is no variant"),
         (["--config.sweep.kind=list", "--config.sweep.over.epo.lam=(0.1, 0.2)", "--config.sweep.over.epo.alpha=(1.0,)"],
          "as many values of each key, not 1 of epo.alpha, 2 of epo.lam"),
         (["--config.sweep.kind=random", "--config.sweep.over.epo.lam=(0.1,)"], "takes .lowest, highest."),
