@@ -80,9 +80,7 @@ def ours(args, tokenizer, tasks):
     player = scheduler.Player(episodes, Unstopped(tokenizer.backend, tokenizer.frame, tokenizer.roles), jax.random.key(1))
     for name in ("compiling", "ours"):
         with EnvPool("alfworld_random", OPTIONS, 2) as pool:
-            (trajectories,), stats = scheduler.collect(
-                [player], params, pool, args.model, config, prompts.SamplingConfig(1.0)
-            )
+            (trajectories,), stats = scheduler.collect([player], params, pool, args.model, config, prompts.SamplingConfig(1.0))
         report(name, stats.seconds, trajectories, {
             "prefill": stats.prefill_seconds, "decode": stats.decode_seconds, "waiting for environments": stats.env_wait_seconds,
         }, f"{stats.prompt_tokens} tokens read; prefill and decode are summed over lanes that overlap")  # fmt: skip

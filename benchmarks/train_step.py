@@ -118,9 +118,7 @@ def ours(options, naive: bool):
     params = load_params(options.folder, config)
     tokens, index, labels, advantage = (jnp.asarray(x) for x in batch(options))
     positions = jnp.tile(jnp.arange(options.tokens)[None], (options.rows, 1))
-    rows = NO_ARRAYS._replace(
-        tokens=tokens, positions=positions, segment_ids=jnp.ones_like(tokens), index=index, label=labels
-    )
+    rows = NO_ARRAYS._replace(tokens=tokens, positions=positions, segment_ids=jnp.ones_like(tokens), index=index, label=labels)
     optimizer = make_optimizer(OptimConfig(LR, 10**6, warmup_ratio=0.0, floor_ratio=1.0, weight_decay=0.01))
 
     def loss(params, rows, advantage):
@@ -129,9 +127,7 @@ def ours(options, naive: bool):
             hidden = module(*rows[:3])
             logits = hidden @ module.output_embedding().T.astype(hidden.dtype)
             every = jnp.zeros_like(rows.tokens).at[jnp.arange(options.rows)[:, None], rows.index].set(rows.label)
-            log_prob, entropy = (
-                jnp.take_along_axis(x, rows.index, axis=1) for x in log_prob_entropy_from_logits(logits, every)
-            )
+            log_prob, entropy = (jnp.take_along_axis(x, rows.index, axis=1) for x in log_prob_entropy_from_logits(logits, every))
             return -(advantage * log_prob).mean() - 0.01 * entropy.mean()
         hidden, head = head_inputs(config, params, rows)
         log_prob, entropy = fused_log_prob_entropy(hidden, head.astype(hidden.dtype), rows.label.ravel())

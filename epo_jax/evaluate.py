@@ -81,9 +81,7 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
     rows = []
     with EnvPool(config.env.name, env_options, config.env.workers) as pool:
         for split in tasks:
-            row, _ = evaluate(
-                split, tasks[split], policy, pool, settings, SamplingConfig(**sampling), seed, options.samples
-            )
+            row, _ = evaluate(split, tasks[split], policy, pool, settings, SamplingConfig(**sampling), seed, options.samples)
             rows.append(row)
             print(evaluation_table(row), flush=True)
     if options.out is not None and hosts.is_first():

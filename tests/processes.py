@@ -30,9 +30,7 @@ class Processes:
         only: more arguments for some of them.
     """
 
-    def __init__(
-        self, count: int, folder: Path, *command: str, devices: int = 1, only: dict[int, tuple[str, ...]] | None = None
-    ):
+    def __init__(self, count: int, folder: Path, *command: str, devices: int = 1, only: dict[int, tuple[str, ...]] | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -167,7 +167,5 @@ def test_environments_run_without_jax():
     names = [each.name for each in pkgutil.walk_packages([str(ROOT / "envs")], "epo_jax.envs.")]
     assert {"epo_jax.envs.workers.worker", "epo_jax.envs.alfworld.jobs", "epo_jax.envs.play"} <= set(names)
     program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint('jax' in sys.modules)"
-    ran = subprocess.run(
-        [sys.executable, "-c", program, *names], cwd=ROOT.parent, capture_output=True, text=True, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", program, *names], cwd=ROOT.parent, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

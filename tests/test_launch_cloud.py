@@ -121,9 +121,7 @@ def test_gke_with_gpus_says_who_is_who():
     assert last == f"--command={TRAIN} {' '.join(OPTIONS)} {told}"
 
 
-@pytest.mark.parametrize(
-    ("variables", "flag"), [({"SPOT": "1"}, "--spot"), ({"RESERVATION": "ours"}, "--reservation=ours")]
-)
+@pytest.mark.parametrize(("variables", "flag"), [({"SPOT": "1"}, "--spot"), ({"RESERVATION": "ours"}, "--reservation=ours")])
 def test_gke_capacity(variables, flag):
     assert printed("gke", "create", **variables)[0][-1] == flag
 

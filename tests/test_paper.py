@@ -31,9 +31,7 @@ def sizes(tmp_path_factory):
     config.warm_start.update(episodes=4, lost=True)
     env = environment("alfworld")
     env.prepare(config.env.to_dict())
-    tokenizer = own_tokenizer(
-        config, expert_demonstrations(config, env.list_tasks("train", config.env.to_dict()))
-    )
+    tokenizer = own_tokenizer(config, expert_demonstrations(config, env.list_tasks("train", config.env.to_dict())))
     tokenizer.save(model)
     qwen2 = DecoderConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 64)
     weights.save_params(model, qwen2, jax.jit(init_params, static_argnums=0)(qwen2, jax.random.key(0)))

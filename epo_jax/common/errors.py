@@ -57,10 +57,7 @@ def full_disk(error: BaseException) -> str | None:
         if found := re.search(r"No space left on device|[Qq]uota exceeded|File too large", str(each)):
             quoted = re.search(r'"(/[^"]+)"', str(each))  # in messages of libraries that are not written in Python
             where = getattr(each, "filename", None) or (quoted[1] if quoted else "a file")
-            return (
-                f"{where} cannot be written ({found[0]}); make room there and repeat the command, that of a run with "
-                "--resume."
-            )
+            return f"{where} cannot be written ({found[0]}); make room there and repeat the command, that of a run with --resume."
     return None
 
 

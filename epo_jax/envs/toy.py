@@ -18,9 +18,7 @@ WIN_REWARD = 10.0
 def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
     """Returns all 30 doors for `train`, and those with even and odd numbers for the two validation splits."""
     tasks = [
-        {"id": f"{colour}-{digit}", "type": colour, "colour": colour, "digit": digit}
-        for digit in DIGITS
-        for colour in COLOURS
+        {"id": f"{colour}-{digit}", "type": colour, "colour": colour, "digit": digit} for digit in DIGITS for colour in COLOURS
     ]
     if split not in base.SPLITS:
         raise ValueError(f"unknown split {split!r}")

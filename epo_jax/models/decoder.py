@@ -207,9 +207,7 @@ class Block(nnx.Module):
         """
         c = self.config
         x = mesh.constrain(rms_norm(x, self.input_norm[...], c.norm_eps), "tokens")
-        q, k, v = (
-            self.project(name, x).reshape(*rope[0].shape[:2], -1, c.head_dim) for name in ("q_proj", "k_proj", "v_proj")
-        )
+        q, k, v = (self.project(name, x).reshape(*rope[0].shape[:2], -1, c.head_dim) for name in ("q_proj", "k_proj", "v_proj"))
         if c.qk_norm:
             q, k = rms_norm(q, self.q_norm[...], c.norm_eps), rms_norm(k, self.k_norm[...], c.norm_eps)
         return rotate(q, rope), rotate(k, rope), v

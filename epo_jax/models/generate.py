@@ -105,9 +105,7 @@ def copy_slots(cache: Cache, source: Int[Array, " R"], target: Int[Array, " R"],
     The copy is in place. No slot may be both source and target. A target past the last slot is padding.
     """
     layers = tuple(kv_cache.copy(layer, source, target, columns) for layer in cache.layers)
-    lengths, hidden = (
-        x.at[target].set(x.at[source].get(mode="clip"), mode="drop") for x in (cache.lengths, cache.hidden)
-    )
+    lengths, hidden = (x.at[target].set(x.at[source].get(mode="clip"), mode="drop") for x in (cache.lengths, cache.hidden))
     return Cache(layers, lengths, hidden)
 
 
@@ -151,9 +149,7 @@ def sample(
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
     whole = greedy | ((sampling.top_k <= 0) & (sampling.top_p >= 1.0))
     # Without truncation, do not sort the vocabulary for every token.
-    scaled = jax.lax.cond(
-        jnp.all(whole), lambda x: x, lambda x: jnp.where(whole[:, None], x, _truncated(x, sampling)), scaled
-    )
+    scaled = jax.lax.cond(jnp.all(whole), lambda x: x, lambda x: jnp.where(whole[:, None], x, _truncated(x, sampling)), scaled)
     weights = jnp.exp(scaled)
     tokens, total = _drawn(jax.vmap(jax.random.uniform)(keys), weights)
     # Nor search for the likeliest token if no row is greedy.
@@ -180,9 +176,7 @@ def _truncated(scaled: Float[Array, "S V"], sampling: Sampling) -> Float[Array, 
     return jnp.where(scaled >= least, scaled, -jnp.inf)
 
 
-def _drawn(
-    uniform: Float[Array, " S"], weights: Float[Array, "S V"]
-) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+def _drawn(uniform: Float[Array, " S"], weights: Float[Array, "S V"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
     """Draws a token in proportion to its weight by inverting the cumulative sum; also returns the sum of the weights.
 
     `uniform` is one number in [0, 1) for each row: the Gumbel trick needs one for every token, which on a CPU costs as much as

@@ -182,9 +182,7 @@ def _equal(left, right) -> bool:
     return all(np.array_equal(left[i : min(i + 4096, rows)], right[i : min(i + 4096, rows)]) for i in starts)
 
 
-def save_params(
-    folder: Path, config: DecoderConfig, params: Params, more: dict | None = None, dtype: str = "float32"
-) -> None:
+def save_params(folder: Path, config: DecoderConfig, params: Params, more: dict | None = None, dtype: str = "float32") -> None:
     """Writes config.json and the weights in `dtype` for `load_params` and transformers.
 
     `params` must have no adapters (`lora.merge`); `more` are additional keys of config.json.

@@ -174,9 +174,7 @@ def gae_estimate(batch: TokenBatch, old: Old, hyper: Hyper, objective: Objective
     segment = batch.trajectory
     if objective.gae_scope == "turn":
         segment = segment * objective.max_turns + batch.turn
-    advantage, returns = gae(
-        batch.reward, old.value, old.mask, segment, hyper.discount, hyper.gae_lambda
-    )
+    advantage, returns = gae(batch.reward, old.value, old.mask, segment, hyper.discount, hyper.gae_lambda)
     return maybe_whitened(advantage, old, objective), returns
 
 

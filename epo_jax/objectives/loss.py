@@ -111,9 +111,7 @@ def epo_loss(
     )  # fmt: skip
     surrogate = policy.ppo_surrogate(log_ratio, old.advantage, hyper.clip_low, hyper.clip_high, hyper.dual_clip)
     policy_loss = (weights.surrogate * surrogate.loss + weights.divergence * policy.size(log_ratio)).sum()
-    entropy_loss, penalty = registry.ENTROPY_TERMS[objective.entropy_term](
-        current.entropy, rows, smoothing, hyper, objective
-    )
+    entropy_loss, penalty = registry.ENTROPY_TERMS[objective.entropy_term](current.entropy, rows, smoothing, hyper, objective)
     loss = policy_loss + entropy_loss
     sums = {
         "policy_loss": policy_loss,
@@ -133,9 +131,7 @@ def epo_loss(
     return loss, {"loss": loss} | sums
 
 
-def record(
-    history: EntropyHistory, batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig
-) -> EntropyHistory:
+def record(history: EntropyHistory, batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig) -> EntropyHistory:
     """The history with this RL step's mean entropy, for the steps to come; [B, T].
 
     The mean is over the policy tokens of the data as it was sampled; for SIREN it is the mean that its own term takes.

@@ -172,9 +172,7 @@ def truncated_importance(
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old_log_prob - behaviour_log_prob), cap))
 
 
-def adaptive_kl_coef(
-    coef: Scalar, measured_kl: Scalar, target: Scalar, horizon: Scalar, num_samples: Scalar
-) -> Float[Array, ""]:
+def adaptive_kl_coef(coef: Scalar, measured_kl: Scalar, target: Scalar, horizon: Scalar, num_samples: Scalar) -> Float[Array, ""]:
     """The next KL coefficient of the proportional controller of arXiv 1909.08593: moves by at most 20 % of
     `num_samples` / `horizon` towards the coefficient that would hold the divergence at `target` nats."""
     error = jnp.clip(jnp.asarray(measured_kl, jnp.float32) / target - 1.0, -0.2, 0.2)

@@ -80,9 +80,7 @@ VARIANTS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def method(
-    name: str, objective: ObjectiveConfig | None = None, hyper: Hyper | None = None
-) -> tuple[ObjectiveConfig, Hyper]:
+def method(name: str, objective: ObjectiveConfig | None = None, hyper: Hyper | None = None) -> tuple[ObjectiveConfig, Hyper]:
     """The objective and coefficients of a named method, on top of those given (the paper's by default).
 
     A base algorithm alone has no entropy term (lam = 0).
@@ -105,6 +103,4 @@ def override(objective: ObjectiveConfig, hyper: Hyper, settings: dict) -> tuple[
     """Sets fields of either by name."""
 
     choices = {k: v for k, v in settings.items() if k not in Hyper._fields}
-    return dataclasses.replace(objective, **choices), hyper._replace(
-        **{k: v for k, v in settings.items() if k in Hyper._fields}
-    )
+    return dataclasses.replace(objective, **choices), hyper._replace(**{k: v for k, v in settings.items() if k in Hyper._fields})

@@ -14,9 +14,7 @@ from epo_jax.objectives import advantages
 from epo_jax.objectives.spec import Scalar
 
 
-def masked_mean(
-    x: Float[Array, "*shape"], mask: Float[Array, "*shape"], axis: int | None = None
-) -> Float[Array, "*out"]:
+def masked_mean(x: Float[Array, "*shape"], mask: Float[Array, "*shape"], axis: int | None = None) -> Float[Array, "*out"]:
     return (x * mask).sum(axis) / (mask.sum(axis) + 1e-8)
 
 
@@ -79,9 +77,7 @@ def gae(
     rewards: Float[Array, "B T"], values: Float[Array, "B T"], mask: Float[Array, "B T"], gamma: Scalar, lam: Scalar
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """GAE inside a row, through every column whatever the mask: (whitened advantages, returns)."""
-    advantage, returns = advantages.gae(
-        rewards, values, jnp.ones_like(mask), jnp.zeros(mask.shape, jnp.int32), gamma, lam
-    )
+    advantage, returns = advantages.gae(rewards, values, jnp.ones_like(mask), jnp.zeros(mask.shape, jnp.int32), gamma, lam)
     return whiten(advantage, mask), returns
 
 

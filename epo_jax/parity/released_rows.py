@@ -59,9 +59,7 @@ def turn_rows(tokens: Int[Array, " K"], mini_turns: int, micro_turns: int, key: 
     )
 
 
-def turn_weights(
-    rows: TurnRows, tokens: Int[Array, " K"], mini_turns: int, micro_turns: int
-) -> Float[Array, "M K"]:
+def turn_weights(rows: TurnRows, tokens: Int[Array, " K"], mini_turns: int, micro_turns: int) -> Float[Array, "M K"]:
     """The weight of a token of each turn in each mini-batch: the mean over micro-batches of their token means. A mini-batch
     past the last row has weight 0."""
     num_mini, num_micro = -(-tokens.size // mini_turns), mini_turns // micro_turns
@@ -119,15 +117,11 @@ def _row_advantages(rows, by_turn, batch, old, reward, turn_mask, hyper, objecti
     group = jnp.where(live, batch.group[trajectory], objective.num_trajectories)
     match objective.estimator:
         case "gae":
-            return released.gae(
-                rewards, by_turn(old.value)[rows.key] * mask, mask, hyper.discount, hyper.gae_lambda
-            )
+            return released.gae(rewards, by_turn(old.value)[rows.key] * mask, mask, hyper.discount, hyper.gae_lambda)
         case "reinforce_pp":
             return released.reinforce_pp(rewards, mask, hyper.discount)
         case "gigpo":
-            turn_rewards = advantages.turn_sums(
-                batch.reward * old.mask, batch.trajectory, batch.turn, batch.anchor.shape
-            )
+            turn_rewards = advantages.turn_sums(batch.reward * old.mask, batch.trajectory, batch.turn, batch.anchor.shape)
             steps = advantages.step_returns(turn_rewards, hyper.discount).ravel()[rows.key]
             anchor = jnp.where(live, batch.anchor.ravel()[rows.key], rows.key.size - 1)
             advantage = released.gigpo(

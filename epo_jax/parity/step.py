@@ -32,9 +32,7 @@ def configure(config: LearnerConfig) -> LearnerConfig:
 
 
 @jax.named_scope("train_step")
-def train_step(
-    config: LearnerConfig, state: TrainState, batch: TokenBatch, hyper: Hyper
-) -> tuple[TrainState, step.Metrics]:
+def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, step.Metrics]:
     """One RL step as the released code takes it.
 
     Raises:

@@ -199,9 +199,7 @@ class Lane:
                 fresh[at] = turns[row].fresh and start == 0
         arguments = (tokens, counts, fresh, indices) if chosen else (tokens, counts, fresh)
         arguments = [x.reshape(*self._lead, *x.shape[1:]) for x in arguments]
-        self._cache = self._call(
-            self._compute.extend, self._model, self._params, self._cache, *arguments, shape=(count, width)
-        )
+        self._cache = self._call(self._compute.extend, self._model, self._params, self._cache, *arguments, shape=(count, width))
         self.prompt_tokens += int(counts.sum())
 
     def _decode(self, turns: dict[int, Turn]) -> dict[int, Answer]:

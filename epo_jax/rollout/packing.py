@@ -36,9 +36,7 @@ class BatchShape:
         return -(-contexts // (self.contexts_per_row * self.rows_multiple)) * self.rows_multiple
 
 
-def pack(
-    trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray | None = None, seed: int = 0
-) -> TokenBatch:
+def pack(trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray | None = None, seed: int = 0) -> TokenBatch:
     """Packs trajectories into rows; all contexts of a trajectory are in one mini-batch.
 
     Args:

@@ -396,9 +396,7 @@ def _sampled_from(params: Params, model: DecoderConfig, devices: int) -> Params:
     return unstack(model, params)
 
 
-def _of_all_processes(
-    played: list[list[Trajectory]], stats: RolloutStats
-) -> tuple[list[list[Trajectory]], RolloutStats]:
+def _of_all_processes(played: list[list[Trajectory]], stats: RolloutStats) -> tuple[list[list[Trajectory]], RolloutStats]:
     """What the players of all processes played, and the sum of their stats."""
     if jax.process_count() == 1:
         return played, stats

@@ -131,9 +131,7 @@ def _manager(where: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.Ch
 BEGINNING = Progress()
 
 
-def save(
-    manager: ocp.CheckpointManager, state: State, progress: Progress = BEGINNING, success: float = NOT_EVALUATED
-) -> None:
+def save(manager: ocp.CheckpointManager, state: State, progress: Progress = BEGINNING, success: float = NOT_EVALUATED) -> None:
     """Starts writing a checkpoint; returns once it is copied, before it is on disk (`manager.wait_until_finished`).
 
     Args:
@@ -199,9 +197,7 @@ def restore_fields(manager: ocp.CheckpointManager, like: dict[str, Params], step
 
 
 def _arguments(like) -> ocp.args.PyTreeRestore:
-    return ocp.args.PyTreeRestore(
-        item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
-    )
+    return ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
 
 
 def _folder(manager: ocp.CheckpointManager, step: int | None) -> epath.Path:

@@ -9,9 +9,7 @@ from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.trajectory import Trajectory
 
 
-def step_batch(
-    config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int
-) -> TokenBatch:
+def step_batch(config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int) -> TokenBatch:
     """The batch of RL step `step`, in micro-batches of `micro_rows`.
 
     It has the mini-batches of every epoch; each epoch assigns the episodes to them in another order.

@@ -59,8 +59,6 @@ def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 
         total_steps=config.train.steps,
         temperature=config.rollout.temperature,
         critic=algo.critic,
-        episode_policy_tokens=(
-            config.env.max_turns * config.agent.response_tokens if config.agent.context == "window" else None
-        ),
+        episode_policy_tokens=(config.env.max_turns * config.agent.response_tokens if config.agent.context == "window" else None),
     )
     return importlib.import_module(objective.step).configure(learner)

@@ -1,10 +1,10 @@
 """The policy that RL begins with.
 
-    named_policy     the policy that the config names: of another run, or a published model
-    plan             what the warm start needs, with every refusal before anything is written
-    initial_params   the weights, from scratch where no policy is named
-    clone_experts    the warm start
-    add_adapters     fresh adapters on top
+named_policy     the policy that the config names: of another run, or a published model
+plan             what the warm start needs, with every refusal before anything is written
+initial_params   the weights, from scratch where no policy is named
+clone_experts    the warm start
+add_adapters     fresh adapters on top
 """
 
 import time

@@ -162,9 +162,7 @@ def mapped(learner: LearnerConfig, at_once: int, on: Mesh) -> Mapped:
     @functools.partial(jax.jit, donate_argnums=1)
     def train_step(base: Params, states: TrainState, batches: TokenBatch, hypers: Hyper) -> tuple[TrainState, Metrics]:
         each = PartitionSpec("member")
-        spread = jax.shard_map(
-            of_device, mesh=on, in_specs=(PartitionSpec(), each, each, each), out_specs=each, check_vma=False
-        )
+        spread = jax.shard_map(of_device, mesh=on, in_specs=(PartitionSpec(), each, each, each), out_specs=each, check_vma=False)
         return spread(base, states, batches, hypers)
 
     return Mapped(on, first_device(), train_step, at_once)

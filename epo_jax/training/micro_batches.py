@@ -44,9 +44,7 @@ def in_rows(fn: Callable, inputs, live: Int[Array, ""], micro_rows: int):
     return jax.tree.map(lambda x: x.reshape(inputs.label.shape), out)
 
 
-def summed_gradients(
-    loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int, axes: PyTree[mesh.Axes]
-):
+def summed_gradients(loss: Callable, params: Params, rows, live: Int[Array, ""], micro_rows: int, axes: PyTree[mesh.Axes]):
     """(gradient, sums, maxima) of `loss(params, micro_batch) -> (loss, (sums, maxima))` over a mini-batch: gradients and metric
     sums are added up, of metric maxima the largest is kept (-inf where there is no row).
 

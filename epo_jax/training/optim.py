@@ -73,9 +73,7 @@ def like_parameters(
 
 def _clip(limit: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` as a product: XLA fuses it into the moments, where of a quotient it makes a second gradient."""
-    return optax.stateless(
-        lambda gradient, _: optax.tree.scale(jnp.minimum(1.0, limit / optax.tree.norm(gradient)), gradient)
-    )
+    return optax.stateless(lambda gradient, _: optax.tree.scale(jnp.minimum(1.0, limit / optax.tree.norm(gradient)), gradient))
 
 
 def _warmup(config: OptimConfig) -> int:

@@ -135,9 +135,7 @@ def is_resumed(command: Command, checkpoints) -> bool:
     return resumed
 
 
-def begin_run(
-    config, workdir: Path, policy: InitialPolicy, devices: Mesh, stop: StopRequest
-) -> tuple[LearnerConfig, Restored]:
+def begin_run(config, workdir: Path, policy: InitialPolicy, devices: Mesh, stop: StopRequest) -> tuple[LearnerConfig, Restored]:
     """The state of a new run after its warm start; donates `policy`."""
     tokenizer, model = policy.tokenizer, policy.model
     params = initial_policy.initial_params(config, policy, devices)

@@ -90,9 +90,7 @@ def init_state(config: LearnerConfig, params: Params) -> TrainState:
         critic_opt_state=make_optimizer(config.critic_optim).init(critic) if config.critic_optim else (),
         # The arithmetic would round the weights to its type anyway.
         reference=(
-            jax.tree.map(lambda x: jnp.array(x, config.model.dtype), params)
-            if config.reference and not config.model.lora
-            else {}
+            jax.tree.map(lambda x: jnp.array(x, config.model.dtype), params) if config.reference and not config.model.lora else {}
         ),
         history=entropy.init_history(config.total_steps, per_turn),
         kl_scale=jnp.ones((), jnp.float32),

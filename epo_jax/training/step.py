@@ -84,9 +84,7 @@ def batch_shardings(on: Mesh) -> TokenBatch:
 
 
 @jax.named_scope("train_step")
-def train_step(
-    config: LearnerConfig, state: TrainState, batch: TokenBatch, hyper: Hyper
-) -> tuple[TrainState, Metrics]:
+def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
     """One RL step of EPO, as in the module's pseudo-code."""
     objective = config.objective
     hyper = hyper._replace(kl_coef=hyper.kl_coef * state.kl_scale)
@@ -333,9 +331,7 @@ def current_policy(config: LearnerConfig, state: TrainState, params: Params, row
     """What the loss takes from the policy with trained weights `params` at every policy token."""
     objective, temperature = config.objective, config.temperature
     hidden, head = head_inputs(config.model, lora.join(state.base, params), rows)
-    log_prob, token_entropy = head_statistics(
-        config.model, hidden, head, rows.label, temperature, objective.entropy_top_p
-    )
+    log_prob, token_entropy = head_statistics(config.model, hidden, head, rows.label, temperature, objective.entropy_top_p)
     if objective.kl != "full":
         return Current(log_prob, token_entropy)
     reference = head_inputs(*reference_policy(config, state), rows)
@@ -350,9 +346,7 @@ def policy_statistics(
     return head_statistics(model, *head_inputs(model, params, rows), rows.label, temperature, top_p)
 
 
-def head_inputs(
-    model: DecoderConfig, params: Params, rows: TokenBatch
-) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
+def head_inputs(model: DecoderConfig, params: Params, rows: TokenBatch) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
     """The hidden states that predict the policy tokens, rows flattened (N = R * P), and the output embedding."""
     module = bind(model, params)
     hidden = module(rows.tokens, rows.positions, rows.segment_ids)

@@ -3,7 +3,6 @@
 They are a pure function of the seed and the number of RL steps done.
 """
 
-
 from epo_jax.common import keys
 from epo_jax.envs.base import Task
 from epo_jax.rollout import scheduler

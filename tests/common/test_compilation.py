@@ -32,9 +32,7 @@ def command(home: Path, **variables: str) -> tuple[int, int, str, str]:
     without = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "EPO_"))}
     environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "EPO_JAX_DATA": str(home)}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
-    ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=without | environment, capture_output=True, text=True, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], env=without | environment, capture_output=True, text=True, check=True)
     hits, misses, total = ran.stdout.split()
     return int(hits), int(misses), total, ran.stderr
 

@@ -146,9 +146,7 @@ def test_the_learner_scores_what_was_sampled():
     assert out.tokens.max() < V
     tokens = jnp.concatenate([first, out.tokens[:, :-1]], axis=1)
     place = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), tokens.shape)
-    rows = NO_ARRAYS._replace(
-        tokens=tokens, positions=place, segment_ids=jnp.ones_like(tokens), index=place, label=out.tokens
-    )
+    rows = NO_ARRAYS._replace(tokens=tokens, positions=place, segment_ids=jnp.ones_like(tokens), index=place, label=out.tokens)
     log_prob, entropy = policy_statistics(PADDED, wide_params(), rows, 1.0)
     np.testing.assert_allclose(log_prob, out.log_prob, atol=1e-5)
     np.testing.assert_allclose(entropy, out.entropy, atol=1e-5)

@@ -119,9 +119,11 @@ def test_no_text_spells_a_control_token(models, name, turns, spelled):
         assert controls(ours.following(message + text + answer, ours.stop_id)) == controls(ours.following("m", ours.stop_id))
         assert controls(ours.answer(answer + text)) == [ours.stop_id] and not controls(ours.encode(text + message))
     if case.family == "bytes" and not case.flags:
-        assert ours.backend.decode(ours.first(f"a {text} b"), skip_special_tokens=False) == (
-            f"{ours.frame.head}a {text} b{ours.frame.reply}"
-        ) or "\U0010fffd" in text
+        assert (
+            ours.backend.decode(ours.first(f"a {text} b"), skip_special_tokens=False)
+            == (f"{ours.frame.head}a {text} b{ours.frame.reply}")
+            or "\U0010fffd" in text
+        )
 
 
 @NAMES

@@ -122,8 +122,19 @@ def test_a_checkpoint_computes_what_its_tensors_say(tmp_path, stated):
     stored = tensors(stated)
     config = hf_config.read_config(write(tmp_path, stated, stored), "float32", "full")
     assert config == DecoderConfig(
-        V, D, L, H, K, d, F, rope_theta=500.0, norm_eps=1e-5, tie_embeddings=stated is QWEN, qkv_bias=stated is QWEN,
-        max_positions=640, remat="full",
+        V,
+        D,
+        L,
+        H,
+        K,
+        d,
+        F,
+        rope_theta=500.0,
+        norm_eps=1e-5,
+        tie_embeddings=stated is QWEN,
+        qkv_bias=stated is QWEN,
+        max_positions=640,
+        remat="full",
     )
     params = weights.load_params(tmp_path, config)
     np.testing.assert_array_equal(params["layers"]["up_proj"][1], stored["model.layers.1.mlp.up_proj.weight"].T)

@@ -25,9 +25,7 @@ def objective(**settings):
 def test_gae_runs_over_policy_tokens_across_turns_and_stops_at_episodes(layout):
     episodes = trajectories(0)
     rows = pack(episodes, layout, 60)
-    found, returns = jax.jit(advantages.gae)(
-        rows["reward"], rows["value"], rows["mask"], rows["trajectory"] + 1, 0.9, 0.8
-    )
+    found, returns = jax.jit(advantages.gae)(rows["reward"], rows["value"], rows["mask"], rows["trajectory"] + 1, 0.9, 0.8)
     for i, e in enumerate(episodes):
         here = (rows["trajectory"] == i) & (rows["mask"] > 0)
         value = e["value"][e["mask"] > 0]
@@ -78,9 +76,7 @@ def test_gae_within_turns_charges_each_turn_for_itself():
 @pytest.mark.parametrize("estimator", ["gae", "reinforce_pp", "reinforce_pp_baseline"])
 def test_whitening_can_be_left_out(estimator):
     batch, hyper = episodes_of(pack(trajectories(3), PACKED, 60), RETURNS, GROUP), Hyper(format_penalty=0.0)
-    plain, whitened = (
-        estimate_(*batch, hyper, objective(estimator=estimator, whiten=on)).advantage for on in (False, True)
-    )
+    plain, whitened = (estimate_(*batch, hyper, objective(estimator=estimator, whiten=on)).advantage for on in (False, True))
     np.testing.assert_allclose(advantages.whiten(plain, batch[0].policy_mask), whitened, rtol=1e-4, atol=1e-5)
     assert np.abs(plain - whitened).max() > 0.1
 

@@ -23,7 +23,15 @@ PAST = (0.7, 0.9)  # mean entropies of the steps before
 BASE = ObjectiveConfig(num_trajectories=NUM, max_turns=TURNS, max_tokens=40)
 # Strong enough that every part of the loss matters, with a corridor narrow enough to be left on both sides.
 HYPER = Hyper(
-    lam=0.5, alpha=0.8, kappa_l=0.8, kappa_r=1.2, kl_coef=0.3, window=1.0, ema_decay=0.5, cov_fraction=0.3, peak_quantile=0.6,
+    lam=0.5,
+    alpha=0.8,
+    kappa_l=0.8,
+    kappa_r=1.2,
+    kl_coef=0.3,
+    window=1.0,
+    ema_decay=0.5,
+    cov_fraction=0.3,
+    peak_quantile=0.6,
     importance_cap=2.0,
 )
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -309,9 +317,7 @@ def test_record_appends_the_sampled_entropy_of_this_step():
 def test_truncated_importance_scales_the_surrogate_alone():
     rows, advantage = pack(trajectories(0), PACKED, 60), jnp.asarray(advantages(0), jnp.float32)
     rows["ref_log_prob"] = rows["old_log_prob"] - jnp.log(1.5)  # what `total` gives as the sampler's
-    plain, scaled = (
-        total(rows, advantage, HYPER, dataclasses.replace(BASE, truncated_importance=on))[1] for on in (False, True)
-    )
+    plain, scaled = (total(rows, advantage, HYPER, dataclasses.replace(BASE, truncated_importance=on))[1] for on in (False, True))
     # Advantages have both signs, and a k3 is what is left of exp(-d) + d - 1.
     atol = 1.5 * loss_rounding(trajectories(0), advantages(0), BASE)
     np.testing.assert_allclose(scaled["policy_loss"], 1.5 * plain["policy_loss"], rtol=0, atol=atol)

@@ -26,9 +26,7 @@ TASKS = toy.list_tasks("train", OPTIONS)
 TEXTS = [f"red blue green {i} {toy.GOAL} you see a door. the number is" for i in range(10)]
 TOKENIZER = train_tokenizer([*TEXTS, wander_env.GOAL, " ".join(wander_env.WORDS)], 400)
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
-SETTINGS = prompts.RolloutConfig(
-    slots=8, max_turns=2, max_tokens=160, max_policy_tokens=64, response_tokens=5, style="bare"
-)
+SETTINGS = prompts.RolloutConfig(slots=8, max_turns=2, max_tokens=160, max_policy_tokens=64, response_tokens=5, style="bare")
 EPISODES = [scheduler.Episode(100 + i, TASKS[i // 2], i // 2) for i in range(14)]
 
 

@@ -81,9 +81,7 @@ def test_the_first_update_has_a_ratio_of_one():
         player, sampling = scheduler.Player(episodes, tokenizer, jax.random.key(1)), prompts.SamplingConfig(tiny.TEMPERATURE)
         (sampled,), _ = scheduler.collect([player], params, pool, model, SETTINGS, sampling)
     config, hyper = tiny.learner("grpo+epo", max_turns=2, turn_tokens=8)
-    config = dataclasses.replace(
-        config, model=model, optim=OptimConfig(1e-2, 8), episode_policy_tokens=16
-    )
+    config = dataclasses.replace(config, model=model, optim=OptimConfig(1e-2, 8), episode_policy_tokens=16)
     batch = pack(sampled, BatchShape(96, 16, 2, 1, 2, 2, 1))
     _, metrics = make_train_step(config)(init_state(config, params), batch, hyper)
     assert abs(metrics["approx_kl"]) < 1e-5 and metrics["clip_fraction"] == 0.0

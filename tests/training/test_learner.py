@@ -23,9 +23,7 @@ from epo_jax.training.step import make_train_step, policy_statistics
 
 OPTIONS = {"name": "toy"}
 GROUPS, SIZE = 8, 8
-SETTINGS = prompts.RolloutConfig(
-    slots=64, max_turns=2, max_tokens=96, max_policy_tokens=32, response_tokens=8, style="bare"
-)
+SETTINGS = prompts.RolloutConfig(slots=64, max_turns=2, max_tokens=96, max_policy_tokens=32, response_tokens=8, style="bare")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +49,7 @@ def sampled(world):
 
 def play(world, params, step):
     tokenizer, model, _, tasks = world
-    episodes = [
-        scheduler.Episode(step * 64 + j, tasks[j // SIZE], j // SIZE) for j in range(64)
-    ]
+    episodes = [scheduler.Episode(step * 64 + j, tasks[j // SIZE], j // SIZE) for j in range(64)]
     with EnvPool("toy", OPTIONS, 1) as pool:
         player = scheduler.Player(episodes, tokenizer, jax.random.key(1))
         return scheduler.collect([player], params, pool, model, SETTINGS, prompts.SamplingConfig(1.0))[0][0]

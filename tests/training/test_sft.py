@@ -20,9 +20,7 @@ from epo_jax.training.optim import OptimConfig
 
 DEMONSTRATIONS = toy.demonstrations(toy.list_tasks("train", {}), {})
 TOKENIZER = train_tokenizer([t for d in DEMONSTRATIONS for pair in sft.transcript(d, "bare") for t in pair], 400)
-SETTINGS = prompts.RolloutConfig(
-    slots=4, max_turns=2, max_tokens=128, max_policy_tokens=128, response_tokens=64, style="bare"
-)
+SETTINGS = prompts.RolloutConfig(slots=4, max_turns=2, max_tokens=128, max_policy_tokens=128, response_tokens=64, style="bare")
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
 
 

@@ -59,9 +59,7 @@ class _Placement(NamedTuple):
     places: dict[str, str]  # object id -> receptacle id
 
 
-def _place(
-    room: rooms.Room, task_type: str, goal: rooms.Pairing, limit: int | None, rng: random.Random
-) -> _Placement | None:
+def _place(room: rooms.Room, task_type: str, goal: rooms.Pairing, limit: int | None, rng: random.Random) -> _Placement | None:
     """Places all objects; those of the goal are never on the target.
 
     Args:
@@ -245,9 +243,7 @@ def generate(split: str, index: int, seed: int, max_receptacles: int | None) -> 
         if placement is not None:
             break
     if placement is None:
-        raise UserError(
-            f"env.max_receptacles={max_receptacles} leaves no room for a game of type {task_type}; use 5 or more."
-        )
+        raise UserError(f"env.max_receptacles={max_receptacles} leaves no room for a game of type {task_type}; use 5 or more.")
     looks = task_type == "look_at_obj_in_light"
     parent, toggle = ("", goal.target) if looks else (goal.target, "")
     slots = {"obj": goal.object, "recep": parent, "toggle": toggle, "mrecep": ""}

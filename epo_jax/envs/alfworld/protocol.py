@@ -174,9 +174,7 @@ def _real_data() -> Path | None:
     if (folder / "json_2.1.1").is_dir():
         folder = folder / "json_2.1.1"
     if not any((folder / split).is_dir() for split in SPLITS):
-        raise UserError(
-            f"ALFWORLD_DATA={name} has no json_2.1.1 folder with {', '.join(SPLITS)}; download the data or unset it."
-        )
+        raise UserError(f"ALFWORLD_DATA={name} has no json_2.1.1 folder with {', '.join(SPLITS)}; download the data or unset it.")
     return folder
 
 

@@ -131,10 +131,7 @@ def test_a_room_too_small_for_any_game_is_refused():
 
 
 def test_importing_the_package_leaves_the_environment_alone():
-    program = (
-        "import os; from epo_jax.envs.alfworld import rooms; rooms.constants(); "
-        "print(os.environ.get('ALFWORLD_DATA'))"
-    )
+    program = "import os; from epo_jax.envs.alfworld import rooms; rooms.constants(); print(os.environ.get('ALFWORLD_DATA'))"
     for value in (None, "/nowhere"):
         env = {name: v for name, v in os.environ.items() if name != "ALFWORLD_DATA"}
         env |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({} if value is None else {"ALFWORLD_DATA": value})

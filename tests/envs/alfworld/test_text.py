@@ -9,8 +9,7 @@ from epo_jax.envs.alfworld import text as evaluator
 
 TYPES = {"fork": "object", "spoon": "object", "desk": "receptacle", "bed": "receptacle"}
 ENTITIES = {
-    name: {"id": name, "name": f"{name} 1", "type": type_, "definite": "the", "indefinite": "a"}
-    for name, type_ in TYPES.items()
+    name: {"id": name, "name": f"{name} 1", "type": type_, "definite": "the", "indefinite": "a"} for name, type_ in TYPES.items()
 }
 RULES = {
     "list_empty": [[None, [["text", "nothing"]]]],
@@ -97,9 +96,7 @@ def test_expressions_are_pythons(expression, value, monkeypatch):
     assert evaluator.compile_expression.__wrapped__(expression)(scope) == value
 
 
-@pytest.mark.parametrize(
-    "expression", ["1", "o.x", "o.name.x", "print(o)", "o['name']", "o if o else o", "o -", "-o.name"]
-)
+@pytest.mark.parametrize("expression", ["1", "o.x", "o.name.x", "print(o)", "o['name']", "o if o else o", "o -", "-o.name"])
 def test_other_expressions_are_refused(expression):
     with pytest.raises(UserError, match="not allowed"):
         evaluator.compile_expression(expression)

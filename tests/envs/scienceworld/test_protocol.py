@@ -307,9 +307,7 @@ def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
     import scienceworld.scienceworld as stock_module
 
     options = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2", "-Xlog:disable", "-Xlog:all=error:stderr"]
-    launch = functools.partial(
-        stock_module.launch_gateway, java_path=jvm.java_path(), javaopts=["-Xmx256m", *options]
-    )
+    launch = functools.partial(stock_module.launch_gateway, java_path=jvm.java_path(), javaopts=["-Xmx256m", *options])
     monkeypatch.setattr(stock_module, "launch_gateway", launch)
     stock = stock_module.ScienceWorldEnv("", envStepLimit=10**9)
     try:
