@@ -58,7 +58,8 @@ def test_test_installs_then_lints_then_checks_types_then_tests(clone):
     assert launch(clone, "test", "-k", "wilson").returncode == 0
     made = calls(clone)
     assert "-r requirements.txt" in made[0] and "--editable ." in made[1]
-    assert made[2:] == ["check .", "-m mypy", f"{PYTEST} -k wilson"]
+    assert made[2:5] == ["check .", "format --check .", "-m mypy"]
+    assert made[5:] == [f"{PYTEST} -k wilson"]
 
 
 def test_numerics_runs_tests_that_are_there_with_the_instructions_of_an_old_cpu(clone):
