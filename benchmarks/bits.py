@@ -21,7 +21,7 @@ from epo_jax.rollout import prompts, scheduler
 from epo_jax.runs.policies import load
 from epo_jax.training.batch import step_batch
 from epo_jax.training.from_config import objective_and_hyper
-from epo_jax.training.step import policy_statistics
+from epo_jax.training.policy_tokens import policy_statistics
 from epo_jax.training.tasks import step_episodes
 
 CHOICES = (None, None), (None, "int8"), ("bfloat16", None), ("bfloat16", "int8")

@@ -112,7 +112,7 @@ def ours(options, naive: bool):
     from epo_jax.objectives.batch import NO_ARRAYS
     from epo_jax.objectives.head import fused_log_prob_entropy, log_prob_entropy_from_logits
     from epo_jax.training.optim import OptimConfig, make_optimizer
-    from epo_jax.training.step import head_inputs
+    from epo_jax.training.policy_tokens import head_inputs
 
     config = model(options, "none" if naive else options.remat)
     params = load_params(options.folder, config)

@@ -16,8 +16,9 @@ from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.optim import OptimConfig
+from epo_jax.training.policy_tokens import policy_statistics
 from epo_jax.training.state import LearnerConfig, init_state
-from epo_jax.training.step import make_train_step, policy_statistics
+from epo_jax.training.step import make_train_step
 
 MODEL = DecoderConfig(23, 16, 1, 2, 1, 8, 32)  # 23 words
 GROUPS, SIZE, TURNS = 3, 4, 3

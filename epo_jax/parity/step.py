@@ -45,8 +45,10 @@ def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hype
     old, gap = step.before_update(config, state, batch)
     key = jax.random.fold_in(keys.key(batch.seed, "learner"), state.step)
     with jax.named_scope("advantages"):
-        found, turn_weights = released_rows.estimate(*step.by_episode(config, batch, old), key, hyper, config.objective)
-        old = step.estimated(config, batch, old, found)
+        places = step.episode_places(config, batch)
+        laid_out = step.by_episode(config, batch, old, places)
+        found, turn_weights = released_rows.estimate(*laid_out, key, hyper, config.objective)
+        old = step.estimated(old, found, places)
     history = record(state.history, *step.flat(batch, old), config.objective.max_turns)
     schedule = warmup_cosine(config.optim, 1.0, 0.0)
     hyper_now = hyper._replace(lr=hyper.lr * schedule(state.step))
@@ -74,7 +76,8 @@ def mini_batch(
     rows = Rows(batch_rows, old, Weights(weight, weight, jnp.zeros_like(weight), weight, weight))
     rows = control(rows, hyper, config.objective, step.episode_keys(batch))
     needed = weight.any(axis=1)
-    return jax.tree.map(lambda x: x[jnp.argsort(~needed, stable=True)], rows), needed.sum()
+    order = jnp.argsort(~needed, stable=True)
+    return jax.tree.map(lambda x: x[order], rows), needed.sum()
 
 
 def record(history: EntropyHistory, batch: TokenBatch, old: Old, max_turns: int) -> EntropyHistory:

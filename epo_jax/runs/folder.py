@@ -196,8 +196,7 @@ def record_changes(changes: Changes, workdir: Path, step: int) -> None:
     config, rows = read_config(workdir), ""
     for key, (old, new) in changes.items():
         rows += json.dumps({"step": step, "key": key, "old": old, "new": new}) + "\n"
-        section, _, leaf = key.partition(".")
-        config[section][leaf] = new
+        config.update_from_flattened_dict({key: new})
         print(f"config.{key}={new!r} in place of {old!r} from RL step {step} on")
     append(workdir / "changes.jsonl", rows)
     write_config(config, workdir)

@@ -141,9 +141,7 @@ def _draws(samples: int, bounds: list[tuple[float, float]]) -> Iterator[list[flo
 
 def _member(config: ConfigDict, values: dict) -> Member:
     own = ConfigDict({key: value for key, value in config.to_dict().items() if key != "sweep"})
-    for key, value in values.items():
-        section, _, leaf = key.rpartition(".")
-        (own[section] if section else own)[leaf] = value
+    own.update_from_flattened_dict(values)
     validate(own)
     objective, hyper = objective_and_hyper(own)
     method, seed = values["algo.name"], values.get("seed", config.seed)

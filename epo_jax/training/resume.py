@@ -98,8 +98,7 @@ def refuse_changes_of_state(config, changes: Changes, model: DecoderConfig) -> N
 
     for key, (old, new) in changes.items():
         before = ConfigDict(config.to_dict())
-        section, _, leaf = key.partition(".")
-        before[section][leaf] = old
+        before.update_from_flattened_dict({key: old})
         if arrays(before) != arrays(config):
             raise UserError(
                 f"--resume: config.{key}={new!r} in place of {old!r} changes the arrays of the state that the run saved; begin a "

@@ -28,7 +28,7 @@ from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.prompts import RolloutConfig, next_prompt
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.optim import OptimConfig, like_parameters, make_optimizer
-from epo_jax.training.step import head_statistics
+from epo_jax.training.policy_tokens import head_statistics
 
 
 def transcript(demonstration: Demonstration, style: str, window: agent.Window | None = None) -> list[tuple[str, str]]:

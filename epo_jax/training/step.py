@@ -26,11 +26,10 @@ from jaxtyping import Array, Float, Int
 
 from epo_jax.common import keys
 from epo_jax.models import lora
-from epo_jax.models.decoder import DecoderConfig, Params, bind
+from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.value import values
 from epo_jax.objectives import entropy
 from epo_jax.objectives.batch import BATCH_AXES, Current, Old, Rows, TokenBatch
-from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.objectives.loss import epo_loss, estimate, record, smoothing_terms, weigh
 from epo_jax.objectives.policy import adaptive_kl_coef, kl_estimate
 from epo_jax.objectives.spec import EntropyHistory, Hyper, Smoothing
@@ -38,6 +37,7 @@ from epo_jax.objectives.value import value_loss
 from epo_jax.parallel import mesh
 from epo_jax.training.micro_batches import gradient_by_slopes, in_rows, summed_gradients
 from epo_jax.training.optim import guarded_update
+from epo_jax.training.policy_tokens import head_divergence, head_inputs, head_statistics, policy_statistics
 from epo_jax.training.state import LearnerConfig, TrainState, state_axes, state_shardings
 
 Metrics = dict[str, Float[Array, ""]]
@@ -92,13 +92,15 @@ def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hype
     first = first_epoch(config, batch)
     old, gap = before_update(config, state, first)
     with jax.named_scope("advantages"):
-        old = estimated(config, first, old, estimate(*by_episode(config, first, old), hyper, objective))
+        places = episode_places(config, first)
+        old = estimated(old, estimate(*by_episode(config, first, old, places), hyper, objective), places)
     # The corridor is built from earlier steps alone, so updates read `state.history`.
     history = record(state.history, *flat(first, old), hyper, objective)
+    drawn_from = episode_keys(batch)
 
     def update(trained, mini_batch):
         live, batch_rows, old_rows = mini_batch
-        rows = weigh(batch_rows, old_rows, hyper, objective, episode_keys(batch))
+        rows = weigh(batch_rows, old_rows, hyper, objective, drawn_from)
         smoothing = smoothing_terms(state.history, state.step, config.total_steps, rows, hyper, objective)
         now = state._replace(**trained)
         return update_once(config, now, rows, smoothing, hyper, live)
@@ -178,28 +180,34 @@ def critic_values(config: LearnerConfig, critic: Params, policy: Params, rows: T
     return values(config.critic, config.model, critic, policy, rows.tokens, rows.positions, rows.segment_ids, rows.index)
 
 
-def by_episode(config: LearnerConfig, batch: TokenBatch, old: Old) -> tuple[TokenBatch, Old]:
-    """Both with the policy tokens of an episode in one row, [B, T].
+Places = tuple[Int[Array, "M R P"], Int[Array, "M R P"]] | None
 
-    In chat context episodes already have a row each; in window context their turns are in any rows.
+
+def episode_places(config: LearnerConfig, batch: TokenBatch) -> Places:
+    """The `episode_layout` of a batch in window context, whose turns are in any rows.
+
+    None in chat context, in which every episode has a row of its own already.
     """
-    if config.episode_policy_tokens:
-        place = episode_layout(batch.policy_mask, batch.trajectory, batch.turn)
-        table = batch.returns.size, config.episode_policy_tokens
-        moved = lambda x: jnp.zeros(table, x.dtype).at[place].set(x, mode="drop")  # noqa: E731
-    else:
-        moved = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+    return episode_layout(batch.policy_mask, batch.trajectory, batch.turn) if config.episode_policy_tokens else None
+
+
+def by_episode(config: LearnerConfig, batch: TokenBatch, old: Old, places: Places) -> tuple[TokenBatch, Old]:
+    """Both with the policy tokens of an episode in one row, [B, T]."""
+    table = batch.returns.size, config.episode_policy_tokens
+
+    def moved(x: Array) -> Array:
+        return x.reshape(-1, x.shape[-1]) if places is None else jnp.zeros(table, x.dtype).at[places].set(x, mode="drop")
+
     fields = ("policy_mask", "trajectory", "turn", "reward", "valid")
     return batch._replace(**{name: moved(getattr(batch, name)) for name in fields}), jax.tree.map(moved, old)
 
 
-def estimated(config: LearnerConfig, batch: TokenBatch, old: Old, found: Old) -> Old:
+def estimated(old: Old, found: Old, places: Places) -> Old:
     """`old` with the advantages, returns and mask of `found`, which has the layout of `by_episode`."""
-    if config.episode_policy_tokens:
-        place = episode_layout(batch.policy_mask, batch.trajectory, batch.turn)
-        moved = lambda x: x.at[place].get(mode="fill", fill_value=0.0)  # noqa: E731
-    else:
-        moved = lambda x: x.reshape(batch.policy_mask.shape)  # noqa: E731
+
+    def moved(x: Array) -> Array:
+        return x.reshape(old.mask.shape) if places is None else x.at[places].get(mode="fill", fill_value=0.0)
+
     return old._replace(advantage=moved(found.advantage), returns=moved(found.returns), mask=moved(found.mask))
 
 
@@ -324,9 +332,6 @@ def critic_gradient(
     return gradient, sums
 
 
-# What the decoder gives at policy tokens
-
-
 def current_policy(config: LearnerConfig, state: TrainState, params: Params, rows: TokenBatch) -> Current:
     """What the loss takes from the policy with trained weights `params` at every policy token."""
     objective, temperature = config.objective, config.temperature
@@ -337,64 +342,6 @@ def current_policy(config: LearnerConfig, state: TrainState, params: Params, row
     reference = head_inputs(*reference_policy(config, state), rows)
     divergence = head_divergence(config.model, hidden, head, *reference, temperature)
     return Current(log_prob, token_entropy, divergence.reshape(rows.label.shape))
-
-
-def policy_statistics(
-    model: DecoderConfig, params: Params, rows: TokenBatch, temperature: float, top_p: float | None = None
-) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
-    """Log-probability of every policy token and entropy of its distribution (of its nucleus with `top_p`), nats."""
-    return head_statistics(model, *head_inputs(model, params, rows), rows.label, temperature, top_p)
-
-
-def head_inputs(model: DecoderConfig, params: Params, rows: TokenBatch) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
-    """The hidden states that predict the policy tokens, rows flattened (N = R * P), and the output embedding."""
-    module = bind(model, params)
-    hidden = module(rows.tokens, rows.positions, rows.segment_ids)
-    chosen = jnp.take_along_axis(hidden, rows.index[..., None], axis=1)
-    head = mesh.at_use(module.output_embedding(), "vocab", "embed")
-    return mesh.constrain(chosen.reshape(-1, chosen.shape[-1]), "tokens"), head
-
-
-@jax.named_scope("head")
-def head_statistics(
-    model: DecoderConfig,
-    hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
-    label: Int[Array, "R P"],
-    temperature: float,
-    top_p: float | None,
-) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
-    """`fused_log_prob_entropy` of each device's own tokens, in the type of `hidden`.
-
-    Gradients of the head are added up over devices once, not chunk by chunk, and in the head's own type: it comes in float32
-    and is rounded here, where each device is alone.
-    """
-
-    def own(hidden, head, label):
-        head = head.astype(hidden.dtype)
-        return fused_log_prob_entropy(hidden, head, label, temperature, top_p=top_p, unused=model.unused_ids)
-
-    flat = mesh.locally(own, (("tokens",), (), ("tokens",)), ("tokens",), mesh.ROWS)(hidden, head, label.ravel())
-    return tuple(x.reshape(label.shape) for x in flat)
-
-
-@jax.named_scope("full_kl")
-def head_divergence(
-    model: DecoderConfig,
-    hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
-    ref_hidden: Float[Array, "N D"],
-    ref_head: Float[Array, "V D"],
-    temperature: float,
-) -> Float[Array, " N"]:
-    """`fused_full_kl` of each device's own tokens; heads as in `head_statistics`."""
-
-    def own(hidden, head, ref_hidden, ref_head):
-        head, ref_head = head.astype(hidden.dtype), ref_head.astype(ref_hidden.dtype)
-        return fused_full_kl(hidden, head, ref_hidden, ref_head, temperature, unused=model.unused_ids)
-
-    axes = ("tokens",), (), ("tokens",), ()
-    return mesh.locally(own, axes, ("tokens",), mesh.ROWS)(hidden, head, ref_hidden, ref_head)
 
 
 # Metrics and the KL controller

@@ -23,8 +23,9 @@ from epo_jax.objectives.head import fused_full_kl, fused_log_prob_entropy
 from epo_jax.parallel import mesh
 from epo_jax.runs.policies import fit_vocabulary
 from epo_jax.training import sft
+from epo_jax.training.policy_tokens import policy_statistics
 from epo_jax.training.state import init_state_on
-from epo_jax.training.step import batch_shardings, make_train_step, policy_statistics
+from epo_jax.training.step import batch_shardings, make_train_step
 from tests import tiny
 
 fresh = jax.jit(init_params, static_argnums=0)

@@ -18,7 +18,7 @@ from epo_jax.parallel import mesh
 from epo_jax.rollout import lane, prompts, scheduler
 from epo_jax.rollout.episode import LiveEpisode
 from epo_jax.rollout.packing import BatchShape, pack
-from epo_jax.training.step import policy_statistics
+from epo_jax.training.policy_tokens import policy_statistics
 from tests.envs import wander_env
 
 OPTIONS = {"name": "toy"}

@@ -11,7 +11,7 @@ from epo_jax.models.decoder import DecoderConfig, Lora, init_params
 from epo_jax.objectives.batch import NO_ARRAYS
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training import flops
-from epo_jax.training.step import head_inputs
+from epo_jax.training.policy_tokens import head_inputs
 from tests import tiny
 
 MODEL = DecoderConfig(512, 64, 2, 4, 2, 16, 192)

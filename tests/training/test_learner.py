@@ -18,8 +18,9 @@ from epo_jax.rollout import prompts, scheduler
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
+from epo_jax.training.policy_tokens import policy_statistics
 from epo_jax.training.state import LearnerConfig, init_state
-from epo_jax.training.step import make_train_step, policy_statistics
+from epo_jax.training.step import make_train_step
 
 OPTIONS = {"name": "toy"}
 GROUPS, SIZE = 8, 8
