@@ -39,8 +39,12 @@ Item = TypeVar("Item")
 _SILENCE = 30
 _CHECK = 1.0
 
-# Seconds that a failed process waits for the others to take its message.
+# Seconds that a failed process waits for the others to take its message, and then to be seen leaving.
 _FAREWELL = 5.0
+_LEAVE = 2.0
+
+# Seconds by which the first process outlives a failure of another: JAX aborts every process that is still there without it.
+_LAST = 5.0
 
 _OPTIONS = (
     ("coordinator", str, "HOST:PORT of the first process of several."),
@@ -225,7 +229,7 @@ class _Watch:
         farewell.join(_FAREWELL)
         if not is_first():
             threading.Thread(target=jax.distributed.shutdown, daemon=True).start()
-        time.sleep(2 * _CHECK)
+        time.sleep(_LEAVE)
         _exit(stopping.CODE if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1)
 
     def _run(self) -> None:
@@ -249,6 +253,8 @@ class _Watch:
 
 def _end(why: str) -> NoReturn:
     print(f"error: {why}; this process ends too. Fix it and start again, a run with --resume.", file=sys.stderr, flush=True)
+    if is_first():
+        time.sleep(_LAST)
     _exit(1)
 
 
