@@ -115,6 +115,20 @@ def remembered(folder):
     return [without_times(json.loads((folder / "checkpoints" / "3" / item).read_text())) for item in items]
 
 
+def test_each_seed_may_begin_from_a_run_of_its_own(going, tmp_path):
+    """One run folder for each seed, and one for all seeds; their weights are taken, whatever the new members' coefficients."""
+    first = [folder for folder in going if "lam0.01-" in folder.name]
+    assert [folder.name[-5:] for folder in first] == ["seed0", "seed1"]
+    assert np.abs(params(first[0]) - params(first[1])).max() > 1e-3
+    short = "--config.train.steps=1", "--config.eval.before=False", "--config.eval.every=0", "--config.sweep.seeds=(0, 1)"
+    own = run(tmp_path / "own", *short, f"--config.init_from.run={first[0]}".replace("seed0", "seed{seed}"))
+    shared = run(tmp_path / "shared", *short, f"--config.init_from.run={first[0]}", "--config.init_from.step=2")
+    for member, source in zip(names(own), first, strict=True):
+        np.testing.assert_array_equal(params(own / "members" / member, 0), params(source))
+    for member in names(shared):
+        np.testing.assert_array_equal(params(shared / "members" / member, 0), params(first[0], 2))
+
+
 def test_a_sweep_has_what_a_run_has(tmp_path, monkeypatch):
     """Checkpoints elsewhere, a profile, wall time over processes, and as many RL steps without a finite gradient."""
     short = "--config.sweep.seeds=(0, 1)", "--config.train.steps=2", "--config.eval.before=False", "--config.eval.every=0"

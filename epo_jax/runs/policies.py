@@ -136,6 +136,11 @@ def keep_decoder(run: Path, config, model: DecoderConfig) -> None:
         hf_config.write_config(run / "model", dataclasses.replace(model, lora=None))
 
 
+def source_run(config) -> Path:
+    """The run folder that `config.init_from` names for the config's seed."""
+    return Path(config.init_from.run.replace("{seed}", str(config.seed)))
+
+
 def load_source(config, devices: Mesh | None = None) -> Policy:
     """The policy of the run that `config.init_from` names, as the run with `config` begins with it.
 
@@ -144,7 +149,8 @@ def load_source(config, devices: Mesh | None = None) -> Policy:
     Raises:
         UserError: there is no such run or checkpoint, its model is another one than config.model's, or it is over already.
     """
-    folder, read = Path(config.init_from.run), read_config(config.init_from.run)
+    folder = source_run(config)
+    read = read_config(folder)
     for key, value in config.model.items():
         if not key.startswith("lora_") and key not in ("dtype", "remat") and value != read.model[key]:
             raise UserError(

@@ -120,7 +120,8 @@ SECTIONS = (
         Setting("model.lora_targets", LORA_TARGETS, "Projections that have adapters.", choices=LORA_TARGETS),
     )),
     Section("init_from", "Start from another run's checkpoint, in place of model.path and of the warm start", (
-        Setting("init_from.run", "", "Run folder of the other run; empty: none.", added=(1, "")),
+        Setting("init_from.run", "", "Run folder of the other run, in which {seed} stands for the seed; empty: none.",
+                added=(1, "")),
         Setting("init_from.step", -1, "RL steps of its checkpoint; -1: the newest.",
                 Rule("a number of RL steps, or -1 for the newest checkpoint", lambda n: n >= -1), unit="RL steps", added=(1, -1)),
         Setting("init_from.state", "weights", '"weights": the policy alone; "everything": also the optimizer, critic, reference '

@@ -86,11 +86,14 @@ def refuse_what_members_cannot_share(config) -> None:
             "config.init_from.state='everything' must be 'weights' in a sweep, whose members begin at RL step 0; a single run "
             "(python -m epo_jax.main) can go on from another's whole state."
         )
-    own_bases = (config.warm_start.episodes or not config.model.path) and not config.init_from.run
+    own_bases = (
+        "{seed}" in config.init_from.run or not config.init_from.run and (config.warm_start.episodes or not config.model.path)
+    )
     if config.model.lora_rank and len(set(config.sweep.seeds)) > 1 and own_bases:
         raise UserError(
             f"config.sweep.seeds={config.sweep.seeds}: with config.model.lora_rank members share their base, which would be "
-            "another for each seed here; take one seed, or a config.model.path with config.warm_start.episodes=0."
+            "another for each seed here; take one seed, one run in config.init_from.run, or a config.model.path with "
+            "config.warm_start.episodes=0."
         )
 
 

@@ -26,7 +26,7 @@ from epo_jax.parallel import mesh
 from epo_jax.rollout import prompts
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs import frozen_base
-from epo_jax.runs.policies import fit_vocabulary, load_pretrained, load_source
+from epo_jax.runs.policies import fit_vocabulary, load_pretrained, load_source, source_run
 from epo_jax.training import sft, warm_start
 from epo_jax.training.optim import OptimConfig
 
@@ -105,7 +105,7 @@ def keep_base(config, workdir: Path, model: DecoderConfig, params: Params, publi
     """
     base = lora.split(params)[0]
     if config.init_from.run and model.lora:
-        frozen_base.copy(config.init_from.run, workdir, model, base)
+        frozen_base.copy(source_run(config), workdir, model, base)
     elif published and not config.init_from.run:
         frozen_base.refer(workdir, frozen_base.digest(base), None)
     else:

@@ -18,6 +18,7 @@ from epo_jax.parallel import hosts
 from epo_jax.runs import checkpoint, frozen_base
 from epo_jax.runs.folder import Changes, read_config
 from epo_jax.runs.metrics import read_rows
+from epo_jax.runs.policies import source_run
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.state import LearnerConfig, TrainState, abstract_state, abstract_state_on
 
@@ -75,9 +76,8 @@ def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) 
 
     Its entropy history gets the length that this run needs.
     """
-    source = config.init_from
-    step = None if source.step < 0 else source.step
-    with checkpoint.open_reader(checkpoint.place(source.run, read_config(source.run).checkpoint.folder)) as reader:
+    step, source = (None if config.init_from.step < 0 else config.init_from.step), source_run(config)
+    with checkpoint.open_reader(checkpoint.place(source, read_config(source).checkpoint.folder)) as reader:
         steps = checkpoint.history_steps(reader, step)
         like = abstract_state_on(dataclasses.replace(learner, total_steps=steps), devices)
         state, progress = checkpoint.restore(reader, like, step)

@@ -85,10 +85,11 @@ def train(command: Command, stop: StopRequest) -> None:
     attention.check_rows(config.train.rows_tokens)
     if config.metrics.wandb_project:
         wandb_log.package(config.metrics.wandb_project)
-    named = functools.cache(functools.partial(initial_policy.named_policy, config))
+    named = named_policies(config)
     ledger = Ledger(workdir, members)
     if not command.resume:
-        named()
+        for seed in config.sweep.seeds:
+            named(seed)
         for member in members:
             checkpoint.refuse_used(ledger.checkpoints(member))
     tasks = list_tasks(config)
@@ -215,23 +216,39 @@ def begin_members(folders: list[Path], policies: list[SeedPolicy], learner: Lear
     return Restored(base, own, [checkpoint.Progress()] * len(own))
 
 
+def named_policies(config) -> Callable[[int], InitialPolicy | None]:
+    """The named policy of a seed, as a function that loads each policy once."""
+
+    @functools.cache
+    def load(seed: int) -> InitialPolicy | None:
+        return initial_policy.named_policy(of_seed(config, seed))
+
+    return lambda seed: load(seed if "{seed}" in config.init_from.run else config.sweep.seeds[0])
+
+
+def of_seed(config, seed: int) -> ConfigDict:
+    """The config with another seed."""
+    config = ConfigDict(config.to_dict())
+    config.seed = seed
+    return config
+
+
 def begin(
-    config, tasks: list[Task], named: Callable[[], InitialPolicy | None], kept: Path, stop: StopRequest, seed: int
+    config, tasks: list[Task], named: Callable[[int], InitialPolicy | None], kept: Path, stop: StopRequest, seed: int
 ) -> SeedPolicy:
     """The initial policy of the members of a seed.
 
     Its warm start is done once and kept as a model folder in `kept`, and so is the base of adapters unless it is a published
     model.
     """
-    config = ConfigDict(config.to_dict())
-    config.seed = seed
+    config = of_seed(config, seed)
     folder, other_run = kept / f"seed{seed}", bool(config.init_from.run)
     saved = (folder / "config.json").exists()  # written last
     if saved and not other_run:
-        policy = saved_policy(config, folder, named())
+        policy = saved_policy(config, folder, named(seed))
         params = policy.params
     else:
-        policy = initial_policy.plan(config, tasks, named(), folder)
+        policy = initial_policy.plan(config, tasks, named(seed), folder)
         params = initial_policy.initial_params(config, policy)
         if policy.experts:
             print(f"seed {seed}:", end=" ")
