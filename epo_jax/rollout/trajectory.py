@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 
-import numpy as np
-
 from epo_jax.envs.base import Task
 
 
@@ -78,15 +76,6 @@ class Trajectory:
     @property
     def num_policy_tokens(self) -> int:
         return sum(t >= 0 for t in self.turn)
-
-
-def entropy_by_turn(trajectories: list[Trajectory]) -> dict[int, float]:
-    """Mean entropy of the policy tokens of each turn, nats."""
-    turn = np.concatenate([np.asarray(t.turn, np.int64) for t in trajectories])
-    entropy = np.concatenate([np.asarray(t.entropy) for t in trajectories])[turn >= 0]
-    turn = turn[turn >= 0]
-    totals, counts = np.bincount(turn, entropy), np.bincount(turn)
-    return {int(t): float(totals[t] / counts[t]) for t in np.flatnonzero(counts)}
 
 
 def choose_groups(rounds: list[list[Trajectory]], groups: int) -> tuple[list[Trajectory], int]:

@@ -3,8 +3,16 @@
 import numpy as np
 
 from epo_jax.rollout import scheduler
-from epo_jax.rollout.trajectory import Trajectory, entropy_by_turn
+from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.metrics import Row
+from epo_jax.training.episode_metrics import (
+    action_information,
+    early_and_late_entropy,
+    entropy_by_turn,
+    entropy_spread,
+    policy_tokens,
+    repeated_actions,
+)
 
 
 def step_row(
@@ -20,8 +28,9 @@ def step_row(
     """
     # Averages are over the first round: tasks as they come, not chosen by their returns.
     sampled, center = rounds[0], metrics["corridor_center"]
+    tokens = policy_tokens(sampled)
     played = [t for trajectories in rounds for t in trajectories]
-    policy_tokens = sum(t.num_policy_tokens for t in played)
+    emitted = sum(t.num_policy_tokens for t in played)
     return {
         "step": step,
         "success": np.mean([t.won for t in sampled]),
@@ -30,16 +39,20 @@ def step_row(
         "turns": np.mean([len(t.actions) for t in sampled]),
         "invalid_actions": 1.0 - np.mean([v for t in sampled for v in t.valid]),
         "tokens": np.mean([len(t.tokens) for t in sampled]),
+        "repeated_actions": repeated_actions(sampled),
         "truncated": np.mean([t.truncated for t in sampled]),
         "full_context": np.mean([t.full for t in sampled]),
         "rollout_rounds": len(rounds),
         "uniform_groups": uniform,
         "corridor_low": config.epo.kappa_l * center if step else None,
         "corridor_high": config.epo.kappa_r * center if step else None,
-        **{f"entropy_turn_{turn}": entropy for turn, entropy in entropy_by_turn(sampled).items()},
-        "prompt_tokens": sum(len(t.tokens) for t in played) - policy_tokens,
-        "policy_tokens": policy_tokens,
-        "tokens_per_second": policy_tokens / stats.seconds,
+        **action_information(sampled),
+        **early_and_late_entropy(tokens),
+        **entropy_spread(tokens),
+        **{f"entropy_turn_{turn}": entropy for turn, entropy in entropy_by_turn(tokens).items()},
+        "prompt_tokens": sum(len(t.tokens) for t in played) - emitted,
+        "policy_tokens": emitted,
+        "tokens_per_second": emitted / stats.seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "env_wait_seconds": stats.env_wait_seconds,

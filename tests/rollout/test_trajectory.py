@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epo_jax.rollout.packing import BatchShape, first_fit, pack
-from epo_jax.rollout.trajectory import Trajectory, choose_groups, entropy_by_turn
+from epo_jax.rollout.trajectory import Trajectory, choose_groups
 
 
 def make(rng, turns, group=0, window=False):
@@ -19,18 +19,6 @@ def make(rng, turns, group=0, window=False):
         trajectory.rewards.append(float(turn))
         trajectory.valid.append(turn % 2 == 0)
     return trajectory
-
-
-def test_entropy_by_turn_is_a_mean_over_tokens():
-    """Turn 1 of one episode only; prompts, whose entropy is recorded as 0, count nowhere."""
-    first, second = Trajectory(task={"id": "a", "type": "t"}), Trajectory(task={"id": "b", "type": "t"})
-    for t, answers in ((first, ([1.0, 2.0], [0.5])), (second, ([6.0],))):
-        for entropies in answers:
-            t.append_prompt([7, 8])
-            t.append_answer([9] * len(entropies), [0.0] * len(entropies), entropies)
-            t.actions.append("")
-    assert entropy_by_turn([first, second]) == {0: 3.0, 1: 0.5}
-    assert entropy_by_turn([Trajectory(task={"id": "c", "type": "t"})]) == {}
 
 
 @settings(max_examples=30, deadline=None)
