@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from configs.alfworld import get_config
+from epo_jax.configs.alfworld import get_config
 from epo_jax.envs.base import environment
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.rollout import prompts, scheduler

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs.alfworld import get_config
+from epo_jax.configs.alfworld import get_config
 from epo_jax.models.decoder import decoder_config, init_params
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs import checkpoint

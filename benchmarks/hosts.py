@@ -1,7 +1,7 @@
 """The same run on one process and on several, all on this machine: their parameters must agree.
 
     python -m benchmarks.hosts                      # 1, 2 and 4 processes
-    python -m benchmarks.hosts --processes 1 2 --config=configs/alfworld.py:smoke --config.train.rows_tokens=1024
+    python -m benchmarks.hosts --processes 1 2 --config=alfworld:smoke --config.train.rows_tokens=1024
 
 Other options go to epo_jax.main. Each number of processes trains two RL steps in its own folder, with processes on loopback and a
 CPU device each. The output is the seconds and the largest difference of a parameter from the first run.

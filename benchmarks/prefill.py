@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks.rollout import Unstopped
-from configs import alfworld as preset
+from epo_jax.configs import alfworld as preset
 from epo_jax.envs import base
 from epo_jax.envs.alfworld import protocol as alfworld
 from epo_jax.envs.workers.pool import EnvPool

@@ -74,7 +74,7 @@ def programs(row: int, options) -> dict:
     import numpy as np
     from jax.experimental import topologies
 
-    from configs import alfworld
+    from epo_jax.configs import alfworld
     from epo_jax.models import generate
     from epo_jax.models.decoder import DecoderConfig, init_params, param_axes, unstack
     from epo_jax.parallel import mesh
@@ -161,7 +161,7 @@ def batch(config, learner):
 
 def seconds(row: int) -> dict[str, float]:
     """Estimated seconds of an RL step's parts, by arithmetic alone."""
-    from configs import alfworld
+    from epo_jax.configs import alfworld
     from epo_jax.training.flops import PEAK
 
     name, slice_name, _, (data, fsdp, tensor) = ROWS[row]
@@ -188,7 +188,7 @@ def seconds(row: int) -> dict[str, float]:
 
 
 def page(rows: dict[int, dict], options) -> str:
-    from configs import alfworld
+    from epo_jax.configs import alfworld
 
     config = alfworld.get_config()
     command = "python benchmarks/scaling.py" + (" --on=cpu" if options.on == "cpu" else "")
@@ -196,7 +196,7 @@ def page(rows: dict[int, dict], options) -> str:
     lines = [
         "# Scaling",
         "",
-        f"Written by `{command}`; do not edit. Models and settings are those of `configs/alfworld.py:paper`, compiled ahead of",
+        f"Written by `{command}`; do not edit. Models and settings are those of `alfworld:paper`, compiled ahead of",
         f"time from abstract shapes by {compiler}. No number on this page was measured on a slice.",
         "",
         "## Memory per device",

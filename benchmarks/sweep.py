@@ -12,7 +12,6 @@ and assumes that the others take as long.
 
 import argparse
 import os
-import runpy
 import statistics
 import subprocess
 import sys
@@ -67,10 +66,11 @@ def parts(folders: list[Path], seconds: float) -> dict[str, float]:
 def make_games(preset: str) -> None:
     """Games and expert episodes are made once and for all."""
     sys.path.insert(0, str(ROOT))
+    from epo_jax.configs import alfworld
     from epo_jax.envs.base import environment
     from epo_jax.training.initial_policy import expert_demonstrations
 
-    config = runpy.run_path(str(ROOT / "configs" / "alfworld.py"))["get_config"](preset)
+    config = alfworld.get_config(preset)
     env, env_options = environment(config.env.name), config.env.to_dict()
     env.prepare(env_options)
     expert_demonstrations(config, env.list_tasks("train", env_options))
@@ -90,7 +90,7 @@ def compare(options, folder: Path) -> None:
     weights = [round(0.005 * (i + 1), 4) for i in range(options.members)]
     shared = [f"--config.train.steps={options.steps}"]
     of_sweep = [
-        f"--config=configs/ablation.py:{options.preset}", "--config.sweep.arms=('grpo+epo',)", "--config.sweep.seeds=(0,)",
+        f"--config=ablation:{options.preset}", "--config.sweep.arms=('grpo+epo',)", "--config.sweep.seeds=(0,)",
         f"--config.sweep.over.epo.lam={tuple(weights)}",
     ]  # fmt: skip
     make_games(options.preset)
@@ -100,7 +100,7 @@ def compare(options, folder: Path) -> None:
     print(f"{'the sweep':28s} {whole:8.1f} s", flush=True)
     singles = []
     for i, lam in enumerate(weights[: options.runs]):
-        own = [f"--config=configs/alfworld.py:{options.preset}", f"--config.epo.lam={lam}"]
+        own = [f"--config=alfworld:{options.preset}", f"--config.epo.lam={lam}"]
         singles.append(measured("epo_jax.main", *own, *shared, f"--workdir={folder}/run{i}")[0])
         gap = abs(trained(members[i], options.steps) - trained(folder / f"run{i}", options.steps)).max()
         print(f"{f'run {i}, lam {lam:g}':28s} {singles[-1]:8.1f} s   parameters differ by at most {gap:.1e}", flush=True)
@@ -115,7 +115,7 @@ def compare(options, folder: Path) -> None:
 
 def memory(options, folder: Path) -> None:
     settings = [
-        "--config=configs/ablation.py:smoke", "--config.sweep.arms=('grpo+epo',)", "--config.sweep.seeds=(0,)",
+        "--config=ablation:smoke", "--config.sweep.arms=('grpo+epo',)", "--config.sweep.seeds=(0,)",
         f"--config.model.path={options.lora}", "--config.model.lora_rank=16", "--config.warm_start.episodes=0",
         "--config.warm_start.copies=0", "--config.agent.max_tokens=768", "--config.train.rows_tokens=768",
         "--config.train.steps=1", "--config.eval.before=False",

@@ -1,8 +1,8 @@
 """Evaluation: every episode of a fixed split, once, or several times each for pass@k.
 
-    python -m epo_jax.evaluate --checkpoint=runs/first --out=scores.json                  the newest checkpoint, or --step
-    python -m epo_jax.evaluate --checkpoint=runs/first --split=valid_unseen --samples=8   pass@1, @2, @4 and @8
-    python -m epo_jax.evaluate --checkpoint=Qwen/Qwen2.5-3B-Instruct --config=configs/alfworld.py
+    epo-jax evaluate --checkpoint=runs/first --out=scores.json                  the newest checkpoint, or --step
+    epo-jax evaluate --checkpoint=runs/first --split=valid_unseen --samples=8   pass@1, @2, @4 and @8
+    epo-jax evaluate --checkpoint=Qwen/Qwen2.5-3B-Instruct --config=alfworld
 
 `--config` says what is played and how the policy is prompted. A run has its own, which is taken where --config is left out;
 a model needs one. Keys of a config that is given can be overridden as elsewhere, `--config.rollout.slots=32`. On several hosts
@@ -58,8 +58,7 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
         config = read_config(options.checkpoint)
     else:
         raise UserError(
-            f"--config is missing: {options.checkpoint} is no run folder, so it has no game; add for example "
-            "--config=configs/alfworld.py."
+            f"--config is missing: {options.checkpoint} is no run folder, so it has no game; add for example --config=alfworld."
         )
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     sampling = {name: config.eval[name] if given is None else given for name, given in sampling.items()}
@@ -92,7 +91,7 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what is left for the config."""
-    parser = ArgumentParser(prog="python -m epo_jax.evaluate", description=__doc__, allow_abbrev=False,
+    parser = ArgumentParser(prog="epo-jax evaluate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             epilog=help_text(SECTIONS, {}))  # fmt: skip
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")

@@ -1,6 +1,6 @@
 """Writes the policy of a run as a Hugging Face folder, which transformers and vLLM load.
 
-    python -m epo_jax.export --workdir=runs/first --to=exported
+    epo-jax export --workdir=runs/first --to=exported
 
 Adapters are merged into the weights; with --adapters they are written alone, as a PEFT folder for the model that the run
 began with. A published model keeps its own tokenizer files, chat template and generation_config.json, to which the tokens that
@@ -23,7 +23,7 @@ from epo_jax.runs.policies import load_run
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="python -m epo_jax.export", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(prog="epo-jax export", description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=Path, required=True, help="the run folder")
     parser.add_argument("--to", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument("--step", type=int, help="of the checkpoint, in RL steps; the newest if left out")

@@ -1,6 +1,6 @@
 """Draws the curves of a run again.
 
-    python -m epo_jax.figures runs/first
+    epo-jax figures runs/first
 
 writes runs/first/figures/*.png from the run's metrics.jsonl and eval.jsonl.
 """
@@ -15,7 +15,7 @@ from epo_jax.runs import figures
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
-        raise UserError("name one run folder: python -m epo_jax.figures runs/first")
+        raise UserError("name one run folder: epo-jax figures runs/first")
     for path in figures.draw(Path(argv[1])):
         print(path)
 

@@ -1,6 +1,6 @@
 """Trains an agent with EPO.
 
-    python -m epo_jax.main --config=configs/alfworld.py:laptop --workdir=runs/alfworld
+    epo-jax train --config=alfworld:laptop --workdir=runs/alfworld
 
 `epo_jax/training/run.py` prepares the run, `epo_jax/training/loop.py` is its loop.
 """

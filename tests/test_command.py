@@ -117,7 +117,14 @@ def test_the_last_of_several_configs_counts_wherever_it_is(tmp_path):
         ([SMOKE, "--resume"], "holds no run"),
         (["--config=configs/alfworld.py:tiny"], "no preset 'tiny'"),
         (["--config=configs/alfworld.py:laptp"], "no preset 'laptp' .nearest: 'laptop'."),
-        (["--config=configs/alfword.py"], "there is no file configs/alfword.py; there is .*configs/alfworld.py"),
+        (
+            ["--config=configs/alfword.py"],
+            "--config=configs/alfword.py: there is no such file.* .nearest: 'alfworld'.; choose",
+        ),
+        (["--config=alfword"], "no config of that name .nearest: 'alfworld'.; choose one of ablation, alfworld, scienceworld"),
+        (["--config=elsewhere/alfworld.py"], "there is no such file"),
+        (["--config=tests/toy_sweep"], "name a file that ends in .py"),
+        (["--config=__init__"], "no config of that name"),
         (["--config.epo.lam=1"], "config"),
         ([], "--config is missing"),
     ],
@@ -141,10 +148,10 @@ def test_local_paths_are_stored_as_absolute_ones(tmp_path, monkeypatch):
     """A name on the hub and a bucket stay as they are."""
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = "--config.env.data_dir=~/data", "--config.checkpoint.folder=states", "--config.init_from.run=runs/x/../first"
-    config = parse(arguments(tmp_path, SMOKE, *paths, "--config.model.path=configs")).config
+    config = parse(arguments(tmp_path, SMOKE, *paths, "--config.model.path=tests")).config
     here = os.getcwd()
     assert config.env.data_dir == f"{tmp_path}/data" and config.checkpoint.folder == f"{here}/states"
-    assert config.init_from.run == f"{here}/runs/first" and config.model.path == f"{here}/configs"
+    assert config.init_from.run == f"{here}/runs/first" and config.model.path == f"{here}/tests"
     bucket = "--config.model.path=Qwen/Qwen3-0.6B", "--config.checkpoint.folder=gs://bucket/run"
     config = parse(arguments(tmp_path, SMOKE, *bucket)).config
     assert (config.model.path, config.checkpoint.folder) == ("Qwen/Qwen3-0.6B", "gs://bucket/run")

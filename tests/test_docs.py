@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from epo_jax.__main__ import COMMANDS
 from epo_jax.objectives import registry
 from epo_jax.settings.config import base_config, flatten
 from epo_jax.settings.table import SETTINGS
@@ -53,5 +54,7 @@ def test_modules_and_files_of_commands_exist(page):
     text = page.read_text()
     for module in re.findall(r"python -m ((?:epo_jax|benchmarks)[a-z_.]*[a-z])", text):
         assert importlib.util.find_spec(module), module
+    for command in re.findall(r"\bepo-jax ([a-z]+)", text):
+        assert command in COMMANDS, command
     for path in re.findall(r"(?:python |`|\./)((?:benchmarks|configs|launch|epo_jax)/[\w/.-]*\w)", text):
         assert (ROOT / path).exists(), path

@@ -1,12 +1,21 @@
-"""What surrounds the code: package data, the workflow, templates, hooks, the citation and the changelog."""
+"""What surrounds the code: the wheel, the workflows, templates, hooks, the citation and the changelog."""
 
+import importlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import venv
+import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
+
+from epo_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -25,12 +34,93 @@ def test_an_installation_has_every_file_that_is_not_a_module():
         assert named, f"{file} is in no pattern of package-data"
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel that pip builds, without network. The build writes next to the sources, so they are copied."""
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        pytest.skip("the wheel is built by setuptools 77 or newer")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", *PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]):
+        shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "epo_jax", source / "epo_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source)
+    [path] = (source / "dist").glob("*.whl")
+    return path
+
+
+def pip(command, *arguments, python=sys.executable):
+    line = [sys.executable, "-m", "pip", "--python", python, command, "--no-deps", "--no-index", *arguments]
+    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder of the commands of an environment in which the wheel was installed; dependencies are those of this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    pip("install", wheel, python=folder / "bin" / "python")
+    return folder / "bin"
+
+
+def test_the_wheel_has_the_package_its_configs_and_one_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        [entry_points] = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "epo_jax").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert ours <= names and "epo_jax/configs/alfworld.py" in ours
+    assert {name.partition("/")[0] for name in names} == {"epo_jax", f"epo_jax-{PROJECT['project']['version']}.dist-info"}
+    assert entry_points.split() == ["[console_scripts]", "epo-jax", "=", "epo_jax.__main__:main"]
+
+
+def test_the_installed_command_works_from_any_folder(installed, tmp_path):
+    def run(*arguments):
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run([installed / "epo-jax", *arguments], cwd=tmp_path, env=variables, capture_output=True, text=True,
+                              timeout=300)  # fmt: skip
+
+    listed = run("--help")
+    assert listed.returncode == 0 and all(f"epo-jax {name} " in listed.stdout for name in COMMANDS), listed.stderr
+    helped = run("train", "--config=alfworld:laptop", "--help")
+    assert helped.returncode == 0 and "env.train_games=1500" in helped.stdout, helped.stderr
+    wrong = run("trian")
+    assert wrong.returncode == 2 and "(nearest: 'train')" in wrong.stderr and wrong.stderr.count("\n") == 1
+    refused = run("train", "--config=configs/alfworld.py:smoke", "--workdir=run", "--config.epo.lam=-1")
+    assert refused.returncode == 2 and "config.epo.lam=-1.0 must be zero or positive" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "own.py").write_text("def list_tasks(split, options):\n    return []\n")
+    assert "the module has no function 'make_env'" in run("play", "--env=own").stderr, "modules of the current folder are found"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_dispatched(name):
+    module, about = COMMANDS[name]
+    assert callable(importlib.import_module(module).main) and about
+
+
 def test_the_workflow_runs_the_script_on_every_python_that_the_package_takes():
-    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    job = jobs("ci")["test"]
     assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
     low, high = (int(n) for n in re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["project"]["requires-python"]).groups())
     assert job["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in range(low, high)]
+
+
+def jobs(workflow):
+    return yaml.safe_load((ROOT / f".github/workflows/{workflow}.yml").read_text())["jobs"]
+
+
+@pytest.mark.parametrize("workflow", [path.stem for path in (ROOT / ".github/workflows").glob("*.yml")])
+def test_workflows_use_released_actions(workflow):
+    steps = [step for job in jobs(workflow).values() for step in job["steps"]]
+    assert steps and all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+
+
+def test_the_workflow_builds_the_wheel_and_runs_its_command():
+    [build, install, *_] = (step["run"] for step in jobs("ci")["wheel"]["steps"] if "run" in step)
+    assert "pip wheel" in build and "dist/epo_jax-" in install and "epo-jax" in install
 
 
 @pytest.mark.parametrize("name", ["bug", "feature", "question"])
@@ -52,7 +142,7 @@ def test_citation_and_changelog_name_the_version_of_the_package():
     assert citation["version"] == version and citation["license"] == PROJECT["project"]["license"]
     assert "2509.22576" in citation["references"][0]["url"]
     headings = re.findall(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert headings[:2] == ["Unreleased", version]
+    assert version in headings[:2] and set(headings[:2]) - {version} <= {"Unreleased", "0.1.0"}
 
 
 def test_moved_modules_of_the_changelog_are_where_it_says():

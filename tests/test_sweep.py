@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import types
@@ -18,6 +17,7 @@ from benchmarks.kill import without_times
 from epo_jax import main as program
 from epo_jax import sweep
 from epo_jax.common.errors import Stopped, UserError
+from epo_jax.configs import ablation
 from epo_jax.envs.base import environment
 from epo_jax.models import generate, lora
 from epo_jax.models.decoder import decoder_config
@@ -410,6 +410,6 @@ def test_random_members_are_drawn_between_the_bounds_and_the_same_each_time():
 @pytest.mark.parametrize(("size", "counts"), [(s, [20, 5, 5, 15, 10, 5]) for s in ("paper", "laptop")] + [("smoke", [4])])
 def test_the_ablation_has_every_arm_of_the_paper(size, env, counts):
     """PPO with its EPO and Decay arms in one program, W/O DW and EA in others; GRPO, GiGPO and the release."""
-    config = runpy.run_path("configs/ablation.py")["get_config"](size + env)
+    config = ablation.get_config(size + env)
     refuse_what_members_cannot_share(config)
     assert [len(group) for group in programs(config)] == counts

@@ -1,8 +1,8 @@
 """Plays an environment in the terminal, with the prompts and the parser of a policy.
 
-    python -m epo_jax.envs.play --env=scienceworld --task=find-animal/3
-    python -m epo_jax.envs.play --env=alfworld --split=valid_unseen --expert
-    python -m epo_jax.envs.play --env=toy --style=bare --window=2
+    epo-jax play --env=scienceworld --task=find-animal/3
+    epo-jax play --env=alfworld --split=valid_unseen --expert
+    epo-jax play --env=toy --style=bare --window=2
 
 An answer is one line. In the tagged style, a line without tags is an action, and a thought is added before it. An empty line is
 an answer too; the end of the input (Ctrl-D) stops the game.
@@ -90,7 +90,7 @@ def play(
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="python -m epo_jax.envs.play", description=__doc__,
+    parser = ArgumentParser(prog="epo-jax play", description=__doc__,
                             epilog=help_text([s for s in SECTIONS if s.name == "env"], {}, "Keys for --option, without env."),
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--env", required=True, help="alfworld, scienceworld, toy, or a module of your own")

@@ -158,11 +158,11 @@ def refuse_other_program(config: ConfigDict, sweep: bool, what: str = "--config"
     """Raises UserError for the config of a sweep in `epo_jax.main`, and for one without a sweep in `epo_jax.sweep`."""
     if sweep and "sweep" not in config:
         raise UserError(
-            f"{what} has no section sweep, so it is for python -m epo_jax.main; for a sweep take configs/ablation.py, or add "
+            f"{what} has no section sweep, so it is for epo-jax train; for a sweep take ablation, or add "
             "epo_jax.settings.sweep.sweep_section()."
         )
     if not sweep and "sweep" in config:
-        raise UserError(f"{what} has a section sweep, so it is for python -m epo_jax.sweep; take a config without one for a run.")
+        raise UserError(f"{what} has a section sweep, so it is for epo-jax sweep; take a config without one for a run.")
 
 
 def changes_of(config: ConfigDict, saved: ConfigDict, overridden: set[str], workdir: Path) -> Changes:

@@ -1,4 +1,7 @@
-"""A config from the command line: --config=FILE.py[:preset], and --config.section.key=value for single keys."""
+"""A config from the command line: --config=NAME[:preset], and --config.section.key=value for single keys.
+
+NAME is a config file of your own, or one of those in `epo_jax/configs/`, which work from any folder: `alfworld`.
+"""
 
 import difflib
 import os
@@ -10,13 +13,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from epo_jax.common.errors import UserError
+from epo_jax.common.errors import UserError, nearest
 from epo_jax.common.files import expand_user
 from epo_jax.settings.config import flatten
 from epo_jax.settings.table import SETTINGS
 from epo_jax.settings.validate import validate
 
-_ABOUT = "Config file and preset, for example configs/alfworld.py:laptop; --config.KEY=VALUE overrides a key."
+_ABOUT = "Config and preset, for example alfworld:laptop or my_config.py:large; --config.KEY=VALUE overrides a key."
+_PRESETS = Path(__file__).parents[1] / "configs"
 _OPTIONAL = {setting.key for setting in SETTINGS if setting.default is None}
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
@@ -79,7 +83,7 @@ def take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 def complete(config: ConfigDict | None) -> ConfigDict:
     """The config with absolute paths, so that the run can be used from anywhere. Raises UserError if it is missing or invalid."""
     if config is None:
-        raise UserError("--config is missing; name a config file, for example --config=configs/alfworld.py:laptop.")
+        raise UserError("--config is missing; name a config, for example --config=alfworld:laptop.")
     for key in ("model.path", "env.data_dir", "checkpoint.folder", "init_from.run"):
         section, _, leaf = key.partition(".")
         path = config[section].get(leaf, "")
@@ -92,15 +96,34 @@ def complete(config: ConfigDict | None) -> ConfigDict:
 
 
 def _load(source: str) -> ConfigDict:
-    """The config of FILE.py[:preset]."""
-    path = Path(source.split(":", 1)[0])
-    if not path.is_file():  # ml_collections would report that at the first use of the config, and at length
-        found = ", ".join(sorted(str(near) for near in path.parent.glob("*.py") if near.name != "__init__.py"))
-        raise UserError(f"--config={source}: there is no file {path}" + (f"; there is {found}." if found else "."))
+    """The config of NAME[:preset]."""
+    name, colon, preset = source.partition(":")
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, _ABOUT, flag_values=values, sys_argv=[])
-    values(["", f"--config={source}"])
+    values(["", f"--config={config_file(name)}{colon}{preset}"])
     return values.config
+
+
+def config_file(name: str) -> Path:
+    """The config file that `name` stands for.
+
+    A file comes first. `alfworld`, `alfworld.py` and `configs/alfworld.py` are otherwise the one in `epo_jax/configs/`.
+
+    Raises:
+      UserError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    own = _PRESETS / f"{path.stem}.py"
+    if path.stem != "__init__" and own.is_file() and (path.parent == Path() or path.parent.name == "configs"):
+        return own
+    known = sorted(each.stem for each in _PRESETS.glob("*.py") if each.stem != "__init__")
+    near = nearest(path.stem, [*known, *(each.stem for each in path.parent.glob("*.py"))])
+    raise UserError(
+        f"--config={name}: there is no such file, and no config of that name{near}; choose one of {', '.join(known)}, or name "
+        "a file that ends in .py."
+    )
 
 
 def _suggestion(key: str, known: Iterable[str]) -> str:

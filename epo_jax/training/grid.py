@@ -5,7 +5,7 @@
     config.sweep.over.epo.lam      values of a coefficient, and so on for every key of `COEFFICIENTS`; () leaves it alone
 
 Every method is run with every seed and every combination of values. A member is an ordinary run: its config is the config of the
-sweep with one value for each of these keys, and `python -m epo_jax.main` with that config computes the same.
+sweep with one value for each of these keys, and `epo-jax train` with that config computes the same.
 """
 
 import itertools
@@ -84,7 +84,7 @@ def refuse_what_members_cannot_share(config) -> None:
     if config.init_from.state == "everything" and config.init_from.run:
         raise UserError(
             "config.init_from.state='everything' must be 'weights' in a sweep, whose members begin at RL step 0; a single run "
-            "(python -m epo_jax.main) can go on from another's whole state."
+            "(epo-jax train) can go on from another's whole state."
         )
     own_bases = (
         "{seed}" in config.init_from.run or not config.init_from.run and (config.warm_start.episodes or not config.model.path)

@@ -1,6 +1,6 @@
 """ScienceWorld: elementary-school experiments in the real simulator.
 
-    python -m epo_jax.main --config=configs/scienceworld.py:laptop --workdir=runs/scienceworld
+    epo-jax train --config=scienceworld:laptop --workdir=runs/scienceworld
 
 Presets
     paper   (default) Qwen2.5-7B-Instruct with the paper's settings, on all 30 tasks
@@ -38,7 +38,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
         _smoke(config)
     elif preset != "paper":
         near = nearest(preset, PRESETS)
-        raise UserError(f"configs/scienceworld.py has no preset {preset!r}{near}; choose one of {', '.join(map(repr, PRESETS))}.")
+        raise UserError(f"scienceworld has no preset {preset!r}{near}; choose one of {', '.join(map(repr, PRESETS))}.")
     return config
 
 

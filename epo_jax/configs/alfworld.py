@@ -1,6 +1,6 @@
 """ALFWorld: household tasks of six types.
 
-    python -m epo_jax.main --config=configs/alfworld.py:laptop --workdir=runs/alfworld
+    epo-jax train --config=alfworld:laptop --workdir=runs/alfworld
 
 Presets
     paper   (default) Qwen2.5-3B-Instruct with the paper's settings: 150 RL steps of 16 games x 8 episodes of up to 50 turns
@@ -26,7 +26,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
         _smoke(config)
     elif preset != "paper":
         near = nearest(preset, PRESETS)
-        raise UserError(f"configs/alfworld.py has no preset {preset!r}{near}; choose one of {', '.join(map(repr, PRESETS))}.")
+        raise UserError(f"alfworld has no preset {preset!r}{near}; choose one of {', '.join(map(repr, PRESETS))}.")
     return config
 
 

@@ -1,24 +1,22 @@
 """The paper's comparison as sweeps: base algorithms, EPO and its ablations, EA, and the reference implementation's arithmetic.
 
-    python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/alfworld
-    python -m epo_jax.sweep --config=configs/ablation.py:laptop-scienceworld --workdir=sweeps/scienceworld
-    python -m epo_jax.sweep --config=configs/ablation.py:laptop --workdir=sweeps/lam \\
+    epo-jax sweep --config=ablation:laptop --workdir=sweeps/alfworld
+    epo-jax sweep --config=ablation:laptop-scienceworld --workdir=sweeps/scienceworld
+    epo-jax sweep --config=ablation:laptop --workdir=sweeps/lam \\
         --config.sweep.arms='("grpo+epo",)' --config.sweep.seeds='(0, 1)' --config.sweep.over.epo.lam='(0.001, 0.01, 0.1)'
 
 Methods that differ only in coefficients (PPO, EPO-Base, EPO and Decay, for example) train in one compiled program.
 
 Presets, on ALFWorld or, with the suffix `-scienceworld`, on ScienceWorld
     paper   (default) the paper's models and steps, five seeds; each run trains LoRA adapters over one shared base
-    laptop  the laptop preset of configs/alfworld.py or configs/scienceworld.py, five seeds; an estimated 16 hours on two cores
+    laptop  the laptop preset of alfworld or scienceworld, five seeds; an estimated 16 hours on two cores
     smoke   two methods and two seeds of a tiny model, for tests
 """
-
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError
+from epo_jax.configs import alfworld, scienceworld
 from epo_jax.settings.sweep import sweep_section
 
 ARMS = (
@@ -42,10 +40,10 @@ def get_config(preset: str = "paper") -> ConfigDict:
     env = env or "alfworld"
     if size not in ("paper", "laptop", "smoke") or env not in ("alfworld", "scienceworld"):
         raise UserError(
-            f"configs/ablation.py has no preset {preset!r}; choose one of 'paper', 'laptop', 'smoke', alone for ALFWorld or "
+            f"ablation has no preset {preset!r}; choose one of 'paper', 'laptop', 'smoke', alone for ALFWorld or "
             "with '-scienceworld'."
         )
-    config = runpy.run_path(str(Path(__file__).with_name(f"{env}.py")))["get_config"](size)
+    config = {"alfworld": alfworld, "scienceworld": scienceworld}[env].get_config(size)
     config.sweep = sweep_section()
     config.sweep.update(arms=ARMS, seeds=(0, 1, 2, 3, 4))
     if size == "paper":
