@@ -31,7 +31,7 @@ from epo_jax.common.errors import UserError
 from epo_jax.envs.base import SPLITS, environment
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.parallel import hosts, mesh
-from epo_jax.rollout.prompts import SamplingConfig, rollout_config
+from epo_jax.rollout.prompts import rollout_config
 from epo_jax.rollout.scheduler import check_devices
 from epo_jax.runs.folder import read_config
 from epo_jax.runs.metrics import evaluation_table, plain
@@ -39,7 +39,7 @@ from epo_jax.runs.policies import is_run, load
 from epo_jax.settings.describe import help_text
 from epo_jax.settings.setting import COUNT, NOT_NEGATIVE, SEED, SHARE_ABOVE_0
 from epo_jax.settings.table import SECTIONS
-from epo_jax.training.evaluation import evaluate
+from epo_jax.training.evaluation import evaluate, evaluations
 
 
 def main(argv: list[str]) -> None:
@@ -62,10 +62,13 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
         )
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     sampling = {name: config.eval[name] if given is None else given for name, given in sampling.items()}
+    config.eval.update(sampling, splits=tuple(dict.fromkeys(options.split or config.eval.splits)))
+    if options.temperature is not None:
+        config.eval.also_temperatures = ()
     seed = config.seed if options.seed is None else options.seed
     env, env_options = environment(config.env.name), config.env.to_dict()
     env.prepare(env_options)
-    tasks = {split: env.list_tasks(split, env_options) for split in options.split or config.eval.splits}
+    tasks = {split: env.list_tasks(split, env_options) for split in config.eval.splits}
     task_ids = {split: [task["id"] for task in tasks[split]] for split in tasks}
     hosts.agree("config and tasks", [config.to_dict(), task_ids, sampling, seed, options.samples])
     print(mesh.devices_in_use(), flush=True)
@@ -79,8 +82,9 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
     mesh.check(devices, policy.model, config.train.rows_tokens)
     rows = []
     with EnvPool(config.env.name, env_options, config.env.workers) as pool:
-        for split in tasks:
-            row, _ = evaluate(split, tasks[split], policy, pool, settings, SamplingConfig(**sampling), seed, options.samples)
+        for evaluation in evaluations(config.eval):
+            played, sampled = tasks[evaluation.split], evaluation.sampling(config.eval)
+            row, _ = evaluate(evaluation, played, policy, pool, settings, sampled, seed, options.samples)
             rows.append(row)
             print(evaluation_table(row), flush=True)
     if options.out is not None and hosts.is_first():

@@ -29,7 +29,7 @@ from epo_jax.command import ArgumentParser, check_output, run, write_output
 from epo_jax.common.errors import UserError
 from epo_jax.runs import versions
 from epo_jax.runs.folder import RESUME_MAY_CHANGE
-from epo_jax.runs.metrics import Row, plain, read_rows, wilson
+from epo_jax.runs.metrics import Row, at_another_temperature, plain, read_rows, wilson
 from epo_jax.settings.config import flatten
 
 PAGE = Path(__file__).parent / "runs" / "page"
@@ -349,7 +349,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _evaluated(each: Run, split: str) -> list[Row]:
-    return [row for row in each.evaluations if row.get("split") == split]
+    return [row for row in each.evaluations if row.get("split") == split and not at_another_temperature(row)]
 
 
 def _later_half(each: Run) -> list[float]:

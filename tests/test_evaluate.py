@@ -20,7 +20,7 @@ from epo_jax.runs import checkpoint
 from epo_jax.runs.folder import read_config, write_config
 from epo_jax.runs.metrics import wilson
 from epo_jax.runs.policies import Policy, load
-from epo_jax.training.evaluation import evaluate
+from epo_jax.training.evaluation import Evaluation, evaluate
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.state import init_state
 from tests import toy_sweep
@@ -39,7 +39,7 @@ def params():
 def run(params, tasks, seed=0, samples=1):
     with EnvPool("toy", {}, 1) as pool:
         policy = Policy(TOKENIZER, MODEL, params, None, 5)
-        return evaluate("valid_seen", tasks, policy, pool, SETTINGS, SamplingConfig(0.4), seed, samples)
+        return evaluate(Evaluation("valid_seen"), tasks, policy, pool, SETTINGS, SamplingConfig(0.4), seed, samples)
 
 
 def test_fault_11_every_episode_of_the_split_is_played_once(params):
@@ -109,12 +109,26 @@ def test_a_run_folder_is_played_as_the_run_itself_would(folders, tmp_path, capsy
     with EnvPool("toy", {}, 1) as pool:
         tasks = toy.list_tasks("valid_seen", {})
         policy = Policy(TOKENIZER, model, last, None, 3)
-        want, _ = evaluate("valid_seen", tasks, policy, pool, rollout_config(config), SamplingConfig(0.4), 0)
+        want, _ = evaluate(Evaluation("valid_seen"), tasks, policy, pool, rollout_config(config), SamplingConfig(0.4), 0)
     assert [without_seconds(row) for row in found["splits"]] == [json.loads(json.dumps(without_seconds(want)))]
     assert "valid_seen after 3 RL steps" in capsys.readouterr().out
     older = load(str(runs), 0, config, mesh.make_mesh(1, 2, 1))
     assert older.step == 0 and older.params["embedding"].sharding.mesh.size == 2
     jax.tree.map(np.testing.assert_array_equal, older.params, first)
+
+
+def test_the_further_temperatures_of_a_run_are_played_unless_one_is_given(folders, tmp_path):
+    runs, more = folders[0], tmp_path / "more"
+    shutil.copytree(runs, more)
+    config = read_config(runs)
+    config.eval.also_temperatures = (0.0,)
+    write_config(config, more)
+    greedy, usual = scores(tmp_path, f"--checkpoint={more}")["splits"]
+    (alone,), (zero,) = (scores(tmp_path, f"--checkpoint={runs}", *given)["splits"] for given in ([], ["--temperature=0"]))
+    assert without_seconds(usual) == without_seconds(alone)
+    assert without_seconds(greedy) == without_seconds(zero) | {"temperature": 0.0} != without_seconds(usual)
+    found = scores(tmp_path, f"--checkpoint={more}", "--temperature=0", "--split=valid_seen", "--split=valid_seen")
+    assert [without_seconds(row) for row in found["splits"]] == [without_seconds(zero)]
 
 
 def test_a_run_that_sampled_on_more_devices_is_played_on_those_there_are(folders, tmp_path):

@@ -19,7 +19,7 @@ from epo_jax.runs import checkpoint
 from epo_jax.runs import policies as folders
 from epo_jax.runs.folder import write_config
 from epo_jax.settings.config import base_config
-from epo_jax.training.evaluation import evaluate
+from epo_jax.training.evaluation import Evaluation, evaluate
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.state import init_state
 from tests.envs import wander_env
@@ -73,7 +73,7 @@ def test_it_plays_the_episodes_that_an_evaluation_counts(folder, say):
     tasks = wander_env.list_tasks("valid_seen", {})
     with EnvPool("alfworld", {}, 1) as pool:
         policy, settings = folders.Policy(TOKENIZER, model, params, config, 0), prompts.rollout_config(config)
-        _, played = evaluate("valid_seen", tasks, policy, pool, settings, prompts.SamplingConfig(0.9), 0)
+        _, played = evaluate(Evaluation("valid_seen"), tasks, policy, pool, settings, prompts.SamplingConfig(0.9), 0)
     for number, task in ((2, "valid_seen-2"), (4, "4")):
         output = say(f"--checkpoint={path}", "--play", "--split=valid_seen", f"--task={task}", "--temperature=0.9")
         want = played[number]

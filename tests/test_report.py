@@ -182,6 +182,14 @@ def test_long_runs_are_averaged_in_equal_bins(tmp_path):
     assert curve["x"][0] == (width - 1) / 2
 
 
+def test_evaluations_at_further_temperatures_do_not_count(tmp_path):
+    run = make_run(tmp_path / "run", 0, 0.1, 0.5)
+    before = data_of(make(tmp_path, run))["arms"]
+    hot = [row | {"temperature": 1.0, "won": 0, "success": 0.0} for row in rows(run, "eval.jsonl")]
+    write(run / "eval.jsonl", sorted([*rows(run, "eval.jsonl"), *hot], key=lambda row: row["step"]))
+    assert data_of(make(tmp_path, run))["arms"] == before
+
+
 def test_what_runs_lack_is_said(runs, tmp_path):
     old = make_run(tmp_path / "old", 0, 0.5, 0.5, without=("kl", "entropy_turn_0", "entropy_turn_1", "entropy_turn_2"))
     (old / "trajectories.jsonl").unlink()

@@ -115,6 +115,38 @@ def test_asked_to_stop_wherever_a_run_can_be(alone, tmp_path, monkeypatch, capfd
     assert kill.differences(kill.ending(folder), alone) == []
 
 
+def test_a_further_temperature_changes_nothing_else_and_a_stopped_evaluation_goes_on_with_what_is_left(
+    alone, tmp_path, monkeypatch
+):
+    folder = tmp_path / "warmer"
+    arguments = *ARGUMENTS, "--config.eval.also_temperatures=(2.0,)", "--config.eval.splits=('valid_seen', 'valid_unseen')"
+    written, calls = MetricWriter.evaluation, []
+
+    def asked_after_three_of_four(writer, row):
+        calls.append(row)
+        if len(calls) in (3, 3 + 4 + 3):  # all of step 0 again, and three of step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return written(writer, row)
+
+    monkeypatch.setattr(MetricWriter, "evaluation", asked_after_three_of_four)
+    with pytest.raises(Stopped, match="0 RL steps"):
+        run(folder, *arguments)
+    with pytest.raises(Stopped, match="2 RL steps"):
+        run(folder)
+    run(folder)
+    rows = read_rows(folder / "eval.jsonl")
+    assert len(calls) == 3 + 3 * 4
+    each = [(split, temperature) for split in ("valid_seen", "valid_unseen") for temperature in (2.0, None)]
+    assert [(row["step"], row["split"], row.get("temperature")) for row in rows[4:]] == [(k, *e) for k in (2, 3) for e in each]
+    assert {(row["split"], row.get("temperature")) for row in rows[:4]} == set(each)
+    found = kill.ending(folder)
+    for file in ("eval.jsonl", "trajectories.jsonl"):
+        found[file] = [row for row in found[file] if row["split"] != "valid_seen" and "temperature" not in row]
+    assert kill.differences(found, alone) == []
+    hot, cold = ([row["turns"], row["score"], row["invalid_actions"]] for row in rows[-2:])
+    assert hot != cold
+
+
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
     folder = tmp_path / "run"
     run(folder, *ARGUMENTS[:2], "--config.train.steps=1", f"--config.checkpoint.folder={tmp_path / 'elsewhere'}")

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from epo_jax.common.errors import UserError
-from epo_jax.runs.metrics import Row, read_rows
+from epo_jax.runs.metrics import Row, at_another_temperature, read_rows
 
 # Okabe and Ito's palette, which can be told apart with any color vision; each split also has its own marker.
 _GREY, _BLUE, _ORANGE, _GREEN = "#7f7f7f", "#0072B2", "#D55E00", "#009E73"
@@ -23,6 +23,7 @@ def draw(workdir: Path) -> list[Path]:
     """
     workdir = Path(workdir)
     metrics, evaluations = read_rows(workdir / "metrics.jsonl"), read_rows(workdir / "eval.jsonl")
+    evaluations = [row for row in evaluations if not at_another_temperature(row)]
     if not metrics and not evaluations:
         raise UserError(f"{workdir} has no metrics.jsonl or eval.jsonl with rows; name the folder of a run.")
     folder = workdir / "figures"

@@ -5,8 +5,8 @@ read (a row may hold more):
 
     metrics  step, success, reward, entropy (nats), corridor_low, corridor_high (nats, None before there is a history),
              tokens_per_second (sampled), rollout_seconds, update_seconds
-    eval     step (RL steps taken so far), split, won, episodes, success, low, high (Wilson interval), types
-             ({task type: [won, episodes]})
+    eval     step (RL steps taken so far), split, temperature (only if not config.eval.temperature), won, episodes, success, low,
+             high (Wilson interval), types ({task type: [won, episodes]})
 
 docs/metrics.md has every field.
 """
@@ -68,12 +68,14 @@ class MetricWriter:
         return row
 
     def evaluation(self, row: Mapping[str, Any]) -> Row:
-        """Adds the row of an evaluated split; replaces the row of the same step and split, if there is one."""
+        """Adds the row of an evaluated split; replaces that of the same step, split and temperature, if there is one."""
         row = plain(row)
-        keep_rows(self._evaluations, lambda other: (other["step"], other["split"]) != (row["step"], row["split"]))
+        about = "step", "split", "temperature"
+        keep_rows(self._evaluations, lambda other: any(other.get(key) != row.get(key) for key in about))
         rows = [*read_rows(self._evaluations), row]
         write_atomically(self._evaluations, "".join(json.dumps(each) + "\n" for each in rows))
-        self._scalars(f"eval/{row['split']}", row, row["step"])
+        further = f"/temperature_{row['temperature']:g}" if at_another_temperature(row) else ""
+        self._scalars(f"eval/{row['split']}{further}", row, row["step"])
         return row
 
     def close(self) -> None:
@@ -88,7 +90,8 @@ class MetricWriter:
         self.close()
 
     def _scalars(self, prefix: str, row: Row, step: int) -> None:
-        scalars = {f"{prefix}/{k}": value for k, value in row.items() if k != "step" and isinstance(value, int | float)}
+        numbers = {k: value for k, value in row.items() if isinstance(value, int | float)}
+        scalars = {f"{prefix}/{k}": value for k, value in numbers.items() if k not in ("step", "temperature")}
         for name, value in scalars.items():
             self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self._tensorboard.flush()
@@ -218,11 +221,21 @@ def _scores(outcomes: Sequence[Outcome]) -> Row:
     return row
 
 
+def at_another_temperature(row: Mapping[str, Any]) -> bool:
+    """Whether an evaluation was not at config.eval.temperature; rows of those that were have no temperature."""
+    return row.get("temperature") is not None
+
+
+def evaluated(row: Mapping[str, Any]) -> str:
+    """What was evaluated, in words."""
+    return f"{row['split']} at temperature {row['temperature']:g}" if at_another_temperature(row) else row["split"]
+
+
 def evaluation_table(row: Mapping[str, Any]) -> str:
     """An evaluation as a table, per task type and in all: success with its 95 % interval, what else was counted, pass@k."""
     counted = [*row["by_type"].items(), ("all", row)]
     width = max(len(name) for name, _ in counted)
-    lines = [row["split"] if row["step"] is None else f"{row['split']} after {row['step']} RL steps"]
+    lines = [evaluated(row) if row["step"] is None else f"{evaluated(row)} after {row['step']} RL steps"]
     for name, scores in counted:
         passed = "".join(f"  pass@{k} {_percent(share)}" for k, share in scores.get("pass_at", {}).items())
         lines.append(
@@ -267,7 +280,7 @@ def members_table(names: Sequence[str], rows: Sequence[Row]) -> str:
     """An evaluation of a sweep's members on one split: a line for each, success with its 95 % interval."""
     width = max(map(len, names))
     return "\n".join(
-        f"  {name:<{width}}  {row['split']:<12} after {row['step']} steps  {row['won']:>4}/{row['episodes']:<4}"
+        f"  {name:<{width}}  {evaluated(row):<12} after {row['step']} steps  {row['won']:>4}/{row['episodes']:<4}"
         f" {row['success']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]"
         for name, row in zip(names, rows, strict=True)
     )

@@ -6,6 +6,7 @@ change are made from it. `Setting` explains the columns. The paper is arXiv 2509
 hyperparameters; the reference implementation is the code of its authors. Where both are silent, the default is ours.
 """
 
+import math
 from typing import Literal, get_args
 
 from epo_jax.settings.setting import (
@@ -33,6 +34,11 @@ PenaltyScope = Literal["token", "turn", "trajectory", "batch"]
 Phase = Literal["exponential", "constant", "two_stage"]
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
+
+
+def _temperatures(values: tuple) -> bool:
+    return len(set(values)) == len(values) and all(isinstance(x, int | float) and 0 <= x < math.inf for x in values)
+
 
 # The projections of a layer that can have adapters.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -327,6 +333,9 @@ SECTIONS = (
                 paper="5 (table)", resume="free"),
         Setting("eval.temperature", 0.4, "Sampling temperature; 0: always the most likely token.",
                 Rule("zero (always the likeliest token) or positive", lambda x: x >= 0), paper="0.4 (table)", resume="recorded"),
+        Setting("eval.also_temperatures", (), "Further temperatures at which each evaluation plays its splits, such as that of "
+                "training, (1.0,). Their rows of eval.jsonl have `temperature`; they rank no checkpoints.",
+                Rule("different numbers, each zero or positive", _temperatures), resume="free", added=(2, ())),
         Setting("eval.top_k", 0, "Sample from so many of the most likely tokens; 0: from all.", NOT_NEGATIVE, unit="tokens",
                 resume="recorded"),
         Setting("eval.top_p", 1.0, "Sample from the most likely tokens that hold this probability together.", SHARE_ABOVE_0,

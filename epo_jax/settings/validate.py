@@ -29,6 +29,11 @@ def validate(config: ConfigDict) -> None:
     _check_model(config)
     _check_objective(config)
     _check_batches(config)
+    if config.eval.temperature in config.eval.also_temperatures:
+        raise UserError(
+            f"config.eval.also_temperatures={config.eval.also_temperatures} contains config.eval.temperature, at which every "
+            "split is played already; leave it out there."
+        )
 
 
 def _refuse_unknown(key: str, value: str | tuple[str, ...], choices: tuple[str, ...]) -> None:

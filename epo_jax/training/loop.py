@@ -32,11 +32,11 @@ from epo_jax.runs.ledger import Ledger, Member
 from epo_jax.runs.trajectory_log import TrajectoryLog
 from epo_jax.training import flops
 from epo_jax.training.batch import step_batch
-from epo_jax.training.evaluation import episodes_of, row_of
+from epo_jax.training.evaluation import Evaluation, episodes_of, evaluations, row_of
 from epo_jax.training.members import Placement, States
 from epo_jax.training.optim import stuck
 from epo_jax.training.record import step_row
-from epo_jax.training.resume import splits_to_evaluate
+from epo_jax.training.resume import missing_evaluations
 from epo_jax.training.state import LearnerConfig
 from epo_jax.training.tasks import step_episodes
 
@@ -145,7 +145,7 @@ def train(run: Run, states: States, host: Host) -> None:
             break
         success, improved = not_evaluated(run), False
         if last or (config.eval.every and done % config.eval.every == 0):
-            success = evaluate(run, states, host, done, config.eval.splits)
+            success = evaluate(run, states, host, done, evaluations(config.eval))
             improved = raise_best(host, success)
         if last or done % config.checkpoint.every == 0 or (improved and config.checkpoint.keep_best):
             save(run, states, host, success)
@@ -164,11 +164,11 @@ def begin(run: Run, states: States, host: Host) -> None:
     run.stop.defer()
     config, step, before = run.config, host.first_step, list(host.progress)
     if step == 0:
-        splits = list(config.eval.splits) if config.eval.before else []
+        due = evaluations(config.eval) if config.eval.before else []
     else:
-        missing = {split for i in host.living for split in splits_to_evaluate(config, run.files[i].folder, step)}
-        splits = [split for split in config.eval.splits if split in missing]
-    success = evaluate(run, states, host, step, splits) if splits else not_evaluated(run)
+        missing = {each for i in host.living for each in missing_evaluations(config, run.files[i].folder, step)}
+        due = [evaluation for evaluation in evaluations(config.eval) if evaluation in missing]
+    success = evaluate(run, states, host, step, due) if due else not_evaluated(run)
     raise_best(host, success)
     if not host.resumed:
         save(run, states, host, success)
@@ -286,25 +286,27 @@ def continuing(run: Run, host: Host, step: int, learned: list[dict[str, float]])
     return bool(host.living)
 
 
-def evaluate(run: Run, states: States, host: Host, step: int, splits: list[str]) -> list[float]:
-    """Evaluates every living member; its success on the last split."""
-    settings, seeds, success = run.config.eval, [member.config.seed for member in run.members], not_evaluated(run)
-    sampling = SamplingConfig(settings.temperature, settings.top_k, settings.top_p)
+def evaluate(run: Run, states: States, host: Host, step: int, due: list[Evaluation]) -> list[float]:
+    """Evaluates every living member; its success on the last split at `eval.temperature`."""
+    seeds, success = [member.config.seed for member in run.members], not_evaluated(run)
     # Before the first step, members of one seed are one policy.
     players = [i if step else seeds.index(seeds[i]) for i in range(len(seeds))]
     playing = {players[i] for i in host.living}
-    for split in splits:
+    for evaluation in due:
+        split, ranks = evaluation.split, evaluation.temperature is None
         with run.stop.now_or(functools.partial(end_early, run, states, host, step)):
             episodes = [episodes_of(run.tasks[split]) if i in playing else [] for i in range(len(seeds))]
-            sampled, stats = play(run, states, episodes, "evaluation", sampling)
+            sampled, stats = play(run, states, episodes, "evaluation", evaluation.sampling(run.config.eval))
         rows = []
         for i in host.living:
             trajectories = sampled[players[i]]
-            row = row_of(split, step, trajectories, stats.seconds)
-            success[i] = row["success"]
+            row = row_of(evaluation, step, trajectories, stats.seconds)
+            if ranks:
+                success[i] = row["success"]
             if hosts.is_first():
                 rows.append(run.files[i].writer.evaluation(row))
-                run.files[i].log.write(step, split, trajectories)
+                if ranks:
+                    run.files[i].log.write(step, split, trajectories)
         if hosts.is_first():
             warn_full([t for i in playing for t in sampled[i]], run.settings)
             print(metrics.evaluation_table(rows[0]) if len(run.members) == 1 else

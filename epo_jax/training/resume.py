@@ -19,6 +19,7 @@ from epo_jax.runs import checkpoint, frozen_base
 from epo_jax.runs.folder import Changes, read_config
 from epo_jax.runs.metrics import read_rows
 from epo_jax.runs.policies import source_run
+from epo_jax.training.evaluation import Evaluation, evaluations
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.state import LearnerConfig, TrainState, abstract_state, abstract_state_on
 
@@ -106,12 +107,13 @@ def refuse_changes_of_state(config, changes: Changes, model: DecoderConfig) -> N
             )
 
 
-def splits_to_evaluate(config, workdir: Path, step: int) -> list[str]:
-    """The splits whose evaluation after `step` RL steps is missing.
+def missing_evaluations(config, workdir: Path, step: int) -> list[Evaluation]:
+    """The evaluations after `step` RL steps that have no row.
 
-    The run was stopped in that evaluation.
+    The run was stopped before them.
     """
     if step != config.train.steps and (not config.eval.every or step % config.eval.every):
         return []
-    evaluated = {row["split"] for row in read_rows(workdir / "eval.jsonl") if row["step"] == step}
-    return hosts.gather([split for split in config.eval.splits if split not in evaluated])[0]
+    done = {(row["split"], row.get("temperature")) for row in read_rows(workdir / "eval.jsonl") if row["step"] == step}
+    missing = hosts.gather([evaluation for evaluation in evaluations(config.eval) if evaluation not in done])[0]
+    return [Evaluation(*evaluation) for evaluation in missing]

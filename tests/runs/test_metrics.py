@@ -18,6 +18,7 @@ from epo_jax.runs.metrics import (
     evaluation_row,
     evaluation_table,
     interval_of_plays,
+    members_table,
     pass_at_k,
     progress_line,
     read_rows,
@@ -101,6 +102,21 @@ def test_an_evaluation_made_again_replaces_the_first(tmp_path):
         ("valid_unseen", 0),
         ("valid_seen", 1),
     ]
+
+
+def test_a_further_temperature_has_a_row_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    row = evaluation_row(3, "valid_seen", outcomes([("pick", False)]))
+    with MetricWriter(tmp_path, 0, wandb_log.begin("agents", tmp_path, {})) as writer:
+        for more in ({}, {"temperature": 1.0}, {"temperature": 0.25}, {"temperature": 1.0, "won": 5}):
+            writer.evaluation(row | more)
+    written = [(each.get("temperature"), each["won"]) for each in read_rows(tmp_path / "eval.jsonl")]
+    assert written == [(None, 0), (0.25, 0), (1.0, 5)]
+    _, first, second, third, _ = sys.modules["wandb"].runs[0].logged
+    names = [{key for key in scalars if key.endswith(("won", "temperature"))} for scalars in (first, second, third)]
+    assert names == [{f"eval/valid_seen/{name}"} for name in ("won", "temperature_1/won", "temperature_0.25/won")]
+    assert evaluation_table(row | {"temperature": 0.25}).startswith("valid_seen at temperature 0.25 after 3 RL steps")
+    assert members_table(["a"], [row | {"temperature": 1.0}]).startswith("  a  valid_seen at temperature 1 after 3 steps")
 
 
 def test_a_new_run_starts_from_no_rows(tmp_path):
