@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import report_figures
 from epo_jax import report
+from epo_jax.analysis import curves
+from epo_jax.analysis.page import SCATTERED
 from epo_jax.common.errors import UserError
 from epo_jax.runs.metrics import evaluation_row, wilson
 from tests.browser import Browser, find
@@ -18,6 +20,7 @@ from tests.plays import outcomes
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"' & \u2028 🍎 {{ data }}"
 STEPS = 20
+RECORDED = [curve.key for curve in curves.CURVES if curve.key != curves.RATIO]
 
 
 def write(path: Path, rows) -> None:
@@ -32,7 +35,7 @@ def make_run(folder: Path, seed: int, lam: float, success: float, steps: int = S
     (folder / "config.json").write_text(json.dumps(config))
     rows = []
     for step in range(steps):
-        row = {key: float(rng.random()) for key, *_ in report.CURVES} | {"step": step, "success": success * step / steps}
+        row = {key: float(rng.random()) for key in RECORDED} | {"step": step, "success": success * step / steps}
         row |= {"corridor_low": 0.1 if step else None, "corridor_high": 0.9 if step else None}
         row |= {f"entropy_turn_{turn}": float(rng.random()) for turn in range(3)}
         rows.append({key: value for key, value in row.items() if key not in without.get("without", ())})
@@ -105,16 +108,42 @@ def test_runs_that_differ_by_the_seed_are_one_arm_and_the_best_comes_first(runs,
     assert [(arm["name"], [run["name"] for run in arm["runs"]]) for arm in told["arms"]] == [
         ("lam 0.0", ["b0"]), ("lam 0.1", ["a0", "a1"]),
     ]  # fmt: skip
+    assert told["reference"] == "lam 0.1" and told["subject"] == "seeds 0, 1"
     assert told["differing"] == ["epo.lam"] and [arm["settings"]["epo.lam"] for arm in told["arms"]] == [0.0, 0.1]
 
 
-def test_the_table_is_printed_with_what_each_run_came_to(runs, tmp_path, capsys):
-    arm = data_of(make(tmp_path, *runs))["arms"][1]["result"]
-    *_, best, other, wrote = capsys.readouterr().out.splitlines()
-    assert best.startswith("| lam 0.0 | 90.0 [69.9, 97.2] (90) | 90.0 [59.6, 98.2] (90) | 0.") and "wrote" in wrote
-    interval = f"[{100 * arm['valid_unseen']['low']:.1f}, {100 * arm['valid_unseen']['high']:.1f}]"
+def test_the_tables_are_printed_with_what_each_run_came_to(runs, tmp_path, capsys):
+    arm = data_of(make(tmp_path, *runs))["arms"][1]
+    success, entropy, differences = capsys.readouterr().out.split("\n\n")[1::2][:3]
+    best, other = success.splitlines()[2:]
+    assert best.startswith("| lam 0.0 | 90.0 [69.9, 97.2] (90) | 90.0 [59.6, 98.2] (90) | 90.0 [69.9, 97.2] (90) |")
+    interval = f"[{100 * arm['final']['valid_unseen']['low']:.1f}, {100 * arm['final']['valid_unseen']['high']:.1f}]"
     assert other.startswith(f"| lam 0.1 | 50.0 {interval} (40, 60) |")
-    assert other.endswith(f"| {arm['entropy']:.3g} | {arm['entropy_variance']:.3g} | never, never |")
+    entropies = [[row["entropy"] for row in rows(run, "metrics.jsonl")] for run in runs[:2]]
+    [step] = [next(k for k, h in enumerate(each) if h > 5 * each[0]) for each in entropies if max(each) > 5 * each[0]]
+    assert other.endswith(f" | never, never | never, never | 1 of 2 (step {step}) | 0 of 2 |")
+    found = arm["measures"]["change_std"]
+    assert found["values"] == pytest.approx([np.diff(each).std() for each in entropies])
+    assert f" | {found['mean']:.3g} [{found['low']:.3g}, {found['high']:.3g}] | " in entropy.splitlines()[3]
+    # One common seed, 0: 18/20 against 8/20.
+    assert differences.splitlines()[2].startswith("| lam 0.0 | +50 (+50) | +50 (+50) | ")
+
+
+def test_arms_are_compared_with_the_reference(runs, tmp_path):
+    told = data_of(make(tmp_path, *runs, "--reference", "lam 0.0"))
+    assert told["reference"] == "lam 0.0" and told["arms"][0]["versus"] is None
+    assert told["arms"][1]["versus"]["differences"]["valid_unseen"] == {
+        "seeds": [0], "values": [-0.5], "mean": -0.5, "low": None, "high": None,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="--reference=lam 7: no arm has this name; choose one of 'lam 0.1', 'lam 0.0'"):
+        make(tmp_path, *runs, "--reference", "lam 7")
+
+
+def test_success_from_a_step_on(runs, tmp_path):
+    told = data_of(make(tmp_path, *runs, "--from_step", "0"))
+    assert told["arms"][0]["final"]["valid_unseen"]["mean"] == pytest.approx((0.05 + 0.9) / 2)
+    with pytest.raises(UserError, match="--from_step"):
+        make(tmp_path, *runs, "--from_step=-1")
 
 
 def test_arms_can_be_given_by_name(runs, tmp_path):
@@ -123,9 +152,10 @@ def test_arms_can_be_given_by_name(runs, tmp_path):
 
 
 def test_the_page_has_the_numbers_of_the_files(runs, tmp_path):
-    _, arm = data_of(make(tmp_path, *runs))["arms"]
+    told = data_of(make(tmp_path, *runs))
+    _, arm = told["arms"]
     metrics = [rows(run, "metrics.jsonl") for run in runs[:2]]
-    for key, *_ in report.CURVES:
+    for key in RECORDED:
         values = np.array([[row[key] for row in each] for each in metrics])
         curve = arm["curves"][key]
         assert curve["x"] == list(range(STEPS))
@@ -137,9 +167,12 @@ def test_the_page_has_the_numbers_of_the_files(runs, tmp_path):
     assert (arm["turns"]["first"], arm["turns"]["width"], arm["turns"]["turns"]) == (0, 1, [0, 1, 2])
 
     entropy = np.array([[row["entropy"] for row in each[STEPS // 2 :]] for each in metrics])
-    assert arm["result"]["entropy"] == pytest.approx(entropy.mean())
-    assert arm["result"]["entropy_variance"] == pytest.approx(entropy.var(axis=1).mean())
-    final = arm["result"]["valid_unseen"]
+    assert arm["measures"]["entropy"]["mean"] == pytest.approx(entropy.mean())
+    assert arm["measures"]["entropy_variance"]["mean"] == pytest.approx(entropy.var(axis=1).mean())
+    ratio = np.array([[row["entropy"] / each[0]["entropy"] for row in each] for each in metrics])
+    np.testing.assert_allclose(arm["curves"]["entropy_ratio"]["y"], ratio.mean(0), rtol=1e-4)
+    assert [each["steps"] for each in arm["runs"]] == [STEPS, STEPS] and told["steps"] == STEPS
+    final = arm["final"]["valid_unseen"]
     assert (final["mean"], final["counts"], final["step"]) == (pytest.approx(0.5), [[8, 20], [12, 20]], STEPS)
     assert final["types"] == {"look": [10, 20], "pick": [10, 20]}
     assert arm["success"]["valid_unseen"] == {"x": [0, 20], "y": [0.05, 0.5], "low": [0.05, 0.4], "high": [0.05, 0.6]}
@@ -147,27 +180,19 @@ def test_the_page_has_the_numbers_of_the_files(runs, tmp_path):
 
 def test_a_single_run_carries_its_wilson_interval(runs, tmp_path):
     arm, _ = data_of(make(tmp_path, *runs))["arms"]
-    final, curve = arm["result"]["valid_unseen"], arm["success"]["valid_unseen"]
+    final, curve = arm["final"]["valid_unseen"], arm["success"]["valid_unseen"]
     assert (final["low"], final["high"]) == pytest.approx(wilson(18, 20))
     assert (curve["low"][1], curve["high"][1]) == pytest.approx(wilson(18, 20), abs=1e-4)
     assert "low" not in arm["curves"]["entropy"]
 
 
-def test_steps_until_a_share():
-    each = report.Run("r", None, {}, [{"step": k, "success": k / 20} for k in range(20)], [], [])
-    assert report.steps_to(each, 0.67) == 19  # the ten steps 9 to 18 have the mean 13.5 / 20, those before less
-    assert report.steps_to(each, 0.7, window=1) == 15
-    assert report.steps_to(each, 0.8) is None
-
-
-def test_interval_of_several_runs():
-    """Runs that agree: the binomial's own width. Runs that do not: wider, and never outside [0, 1]."""
-    low, high = report.interval([(50, 100)] * 4)
-    spread = 1.96 * np.sqrt(0.25 / 400)
-    assert low == pytest.approx(0.5 - spread, abs=0.01) and high == pytest.approx(0.5 + spread, abs=0.01)
-    apart = report.interval([(0, 100), (100, 100), (50, 100), (50, 100)])
-    assert 0 <= apart[0] < low - 0.1 and high + 0.1 < apart[1] <= 1
-    assert apart == report.interval([(0, 100), (100, 100), (50, 100), (50, 100)])
+def test_steps_are_counted_without_a_last_evaluation(runs, tmp_path):
+    """Rows 0 to 4 are five steps."""
+    run = make_run(tmp_path / "killed", 0, 0.1, 0.5)
+    write(run / "metrics.jsonl", rows(run, "metrics.jsonl")[:5])
+    write(run / "eval.jsonl", rows(run, "eval.jsonl")[:2])
+    told = data_of(make(tmp_path, run))
+    assert told["steps"] == 5 and told["arms"][0]["runs"][0]["steps"] == 5
 
 
 def test_long_runs_are_averaged_in_equal_bins(tmp_path):
@@ -176,18 +201,25 @@ def test_long_runs_are_averaged_in_equal_bins(tmp_path):
     (arm,) = data_of(make(tmp_path, run))["arms"]
     curve = arm["curves"]["entropy"]
     values = np.array([row["entropy"] for row in rows(run, "metrics.jsonl")])
-    assert len(curve["x"]) <= report.POINTS and len(arm["turns"]["entropy"]) <= report.COLUMNS
-    width = -(-steps // report.POINTS)
+    assert len(curve["x"]) <= curves.POINTS and len(arm["turns"]["entropy"]) <= curves.COLUMNS
+    width = -(-steps // curves.POINTS)
     np.testing.assert_allclose(curve["y"][:5], values[: 5 * width].reshape(5, width).mean(1), rtol=1e-4)
     assert curve["x"][0] == (width - 1) / 2
 
 
-def test_evaluations_at_further_temperatures_do_not_count(tmp_path):
+def test_evaluations_at_further_temperatures_are_columns_of_their_own(tmp_path):
     run = make_run(tmp_path / "run", 0, 0.1, 0.5)
-    before = data_of(make(tmp_path, run))["arms"]
+    before = data_of(make(tmp_path, run))
     hot = [row | {"temperature": 1.0, "won": 0, "success": 0.0} for row in rows(run, "eval.jsonl")]
     write(run / "eval.jsonl", sorted([*rows(run, "eval.jsonl"), *hot], key=lambda row: row["step"]))
-    assert data_of(make(tmp_path, run))["arms"] == before
+    told = data_of(make(tmp_path, run))
+    titles = ["OOD", "OOD, T = 1", "IID", "IID, T = 1"]
+    assert [column["title"] for column in told["columns"]] == titles
+    ((arm,), (one,)) = told["arms"], before["arms"]
+    for part in ("final", "success"):
+        assert {key: arm[part][key] for key in one[part]} == one[part]
+        assert set(arm[part]) - set(one[part]) == {"valid_unseen@1", "valid_seen@1"}
+    assert arm["final"]["valid_unseen@1"]["mean"] == 0
 
 
 def test_what_runs_lack_is_said(runs, tmp_path):
@@ -196,7 +228,7 @@ def test_what_runs_lack_is_said(runs, tmp_path):
     (old / "config.json").unlink()
     write(old / "eval.jsonl", [row for row in rows(old, "eval.jsonl") if row["split"] == "valid_seen"])
     told = data_of(make(tmp_path, *runs, old))
-    assert told["arms"][-1]["name"] == "old" and told["arms"][-1]["result"]["valid_unseen"] is None
+    assert told["arms"][-1]["name"] == "old" and told["arms"][-1]["final"]["valid_unseen"] is None
     for what in ("config", "valid_unseen", "entropy by turn", "episodes", "the metric kl"):
         assert any(sentence.startswith("old: without") and what in sentence for sentence in told["lacking"]), what
     (alone,) = data_of(make(tmp_path, old))["arms"]
@@ -240,6 +272,7 @@ def test_a_sweep_is_its_members_with_their_coefficients(tmp_path):
     (sweep / "sweep.json").write_text(json.dumps({"members": members}))
     told = data_of(make(tmp_path, sweep))
     assert told["differing"] == ["algo.name", "epo.lam"]
+    assert [reason for _, reason in told["left_out"]] == [f"{sweep / 'members' / 'not begun'} has not begun."]
     names = ["grpo, lam 0.2", "ppo, lam 0.2", "grpo, lam 0.1", "ppo, lam 0.1"]
     assert [arm["name"] for arm in told["arms"]] == names
     assert [run["seed"] for run in told["arms"][-1]["runs"]] == [0, 1]
@@ -263,6 +296,19 @@ def test_bad_runs_are_refused_in_one_sentence(tmp_path, name, fill, culprit):
     with pytest.raises(UserError, match=culprit) as refusal:
         make(tmp_path, tmp_path / name)
     assert "\n" not in str(refusal.value) and not (tmp_path / "report.html").exists()
+
+
+def test_what_cannot_be_read_is_left_out_and_listed(runs, tmp_path, capsys):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "notes.txt").write_text("no run")
+    told = data_of(make(tmp_path, *runs, tmp_path / "unfinished", tmp_path / "notes.txt"))
+    assert len(told["arms"]) == 2
+    assert [folder for folder, _ in told["left_out"]] == [str(tmp_path / "unfinished"), str(tmp_path / "notes.txt")]
+    printed = capsys.readouterr().err
+    for sentence in ("unfinished has no metrics.jsonl", "notes.txt is not a folder"):
+        assert any(sentence in reason for _, reason in told["left_out"]) and sentence in printed
+    with pytest.raises(UserError, match=r"unfinished has no metrics.jsonl .* sweep \(and 1 more folders cannot be read\)\."):
+        make(tmp_path, tmp_path / "unfinished", tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize(("out", "culprit"), [(".", "is a folder"), ("no/such/report.html", "no folder")])
@@ -308,8 +354,10 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(browser, runs, tmp_path, 
     assert browser.run("performance.getEntriesByName('drawn').length") == 1
     assert browser.run("document.documentElement.scrollWidth") <= width
     assert browser.run("window.hacked") is None and browser.run("document.title").startswith("</script>")
-    # Two evaluations, all curves, a corridor and a map of turns for each of two arms; no path without a number.
-    assert browser.run("document.querySelectorAll('figure svg').length") == 2 + len(report.CURVES) + 2 + 2
+    # Two evaluations, all curves, a corridor and a map of turns for each of two arms, differences and scatters; no path without a
+    # number.
+    count = 2 + len(curves.CURVES) + 2 + 2 + 1 + len(SCATTERED)
+    assert browser.run("document.querySelectorAll('figure svg').length") == count
     paths = browser.run("[...document.querySelectorAll('svg path')].map((p) => p.getAttribute('d')).join()")
     assert len(paths) > 1000 and "NaN" not in paths and "undefined" not in paths
     table = browser.run("[...document.querySelectorAll('#table tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))")

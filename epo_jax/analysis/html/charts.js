@@ -53,16 +53,16 @@ function caption(title, unit) {
 }
 
 // A line chart. series: {x, y, low, high, name, colour, dash, letter, faint, marks, whiskers}; edges: {x, y, colour}, two of
-// them with the space between shaded. The vertical axis holds the values of `reach` too.
-function lineChart({ title, unit, percent, series, edges = [], reach = [], note }) {
+// them with the space between shaded. The horizontal axis reaches over `across`, the vertical one holds the values of `reach` too.
+function lineChart({ title, unit, percent, across, series, edges = [], reach = [], note }) {
   const width = 440, height = 210, left = 46, right = 18, top = 8, bottom = 26;
-  const xs = [], ys = percent ? [0, 1] : [...reach];
+  const xs = [...across], ys = percent ? [0, 1] : [...reach];
   for (const s of [...series, ...edges]) {
     for (const x of s.x) xs.push(x);
     for (const list of s.faint || !s.low ? [s.y] : [s.y, s.low, s.high]) for (const y of list) if (y !== null) ys.push(y);
   }
   const figure = el("figure", {}, caption(title, unit));
-  if (!xs.length) {
+  if (series.every((s) => !s.x.length)) {
     figure.append(el("p", { class: "note" }, note || "No run has it."));
     return figure;
   }
@@ -146,7 +146,7 @@ function lineChart({ title, unit, percent, series, edges = [], reach = [], note 
 }
 
 // A map of steps (across) by turns (up). columns[i][j] is the value at the j-th of `turns`; a pixel a cell.
-function turnMap({ title, first, width: bin, turns, entropy, low, high }) {
+function turnMap({ title, across, first, width: bin, turns, entropy, low, high }) {
   const width = 440, height = 230, left = 34, right = 18, top = 8, bottom = 28;
   const canvas = el("canvas", { width: entropy.length, height: turns.length });
   const pixels = new ImageData(entropy.length, turns.length);
@@ -156,25 +156,75 @@ function turnMap({ title, first, width: bin, turns, entropy, low, high }) {
   }));
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   const inner = { x: left, y: top, width: width - left - right, height: height - top - bottom };
+  const px = (step) => left + ((step - across[0]) / (across[1] - across[0])) * inner.width;
+  const last = Math.min(across[1], first + bin * entropy.length);
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: entropy by RL step and turn` },
     svg("rect", { ...inner, fill: "var(--faint)" }),
-    svg("image", { ...inner, href: canvas.toDataURL(), preserveAspectRatio: "none", style: "image-rendering: pixelated" }));
-  const last = first + bin * entropy.length;
-  for (const x of ticks(first, last, 5)) {
-    drawing.append(svg("text", { class: "tick", x: left + ((x - first) / (last - first)) * inner.width, y: height - bottom + 14, "text-anchor": "middle" }, format(x)));
+    svg("image", { ...inner, x: px(first), width: px(last) - px(first), href: canvas.toDataURL(), preserveAspectRatio: "none", style: "image-rendering: pixelated" }));
+  for (const x of ticks(...across, 5).filter(Number.isInteger)) {
+    drawing.append(svg("text", { class: "tick", x: px(x), y: height - bottom + 14, "text-anchor": "middle" }, format(x)));
   }
   for (const turn of ticks(1, turns.length, 4).filter((t) => t >= 1 && Number.isInteger(t))) {
     drawing.append(svg("text", { class: "tick", x: left - 5, y: top + (1 - (turn - 0.5) / turns.length) * inner.height + 4, "text-anchor": "end" }, turn));
   }
   drawing.append(svg("text", { class: "tick", x: width - right, y: height - 1, "text-anchor": "end" }, "RL step; turns upwards"));
   hover(drawing, (event, box) => {
-    const i = Math.floor((((event.clientX - box.left) / box.width) * width - left) / inner.width * entropy.length);
+    const i = Math.floor((((event.clientX - box.left) / box.width) * width - px(first)) / (px(last) - px(first)) * entropy.length);
     const j = turns.length - 1 - Math.floor((((event.clientY - box.top) / box.height) * height - top) / inner.height * turns.length);
     if (!entropy[i] || turns[j] === undefined) return null;
     const steps = bin === 1 ? `step ${first + i}` : `steps ${first + i * bin} to ${first + (i + 1) * bin - 1}`;
     return `${steps}, turn ${turns[j] + 1}\n${format(entropy[i][j])} nats per token`;
   });
   return el("figure", {}, caption(title), drawing);
+}
+
+// Differences by seed, a row each: {dots, mean, low, high, name, colour, letter}; the interval's bounds may be null.
+function differencePlot({ title, percent, rows }) {
+  const width = 440, left = 34, right = 24, top = 8, bottom = 30, row = 30, height = top + bottom + row * Math.max(1, rows.length);
+  const all = [0, ...rows.flatMap((r) => [...r.dots, r.mean, r.low, r.high])].filter((v) => v !== null);
+  const span = Math.max(...all) - Math.min(...all) || 1;
+  const low = Math.min(...all) - 0.05 * span, high = Math.max(...all) + 0.05 * span;
+  const px = (v) => left + ((v - low) / (high - low)) * (width - left - right);
+  const text = (v) => (percent ? String(Number((100 * v).toPrecision(3))) : format(v));
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
+  for (const v of ticks(low, high, 5)) {
+    drawing.append(svg("line", { class: v === 0 ? "zero" : "rule", x1: px(v), x2: px(v), y1: top, y2: height - bottom }),
+      svg("text", { class: "tick", x: px(v), y: height - bottom + 14, "text-anchor": "middle" }, text(v)));
+  }
+  drawing.append(svg("text", { class: "tick", x: width - right, y: height - 2, "text-anchor": "end" }, percent ? "percentage points" : ""));
+  rows.forEach((r, i) => {
+    const y = top + row * (i + 0.5), tip = `${r.letter}  ${r.name}\n${text(r.mean)}${r.low === null ? "" : ` [${text(r.low)}, ${text(r.high)}]`}; seeds: ${r.dots.map(text).join(", ")}`;
+    drawing.append(svg("text", { x: left - 20, y: y + 4, "font-weight": 700 }, r.letter));
+    if (r.low !== null) drawing.append(svg("line", { x1: px(r.low), x2: px(r.high), y1: y, y2: y, stroke: r.colour, "stroke-width": 2.5 }));
+    drawing.append(svg("rect", { x: px(r.mean) - 2, y: y - 8, width: 4, height: 16, fill: r.colour }));
+    for (const v of r.dots) drawing.append(svg("circle", { cx: px(v), cy: y + 9, r: 2.6, fill: r.colour, "fill-opacity": 0.6 }));
+    const band = svg("rect", { x: 0, y: y - row / 2, width, height: row, fill: "transparent" });
+    hover(band, () => tip);
+    drawing.append(band);
+  });
+  const figure = el("figure", {}, caption(title), drawing);
+  if (!rows.length) figure.append(el("p", { class: "note" }, "No arm that is shown has a seed in common with the reference."));
+  return figure;
+}
+
+// Points {x, y, name, colour}; y is a share.
+function scatterPlot({ title, across, note, points }) {
+  const width = 440, height = 230, left = 46, right = 18, top = 8, bottom = 34;
+  const xs = points.map((point) => point.x), low = Math.min(0, ...xs), high = Math.max(...xs) * 1.03 || 1;
+  const px = (x) => left + ((x - low) / (high - low)) * (width - left - right), py = (y) => top + (1 - y) * (height - top - bottom);
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
+  for (const y of ticks(0, 1, 5)) {
+    drawing.append(svg("line", { class: "rule", x1: left, x2: width - right, y1: py(y), y2: py(y) }),
+      svg("text", { class: "tick", x: left - 6, y: py(y) + 4, "text-anchor": "end" }, `${Math.round(100 * y)} %`));
+  }
+  for (const x of ticks(low, high, 5)) drawing.append(svg("text", { class: "tick", x: px(x), y: height - bottom + 14, "text-anchor": "middle" }, format(x)));
+  drawing.append(svg("text", { class: "tick", x: width - right, y: height - 2, "text-anchor": "end" }, across));
+  for (const point of points) {
+    const circle = svg("circle", { cx: px(point.x), cy: py(point.y), r: 4, fill: point.colour, "fill-opacity": 0.75 });
+    hover(circle, () => `${point.name}\n${format(point.x)}, ${format(point.y, true)}`);
+    drawing.append(circle);
+  }
+  return el("figure", {}, caption(title), drawing, el("p", { class: "note" }, note));
 }
 
 function colourBar(low, high, unit) {
