@@ -21,9 +21,9 @@ class Estimate(NamedTuple):
 def of_success(rates: Sequence[float], episodes: Sequence[int]) -> Estimate:
     """Mean success of runs, with an interval for the seeds that were not run.
 
-    Wilson's interval for as many episodes as would make the mean vary as the success of the runs does, at most all of them (Franco
-    et al. 2019, PMC6690503), reduced by (z / t)^2, with one degree of freedom fewer than runs (Korn and Graubard 1998). It
-    stays within [0, 1], and does not shrink to a point if all runs won nothing or everything.
+    Wilson's interval for as many episodes as would make the mean vary as the success of the runs does, at most all of them
+    (Franco et al. 2019, PMC6690503), reduced by (z / t)^2, with one degree of freedom fewer than runs (Korn and Graubard 1998).
+    It stays within [0, 1], and does not shrink to a point if all runs won nothing or everything.
 
     Args:
         rates: success of each run in [0, 1].
