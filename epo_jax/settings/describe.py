@@ -10,7 +10,7 @@ from epo_jax.settings.table import SECTIONS, SWEEP
 
 _INTRODUCTION = """# Settings
 
-Every key of a config. A config file (`epo_jax/configs/*.py`) changes defaults, and the command line overrides single keys:
+Every key of a config. A config file (`configs/*.py`) changes defaults, and the command line overrides single keys:
 `--config.epo.lam=0.002`. `python -m epo_jax.settings > docs/settings.md` writes this page from `epo_jax/settings/table.py`.
 
 * **paper**: the value in the paper (arXiv 2509.22576, version 2) and where it is given; "reference:" is the value in the authors'

@@ -1,6 +1,6 @@
 """A config from the command line: --config=NAME[:preset], and --config.section.key=value for single keys.
 
-NAME is a config file of your own, or one of those in `epo_jax/configs/`, which work from any folder: `alfworld`.
+NAME is a config file of your own, or one of those in `configs/`, such as `alfworld`, which an installation has as well.
 """
 
 import difflib
@@ -107,7 +107,7 @@ def _load(source: str) -> ConfigDict:
 def config_file(name: str) -> Path:
     """The config file that `name` stands for.
 
-    A file comes first. `alfworld`, `alfworld.py` and `configs/alfworld.py` are otherwise the one in `epo_jax/configs/`.
+    A file comes first. `alfworld`, `alfworld.py` and `configs/alfworld.py` are otherwise the one in `configs/`.
 
     Raises:
       UserError: there is neither.

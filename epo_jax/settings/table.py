@@ -1,6 +1,6 @@
 """Every setting of a run, declared once.
 
-This is the list to read. A config file (epo_jax/configs/*.py) changes defaults, the command line overrides single keys
+This is the list to read. A config file (configs/*.py) changes defaults, the command line overrides single keys
 (`--config.epo.lam=0.002`). Configs, checks, `--help`, docs/settings.md, `Hyper`, what a sweep may vary and what a resumed run may
 change are made from it. `Setting` explains the columns. The paper is arXiv 2509.22576, version 2, "table" its table of
 hyperparameters; the reference implementation is the code of its authors. Where both are silent, the default is ours.
