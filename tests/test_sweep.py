@@ -129,6 +129,31 @@ def test_each_seed_may_begin_from_a_run_of_its_own(going, tmp_path):
         np.testing.assert_array_equal(params(shared / "members" / member, 0), params(first[0], 2))
 
 
+def test_members_may_go_on_from_the_whole_state_of_one_run(going, tmp_path):
+    """With that run's method and coefficients a member is the rest of it, bit for bit; others leave it at their own steps."""
+    [source] = [folder for folder in going if "lam0.01-" in folder.name and folder.name.endswith("seed0")]
+    whole = f"--config.init_from.run={source}", "--config.init_from.state=everything"
+    arms = "--config.sweep.arms=('grpo+epo', 'grpo+epo_base')", "--config.sweep.over.epo.start_step=(0, 2)"
+    with pytest.raises(UserError, match="config.init_from.step=-1 must be a number of RL steps in a sweep"):
+        run(tmp_path / "none", *whole, *arms)
+    folder = run(tmp_path / "sweep", *whole, "--config.init_from.step=1", *arms, *ONE_BY_ONE)
+    same, late, base, _ = (folder / "members" / name for name in names(folder))
+    rows = [[without_times(row) for row in read_rows(each / "metrics.jsonl")] for each in (source, same, late, base)]
+    assert rows[1] == rows[0][1:] and [row["step"] for row in rows[1]] == [1, 2]
+    for step in (1, 2, 3):
+        np.testing.assert_array_equal(params(same, step), params(source, step))
+    for member, step, equal in ((base, 1, same), (late, 2, base)):
+        np.testing.assert_array_equal(params(member, step), params(equal, step))
+        assert np.abs(params(member, step + 1) - params(equal, step + 1)).max() > 0.0
+    for member in names(folder):
+        for step in ("2", "3"):
+            shutil.rmtree(folder / "members" / member / "checkpoints" / step)
+    ends = [params(source), read_rows(same / "eval.jsonl")]
+    sweep.main(["sweep", f"--workdir={folder}", "--resume"])
+    np.testing.assert_array_equal(params(same), ends[0])
+    assert list(map(without_times, read_rows(same / "eval.jsonl"))) == list(map(without_times, ends[1]))
+
+
 def test_a_sweep_has_what_a_run_has(tmp_path, monkeypatch):
     """Checkpoints elsewhere, a profile, wall time over processes, and as many RL steps without a finite gradient."""
     short = "--config.sweep.seeds=(0, 1)", "--config.train.steps=2", "--config.eval.before=False", "--config.eval.every=0"
@@ -375,6 +400,8 @@ def test_arms_that_differ_in_coefficients_share_a_program():
     assert [[m.coefficients["algo.name"] for m in group[::3]] for group in groups] == [
         ["ppo", "ppo+epo_base", "ppo+epo", "ppo+epo_decay"], ["ppo+ea"], ["grpo", "grpo+epo"], ["grpo+released"],
     ]  # fmt: skip
+    arms = "grpo+epo_base", "grpo+epo", "grpo+epo_two_sided", "grpo+epo_decay_steps", "grpo+epo_initial", "grpo+epo_mean_dw"
+    assert [len(group) for group in grid(arms=arms)] == [4, 1, 1]
     assert groups[0][4].name == "ppo+epo_base-seed1" and groups[0][4].config.seed == 1
     assert groups[0][4].hyper.alpha == 0.0 and groups[0][7].hyper.alpha == 2.0
     assert "sweep" not in groups[0][0].config

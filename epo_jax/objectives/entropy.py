@@ -112,16 +112,28 @@ def phase_weight(kind: Phase, step: Step | Scalar, total: int, gamma: Scalar = _
     """beta_k, the weight of the smoothing term at RL step k of `total`.
 
     `exponential` (eq. 5): 1 + exp(-gamma k / floor(total/2)), from 2 towards 1. `constant`: 1 (the paper's W/O DW).
+    `mean`: the mean of `exponential` over the `total` steps, so that both weigh the term alike over a run.
     `two_stage`: the reference implementation's curve, falling from 1 to 0.83 by half-time and then from 0.8 to 0.04.
     """
     k, half = jnp.asarray(step, jnp.float32), total // 2
+
+    def exponential(k: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return 1.0 + jnp.exp(-gamma * k / max(half, 1))
+
     match kind:
         case "exponential":
-            return 1.0 + jnp.exp(-gamma * k / max(half, 1))
+            return exponential(k)
         case "constant":
             return jnp.ones((), jnp.float32)
+        case "mean":
+            return exponential(jnp.arange(total, dtype=jnp.float32)).mean()
         case "two_stage":
             k = jnp.clip(k, 0.0, float(total))
             early = 1.0 - 0.2 * (1.0 - jnp.exp(-2.0 * k / max(half, 1)))
             late = 0.8 * jnp.exp(-3.0 * (k - half) / max(total - half, 1))
             return jnp.where(k <= half, early, late)
+
+
+def step_weight(step: Step | Scalar, total: int, step_decay: Scalar) -> Float[Array, ""]:
+    """exp(-step_decay k / total), by which lam falls with the RL step k (EPO-Decay as in the paper's B.4.1)."""
+    return jnp.exp(-step_decay * jnp.asarray(step, jnp.float32) / total)

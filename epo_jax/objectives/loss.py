@@ -88,11 +88,12 @@ def smoothing_terms(
     total = jnp.maximum(rows.weights.entropy.sum(), 1e-30)
     batch_entropy = jax.lax.stop_gradient((rows.old.entropy * rows.weights.entropy).sum() / total)
     beta = entropy.phase_weight(objective.phase, step, objective.phase_steps or total_steps, hyper.gamma)
+    lam = registry.COEFFICIENTS[objective.coefficient](history, batch_entropy, hyper)
     return Smoothing(
         center=center,
         known=known,
         beta=jnp.where(step >= hyper.start_step, beta, 0.0),
-        lam=registry.COEFFICIENTS[objective.coefficient](history, batch_entropy, hyper),
+        lam=lam * entropy.step_weight(step, total_steps, hyper.step_decay),
         batch_entropy=batch_entropy,
     )
 

@@ -4,10 +4,12 @@ A method is written `base` or `base+variant[+variant...]`: `grpo`, `ppo+epo`, `d
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from epo_jax.common.errors import UserError, nearest
 from epo_jax.objectives import advantages, controls
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
+from epo_jax.settings.table import SETTINGS
 
 # (batch, old, hyper, objective) -> (advantage, returns), both [B, T]
 ESTIMATORS = {
@@ -61,12 +63,26 @@ BASES: dict[str, dict] = {
              "clip_low": 3e-4, "clip_high": 4e-4},
 }  # fmt: skip
 
-VARIANTS: dict[str, dict] = {
+
+def papers_term(env: str) -> dict:
+    """What the paper gives of the entropy term in an environment, except its weight lam."""
+    given = [setting for setting in SETTINGS if setting.key.startswith("epo.") and setting.paper and setting.key != "epo.lam"]
+    return {setting.traced or setting.static: setting.default_for(env) for setting in given}
+
+
+# A function where it depends on the environment.
+VARIANTS: dict[str, dict | Callable[[str], dict]] = {
     "epo": {},
+    "epo_paper": papers_term,
+    "epo_two_sided": {"kappa_l": 0.5, "kappa_r": 1.5},  # the paper's appendix
+    "epo_initial": {"history": "initial"},
+    "epo_turn": {"history_index": "turn"},
     "epo_base": {"alpha": 0.0},
     "epo_indicator": {"penalty": "indicator"},
     "epo_wo_dw": {"phase": "constant"},
+    "epo_mean_dw": {"phase": "mean"},
     "epo_decay": {"alpha": 0.0, "turn_decay": 1.0},
+    "epo_decay_steps": {"alpha": 0.0, "step_decay": 1.0},
     "ea": {"lam": 0.0, "shaper": "ea"},
     "empg": {"lam": 0.0, "shaper": "empg"},
     "clip_cov": {"lam": 0.0, "token_control": "clip_cov"},
@@ -80,10 +96,19 @@ VARIANTS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def method(name: str, objective: ObjectiveConfig | None = None, hyper: Hyper | None = None) -> tuple[ObjectiveConfig, Hyper]:
+def method(
+    name: str, objective: ObjectiveConfig | None = None, hyper: Hyper | None = None, env: str = "alfworld"
+) -> tuple[ObjectiveConfig, Hyper]:
     """The objective and coefficients of a named method, on top of those given (the paper's by default).
 
-    A base algorithm alone has no entropy term (lam = 0).
+    Raises:
+        UserError: an unknown name.
+    """
+    return override(objective or ObjectiveConfig(), hyper or Hyper(), settings_of(name, env))
+
+
+def settings_of(name: str, env: str = "alfworld") -> dict:
+    """What a named method sets in an environment. A base algorithm alone has no entropy term (lam = 0).
 
     Raises:
         UserError: an unknown name.
@@ -94,9 +119,9 @@ def method(name: str, objective: ObjectiveConfig | None = None, hyper: Hyper | N
             near = nearest(unknown, table)
             raise UserError(f"{unknown!r} in {name!r} is no {kind}{near}; choose from {', '.join(sorted(table))}.")
     settings = BASES[base] | ({} if variants else {"lam": 0.0})
-    for variant in variants:
-        settings |= VARIANTS[variant]
-    return override(objective or ObjectiveConfig(), hyper or Hyper(), settings)
+    for variant in map(VARIANTS.get, variants):
+        settings |= variant(env) if callable(variant) else variant
+    return settings
 
 
 def override(objective: ObjectiveConfig, hyper: Hyper, settings: dict) -> tuple[ObjectiveConfig, Hyper]:

@@ -10,7 +10,7 @@ from typing import Any
 from epo_jax.settings.config import settings_of
 from epo_jax.settings.table import SETTINGS
 
-VERSION = 3
+VERSION = 4
 
 # Keys added after a version (`Setting.added`), with the value that reproduces what that version did, or a function to it from the
 # other keys.

@@ -31,7 +31,7 @@ HistoryMode = Literal["cumulative", "sliding", "ema", "initial"]
 KLKind = Literal["k1", "abs", "k2", "k3", "full"]
 Penalty = Literal["hinge", "indicator"]
 PenaltyScope = Literal["token", "turn", "trajectory", "batch"]
-Phase = Literal["exponential", "constant", "two_stage"]
+Phase = Literal["exponential", "constant", "mean", "two_stage"]
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 
@@ -260,6 +260,9 @@ SECTIONS = (
                 resume="recorded"),
         Setting("epo.turn_decay", 0.0, "Turn t has the weight exp(-turn_decay t / max_turns) in the mean entropy; 0: all turns "
                 "count alike.", NOT_NEGATIVE, paper="0, except EPO-Decay (section 5.4)", traced="turn_decay", resume="recorded"),
+        Setting("epo.step_decay", 0.0, "The entropy term has the weight lam exp(-step_decay k / train.steps) at RL step k; 0: "
+                "lam at every step.", NOT_NEGATIVE, paper="0, except EPO-Decay (B.4.1)", traced="step_decay",
+                resume="recorded", added=(3, 0.0)),
         Setting("epo.penalty", "hinge", '"hinge": distance from the corridor; "indicator": 1 outside it, without gradient.',
                 choices=get_args(Penalty), paper="hinge (Eq. 3)", reference="indicator", static="penalty", resume="recorded"),
         Setting("epo.scope", "token", "What entropy is averaged over before it is compared with the corridor.",
@@ -268,8 +271,9 @@ SECTIONS = (
                 paper="cumulative (Eq. 3)", static="history", resume="recorded"),
         Setting("epo.history_index", "global", '"global": one mean entropy an RL step; "turn": one for each turn number.',
                 choices=("global", "turn"), paper="global", reference="turn", static="history_index", resume="recorded"),
-        Setting("epo.phase", "exponential", 'Schedule of beta_k: "exponential" from 2 to 1, "constant" 1, "two_stage" the '
-                "reference implementation's, from 1 to 0.04.", choices=get_args(Phase), paper="exponential (Eq. 5)",
+        Setting("epo.phase", "exponential", 'Schedule of beta_k: "exponential" from 2 to 1, "constant" 1, "mean" constant as '
+                'well, at the mean of the exponential one over the run, "two_stage" the reference implementation\'s, from 1 to '
+                "0.04.", choices=get_args(Phase), paper="exponential (Eq. 5)",
                 reference="two_stage", static="phase", resume="recorded"),
         Setting("epo.turn_gate", False, "Whether the corridor penalty begins with the middle turn.", paper="False",
                 reference="True", static="turn_gate", resume="recorded"),
@@ -335,7 +339,7 @@ SECTIONS = (
                 Rule("zero (always the likeliest token) or positive", lambda x: x >= 0), paper="0.4 (table)", resume="recorded"),
         Setting("eval.also_temperatures", (), "Further temperatures at which each evaluation plays its splits, such as that of "
                 "training, (1.0,). Their rows of eval.jsonl have `temperature`; they rank no checkpoints.",
-                Rule("different numbers, each zero or positive", _temperatures), resume="free", added=(2, ())),
+                Rule("different numbers, each zero or positive", _temperatures), resume="free", added=(3, ())),
         Setting("eval.top_k", 0, "Sample from so many of the most likely tokens; 0: from all.", NOT_NEGATIVE, unit="tokens",
                 resume="recorded"),
         Setting("eval.top_p", 1.0, "Sample from the most likely tokens that hold this probability together.", SHARE_ABOVE_0,

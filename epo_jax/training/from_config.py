@@ -31,7 +31,7 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         mini_turns=config.algo.mini_batch_turns,
         micro_turns=config.algo.micro_batch_turns,
     )
-    objective, hyper = registry.method(config.algo.name, objective, hyper)
+    objective, hyper = registry.method(config.algo.name, objective, hyper, config.env.name)
     return objective, jax.tree.map(np.float32, hyper)
 
 

@@ -81,10 +81,10 @@ def refuse_what_members_cannot_share(config) -> None:
                 f"config.{key}={size} must be {alone} in a sweep, whose members are spread over devices instead "
                 "(config.sweep.devices)."
             )
-    if config.init_from.state == "everything" and config.init_from.run:
+    if config.init_from.state == "everything" and config.init_from.run and config.init_from.step < 0:
         raise UserError(
-            "config.init_from.state='everything' must be 'weights' in a sweep, whose members begin at RL step 0; a single run "
-            "(epo-jax train) can go on from another's whole state."
+            "config.init_from.step=-1 must be a number of RL steps in a sweep with config.init_from.state='everything', so that "
+            "all members begin with the same one."
         )
     own_bases = (
         "{seed}" in config.init_from.run or not config.init_from.run and (config.warm_start.episodes or not config.model.path)

@@ -36,7 +36,7 @@ from epo_jax.training.evaluation import Evaluation, episodes_of, evaluations, ro
 from epo_jax.training.members import Placement, States
 from epo_jax.training.optim import stuck
 from epo_jax.training.record import step_row
-from epo_jax.training.resume import missing_evaluations
+from epo_jax.training.resume import begins_at, missing_evaluations
 from epo_jax.training.state import LearnerConfig
 from epo_jax.training.tasks import step_episodes
 
@@ -290,7 +290,7 @@ def evaluate(run: Run, states: States, host: Host, step: int, due: list[Evaluati
     """Evaluates every living member; its success on the last split at `eval.temperature`."""
     seeds, success = [member.config.seed for member in run.members], not_evaluated(run)
     # Before the first step, members of one seed are one policy.
-    players = [i if step else seeds.index(seeds[i]) for i in range(len(seeds))]
+    players = [i if step > begins_at(run.config) else seeds.index(seeds[i]) for i in range(len(seeds))]
     playing = {players[i] for i in host.living}
     for evaluation in due:
         split, ranks = evaluation.split, evaluation.temperature is None

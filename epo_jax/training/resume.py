@@ -72,6 +72,13 @@ def refer_to_base(folders: list[Path], base: Params, kept: Path | None) -> None:
             frozen_base.refer(folder, digest, os.path.relpath(kept, folder / "model") if kept else None)
 
 
+def begins_at(config) -> int:
+    """RL steps done before a new run begins: those of the checkpoint whose whole state it takes, if `config.init_from` names its
+    step; else 0."""
+    source = config.init_from
+    return max(source.step, 0) if source.run and source.state == "everything" else 0
+
+
 def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) -> Restored:
     """The whole state of the run that `config.init_from` names.
 

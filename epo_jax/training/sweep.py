@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError, explain
@@ -35,7 +36,7 @@ from epo_jax.training.from_config import learner_config
 from epo_jax.training.grid import programs, refuse_what_members_cannot_share
 from epo_jax.training.initial_policy import InitialPolicy
 from epo_jax.training.members import place_members
-from epo_jax.training.resume import Restored, refer_to_base, refuse_changes_of_state, restore
+from epo_jax.training.resume import Restored, begins_at, refer_to_base, refuse_changes_of_state, restore, source_state
 from epo_jax.training.run import list_tasks, open_files, written
 from epo_jax.training.state import LearnerConfig, init_state
 
@@ -93,7 +94,9 @@ def train(command: Command, stop: StopRequest) -> None:
         for member in members:
             checkpoint.refuse_used(ledger.checkpoints(member))
     tasks = list_tasks(config)
-    first_steps = check_resumed(command, groups, ledger) if command.resume else {member.name: 0 for member in members}
+    first_steps = {member.name: begins_at(config) for member in members}
+    if command.resume:
+        first_steps |= check_resumed(command, groups, ledger)
     profiling.refuse_past(profile_steps, min(first_steps.values()))
     open_workdir(command)
     policy_of_seed = functools.cache(functools.partial(begin, config, tasks["train"], named, workdir / "warm_start", stop))
@@ -125,7 +128,7 @@ def train(command: Command, stop: StopRequest) -> None:
 
 
 def check_resumed(command: Command, groups: list[list[Member]], ledger: Ledger) -> dict[str, int]:
-    """{member's name: RL step from which it continues}.
+    """{member's name: RL step from which it continues}, of those that have begun.
 
     Raises:
         UserError: the sweep had other members, its changes are impossible, or checkpoints are gone.
@@ -135,7 +138,8 @@ def check_resumed(command: Command, groups: list[list[Member]], ledger: Ledger) 
     for some in (some for group in groups for some in alike(group, ledger.vocabulary)):
         if (model := ledger.model(some[0])) is not None:
             refuse_changes_of_state(some[0].config, command.changes, model)
-        steps |= dict.fromkeys((member.name for member in some), ledger.resume_point(some) or 0)
+        if (step := ledger.resume_point(some)) is not None:
+            steps |= dict.fromkeys((member.name for member in some), step)
     return steps
 
 
@@ -160,7 +164,7 @@ def train_program(sweep: Sweep, members: list[Member]) -> None:
     keep, keep_best = max(2, config.checkpoint.keep), config.checkpoint.keep_best
     managers = [checkpoint.open_manager(ledger.checkpoints(member), keep, keep_best) for member in members]
     found = ledger.resume_point(members)
-    first_step = found or 0
+    first_step = begins_at(config) if found is None else found
     ledger.go_back(members, first_step)
 
     # ---------------------------------------------------------------- the states
@@ -173,7 +177,7 @@ def train_program(sweep: Sweep, members: list[Member]) -> None:
     learner = learner_config(config, model, members[0].objective)
     placement = place_members(learner, len(members), sweep.command.config.sweep)
     if found is None:
-        restored = begin_members(folders, policies, learner)
+        restored = begin_members(members, folders, policies, learner, placement.home)
         del policies
     else:
         restored = restore(folders, managers, config, learner, placement.home, found)
@@ -205,10 +209,17 @@ def train_program(sweep: Sweep, members: list[Member]) -> None:
         loop.train(run, states, host)
 
 
-def begin_members(folders: list[Path], policies: list[SeedPolicy], learner: LearnerConfig) -> Restored:
+def begin_members(
+    members: list[Member], folders: list[Path], policies: list[SeedPolicy], learner: LearnerConfig, home: Mesh
+) -> Restored:
     """The states of members that begin; writes tokenizers and base."""
     for folder, policy in zip(folders, policies, strict=True):
         policy.tokenizer.save(folder / "tokenizer")
+    source = members[0].config.init_from
+    if source.run and source.state == "everything":
+        begun = [source_state(m.config, learner, home, policy.params) for m, policy in zip(members, policies, strict=True)]
+        refer_to_base(folders, begun[0].base, policies[0].folder)
+        return Restored(begun[0].base, [each.own[0] for each in begun], [each.progress[0] for each in begun])
     states = [init_state(learner, policy.params) for policy in policies]
     base = states[0].base
     refer_to_base(folders, base, policies[0].folder)

@@ -119,10 +119,13 @@ def test_phase_weights_against_the_formulas():
     np.testing.assert_allclose(weights, 1 + np.exp(-3.0 * k / 5), rtol=1e-6)
     assert weights[0] == 2.0
     assert entropy.phase_weight("constant", 7, 10, 3.0) == 1.0
+    ratio = np.exp(-3.0 / 75)  # a geometric series
+    np.testing.assert_allclose(entropy.phase_weight("mean", 7, 150, 3.0), 1 + (1 - ratio**150) / (1 - ratio) / 150, rtol=1e-6)
+    assert round(float(entropy.phase_weight("mean", 149, 150, 3.0)), 2) == 1.17
     np.testing.assert_allclose(entropy.phase_weight("two_stage", 5, 10), 1 - 0.2 * (1 - np.exp(-2)), rtol=1e-6)
     np.testing.assert_allclose(entropy.phase_weight("two_stage", 6, 10), 0.8 * np.exp(-3 / 5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["exponential", "constant", "two_stage"])
+@pytest.mark.parametrize("kind", ["exponential", "constant", "mean", "two_stage"])
 def test_phase_weight_of_a_run_of_one_step(kind):
     assert jnp.isfinite(entropy.phase_weight(kind, 0, 1, 3.0))

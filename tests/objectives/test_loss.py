@@ -152,7 +152,10 @@ VARIANTS = {
     "gspo": {
         "ratio_scope": "trajectory", "aggregation": "seq-mean-token-sum-norm", "truncated_importance": True, "kl": "abs",
     },
-    "gspo by turn": {"ratio_scope": "turn", "entropy_aggregation": "seq-mean-token-sum-norm", "penalty_scope": "trajectory"},
+    "gspo by turn": {
+        "ratio_scope": "turn", "entropy_aggregation": "seq-mean-token-sum-norm", "penalty_scope": "trajectory", "phase": "mean",
+        "step_decay": 0.7,
+    },
     "clip-cov": {"token_control": "clip_cov", "cov_low": 0.0},
     "kl-cov": {"token_control": "kl_cov", "kl": "none", "aggregation": "trajectory"},
     "siren": {"entropy_term": "siren", "history": "initial", "entropy_aggregation": "seq-mean-token-mean"},
@@ -235,7 +238,7 @@ def test_split_packing_padding_and_row_order_change_nothing(name):
 def test_vmap_over_coefficients_is_a_loop(name):
     """Every coefficient at once, in every variant: three members whose values all differ."""
     objective, hyper = variant(name)
-    base = hyper._replace(turn_decay=0.5)
+    base = hyper._replace(turn_decay=0.5, step_decay=0.5)
 
     @given(seeds)
     @settings(few, max_examples=2)
@@ -273,6 +276,16 @@ def test_the_corridor_penalty_counts_from_its_first_step_on():
     assert usual != without
     for start_step, expected in ((0, usual), (2, usual), (3, without)):  # `total` is RL step 2
         assert total(rows, advantage, HYPER._replace(start_step=start_step), BASE)[0] == expected, start_step
+
+
+def test_the_weight_of_the_entropy_term_falls_with_the_rl_step():
+    """`total` is RL step 2 of 8: the whole term, bonus and corridor, has exp(-2 d / 8) of its weight."""
+    rows, advantage = pack(trajectories(0), PACKED, 60), jnp.asarray(advantages(0), jnp.float32)
+    none, full, falling = (
+        total(rows, advantage, HYPER._replace(lam=lam, step_decay=decay), BASE)[0]
+        for lam, decay in ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0))
+    )
+    np.testing.assert_allclose(falling - none, np.exp(-0.25) * (full - none), rtol=1e-5)
 
 
 def test_hinge_pushes_back_and_indicator_does_not():

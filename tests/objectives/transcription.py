@@ -56,6 +56,8 @@ def beta(kind: str, k: int, total: int, gamma: float) -> float:
             return 1 + np.exp(-gamma * k / half)
         case "constant":
             return 1.0
+        case "mean":
+            return sum(beta("exponential", step, total, gamma) for step in range(total)) / total
         case "two_stage":
             early = 1 - 0.2 * (1 - np.exp(-2 * k / half))
             return early if k <= half else 0.8 * np.exp(-3 * (k - half) / (total - half))
@@ -154,6 +156,7 @@ def value_and_gradients(episodes, advantage, hyper, objective, past: np.ndarray,
     def entropy_term(h):
         one = entropy_mean([np.ones(t.size) for t in turn])
         lam = coefficient(past, entropy_mean(sampled) / one, hyper, objective.coefficient)
+        lam *= np.exp(-hyper.step_decay * step / total_steps)
         if objective.entropy_term == "siren":
             top = [peaks(x, hyper.peak_quantile) for x in sampled]
             return lam * (entropy_mean(h, top) - past[0].mean()) ** 2

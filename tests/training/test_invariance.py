@@ -30,15 +30,22 @@ MICRO_ROWS, ROWS = 8, 80
 STRONG = {"lam": 0.3, "alpha": 2.0, "kappa_l": 0.97, "kappa_r": 1.03, "kl_coef": 0.3, "cov_fraction": 0.3, "cov_low": -1e3,
           "cov_high": 1e3, "target_entropy": 9.0, "target_delta": 0.1, "target_cap": 1.0, "peak_quantile": 0.5}  # fmt: skip
 CASES: dict[str, dict] = {
-    "ppo+epo": {"penalty_scope": "turn", "history_index": "turn", "aggregation": "trajectory", "gae_lambda": 0.8},
-    "grpo+epo": {"penalty_scope": "trajectory", "kl": "k1"},
-    "gigpo+epo_decay": {"alpha": 2.0, "penalty_scope": "batch", "aggregation": "seq-mean-token-sum", "kl": "k2"},
-    "rloo+epo_indicator": {"penalty_scope": "trajectory", "turn_gate": True, "kl": "abs"},
+    "ppo+epo_turn": {"penalty_scope": "turn", "aggregation": "trajectory", "gae_lambda": 0.8},
+    "grpo+epo_two_sided": {"penalty_scope": "trajectory", "kl": "k1", "kappa_l": 0.97, "kappa_r": 1.03},
+    "gigpo+epo_decay+epo_decay_steps": {"alpha": 2.0, "penalty_scope": "batch", "aggregation": "seq-mean-token-sum", "kl": "k2"},
+    "rloo+epo_paper+epo_indicator": {
+        "penalty_scope": "trajectory",
+        "turn_gate": True,
+        "kl": "abs",
+        "alpha": 2.0,
+        "kappa_l": 0.97,
+        "kappa_r": 1.03,
+    },
     "reinforce_pp+epo_wo_dw": {"ratio_scope": "turn", "entropy_aggregation": "token-mean", "kl": "none"},
     "reinforce_pp_baseline+ea": {"kl": "full", "ratio_scope": "trajectory"},
     "dr_grpo+empg": {"kl_place": "reward"},
     "dapo+clip_cov": {},
-    "gspo+epo": {"penalty_scope": "trajectory", "clip_low": 0.05, "clip_high": 0.05},
+    "gspo+epo+epo_initial+epo_mean_dw": {"penalty_scope": "trajectory", "clip_low": 0.05, "clip_high": 0.05},
     "gspo+kl_cov": {},
     "grpo+siren": {"entropy_aggregation": "seq-mean-token-mean"},
     "grpo+target": {"truncated_importance": True, "importance_cap": 1.2},
@@ -87,7 +94,7 @@ def spread(batch: TokenBatch, live: int) -> TokenBatch:
 
 def config_of(arm: str, style: str, micro_rows: int = MICRO_ROWS):
     """(LearnerConfig, Hyper, fields of the state): with an earlier step, another reference policy and another critic."""
-    own = set().union(*(registry.VARIANTS[o] for o in arm.split("+")[1:]), registry.BASES[arm.split("+")[0]])
+    own = registry.settings_of(arm)
     config, hyper = tiny.learner(arm, micro_rows, **{k: v for k, v in STRONG.items() if k not in own} | CASES[arm])
     config = dataclasses.replace(config, episode_policy_tokens=EPISODE_TOKENS if style == "window" else None)
     width = tiny.TURNS if config.objective.history_index == "turn" else 1
@@ -142,7 +149,7 @@ def test_rows_micro_batches_and_order_change_nothing(arm, style):
         assert_same(expected, gradient_and_metrics(step(batch)))
 
 
-@pytest.mark.parametrize("arm", ["gspo+epo", "grpo+epo"])
+@pytest.mark.parametrize("arm", ["gspo+epo+epo_initial+epo_mean_dw", "grpo+epo_two_sided"])
 def test_micro_batch_rows_as_a_run_sets_them(arm):
     batch = packed("window", trajectories("window"))
     expected = gradient_and_metrics(step_of(arm, "window")(batch))
@@ -150,7 +157,7 @@ def test_micro_batch_rows_as_a_run_sets_them(arm):
         assert_same(expected, gradient_and_metrics(step_of(arm, "window", micro_rows)(batch)))
 
 
-@pytest.mark.parametrize("arm", ["gspo+epo", "rloo+epo_indicator"])
+@pytest.mark.parametrize("arm", ["gspo+epo+epo_initial+epo_mean_dw", "rloo+epo_paper+epo_indicator"])
 def test_two_passes_are_one_where_episodes_lie_in_one_row(arm):
     """The gradient by slopes against the plain gradient of the loss."""
     batch = packed("chat", trajectories("chat"))
@@ -160,7 +167,7 @@ def test_two_passes_are_one_where_episodes_lie_in_one_row(arm):
     assert_same(gradient_and_metrics(step_of(arm, "chat")(batch)), gradient_and_metrics(by_slopes))
 
 
-@pytest.mark.parametrize("arm", ["gspo+epo", "dapo+clip_cov"])
+@pytest.mark.parametrize("arm", ["gspo+epo+epo_initial+epo_mean_dw", "dapo+clip_cov"])
 def test_devices_change_nothing(arm):
     batch = packed("window", trajectories("window"))
     config, hyper, fields = config_of(arm, "window")
