@@ -162,7 +162,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
         saved = read_config(workdir)
         refuse_other_program(saved, sweep, f"--workdir={workdir}")
         changes = changes_of(config, complete(saved), overridden, workdir)
-    return Command(config, workdir, values.resume, values, changes)
+    return Command(config, workdir, values.resume, values, changes, tuple(argv[1:]))
 
 
 def parse_config(arguments: Sequence[str]) -> ConfigDict:

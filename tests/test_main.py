@@ -69,6 +69,9 @@ def check_run_folder(workdir, steps, splits):
     assert {path.name for path in (workdir / "figures").glob("*.png")} == {"success.png", "entropy.png"}
     assert list((workdir / "tensorboard").iterdir())
     assert (workdir / "checkpoints" / str(steps)).is_dir()
+    [process] = rows(workdir / "processes.jsonl")
+    assert process["step"] == 0 and process["device"].endswith(" x cpu") and process["parameters"] > 1000
+    assert f"--workdir={workdir}" in process["arguments"]
 
 
 def test_alfworld_end_to_end(alfworld_run):

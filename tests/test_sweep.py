@@ -107,6 +107,8 @@ def test_a_member_is_the_run_that_it_would_be_alone(going, tmp_path):
         ours, theirs = (list(map(without_times, read_rows(folder / name))) for folder in (member, single))
         assert len(ours) == 3 and ours == theirs
     assert remembered(member) == remembered(single) and remembered(member)[0]["best"] >= 0.0
+    [ours], [theirs] = (read_rows(folder / "processes.jsonl") for folder in (member, single))
+    assert ours["parameters"] == theirs["parameters"] > 0 and ours["device"] == theirs["device"]
 
 
 def remembered(folder):

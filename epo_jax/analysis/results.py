@@ -21,13 +21,13 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
 
 
 def column_key(column: Column) -> str:
-    """ "valid_unseen", or "valid_unseen@1" for another temperature than that of config.eval."""
+    """The name of a column: "valid_unseen", or "valid_unseen@1" for another temperature than that of config.eval."""
     split, temperature = column
     return split if temperature is None else f"{split}@{temperature:g}"
 
 
 def column_title(column: Column, runs: Sequence[Run]) -> str:
-    """ "OOD, T = 0.4"; without the temperature where runs do not know it or differ."""
+    """The heading of a column: "OOD, T = 0.4"; without the temperature where runs do not know it or differ."""
     split, temperature = column
     name = {OOD: "OOD", IID: "IID"}.get(split, split)
     known = {each.config.get("eval.temperature") for each in runs} if temperature is None else {temperature}

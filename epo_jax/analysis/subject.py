@@ -4,35 +4,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from epo_jax.analysis.read import Run
-
-_ENVIRONMENTS = {"alfworld": "ALFWorld", "scienceworld": "ScienceWorld"}
+from epo_jax.runs import subject as of_run
 
 
 def subject(runs: Sequence[Run]) -> str:
-    """ "ALFWorld · new model, 3 layers of width 128 · seeds 0 to 4"; without what no config tells."""
-    return " · ".join(text for text in (_each(game, runs), _each(model, runs), seeds(runs)) if text)
-
-
-def game(each: Run) -> str:
-    """The environment of a run and its limit of turns."""
-    name = each.config.get("env.name", "")
-    turns = f", {each.config['env.max_turns']} turns" if "env.max_turns" in each.config else ""
-    return f"{_ENVIRONMENTS.get(name, name)}{turns}" if name else ""
-
-
-def model(each: Run) -> str:
-    """The published model of a run, or the size of its new one."""
-    path, config = each.config.get("model.path"), each.config
-    if path:
-        return str(path)
-    layers = config.get("model.num_layers")
-    counted = [row["parameters"] for row in each.processes if row.get("parameters")]
-    size = f"{counted[-1] / 1e6:.2g}M parameters, " if counted else ""
-    return f"new model, {size}{layers} layers of width {config.get('model.d_model')}" if layers else ""
+    """For example "ALFWorld · new model, 3 layers of width 128 · seeds 0 to 4"; without what no config tells."""
+    return " · ".join(text for text in (_each(_game, runs), _each(_model, runs), seeds(runs)) if text)
 
 
 def seeds(runs: Sequence[Run]) -> str:
-    """ "seed 1" or "seeds 0 to 4"."""
+    """The seeds of runs: "seed 1" or "seeds 0 to 4"."""
     found = sorted({each.config["seed"] for each in runs if "seed" in each.config})
     if len(found) > 2 and found == [*range(found[0], found[-1] + 1)]:
         return f"seeds {found[0]} to {found[-1]}"
@@ -42,8 +23,8 @@ def seeds(runs: Sequence[Run]) -> str:
 def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(name, text) of what runs were made with, as far as they tell; differences are listed with "or"."""
     found = {
-        "Game": _each(game, runs),
-        "Model": _each(model, runs),
+        "Game": _each(_game, runs),
+        "Model": _each(_model, runs),
         "Method": _each(_text("{algo.name}"), runs),
         "Seeds": seeds(runs).partition(" ")[2],
         "RL": _each(_text("{train.steps} RL steps of {rollout.groups} tasks x {rollout.group_size} episodes"), runs),
@@ -52,12 +33,19 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         "Prompts": _each(_text("{agent.context}, {agent.style}, {agent.max_tokens} tokens"), runs),
         "Initial policy": _each(_initial, runs),
         "Evaluation": _each(_text("temperature {eval.temperature}, every {eval.every} RL steps"), runs),
-        "Device": _each(lambda each: _unique(row.get("device") for row in each.processes), runs),
+        "Device": _unique(row.get("device") for each in runs for row in each.processes),
         "Time": _time(runs),
-        "Command": _each(lambda each: _unique(row.get("command") for row in each.processes[:1]), runs),
-        "Version": _each(lambda each: _unique(row.get("version") for row in each.processes), runs),
+        "Options": _unique(row.get("arguments") for each in runs for row in each.processes[:1]),
     }
     return [(name, text) for name, text in found.items() if text]
+
+
+def _game(each: Run) -> str:
+    return of_run.game(each.config)
+
+
+def _model(each: Run) -> str:
+    return of_run.model(each.config, each.processes)
 
 
 def _text(template: str) -> Callable[[Run], str]:

@@ -56,7 +56,7 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def _share(found: dict[str, Any], values: Sequence[float]) -> str:
-    """ "50.0 [38.1, 61.9] (48, 52)": mean, interval, runs."""
+    """As "50.0 [38.1, 61.9] (48, 52)": mean, interval, runs."""
     each = ", ".join(f"{100 * value:.0f}" for value in values)
     return f"{100 * found['mean']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}] ({each})"
 
@@ -72,13 +72,13 @@ def _cell(measure: Measure, arm: dict[str, Any]) -> str:
 
 
 def _collapsed(steps: Sequence[int | None]) -> str:
-    """ "2 of 5 (steps 12, 30)"."""
+    """As "2 of 5 (steps 12, 30)"."""
     at = [step for step in steps if step is not None]
     return f"{len(at)} of {len(steps)}" + (f" (step{'s' * (len(at) > 1)} {', '.join(map(str, at))})" if at else "")
 
 
 def _difference(found: dict[str, Any] | None, scale: int) -> str:
-    """ "+2.1 [-1.0, 5.2] (+1, +3)": mean, interval, seeds."""
+    """As "+2.1 [-1.0, 5.2] (+1, +3)": mean, interval, seeds."""
     if not found:
         return "–"
     each = ", ".join(f"{scale * value:+.3g}" for value in found["values"])

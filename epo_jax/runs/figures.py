@@ -1,7 +1,9 @@
 """The curves of a run, as PNG files: success, and entropy with its corridor."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,6 +11,8 @@ from matplotlib.figure import Figure
 
 from epo_jax.common.errors import UserError
 from epo_jax.runs.metrics import Row, at_another_temperature, read_rows
+from epo_jax.runs.subject import subject
+from epo_jax.settings.config import flatten
 
 # Okabe and Ito's palette, which can be told apart with any color vision; each split also has its own marker.
 _GREY, _BLUE, _ORANGE, _GREEN = "#7f7f7f", "#0072B2", "#D55E00", "#009E73"
@@ -28,13 +32,24 @@ def draw(workdir: Path) -> list[Path]:
         raise UserError(f"{workdir} has no metrics.jsonl or eval.jsonl with rows; name the folder of a run.")
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
+    about = subject(_config(workdir), read_rows(workdir / "processes.jsonl"))
+    # RL steps taken: a metrics row of step k was sampled before update k, an evaluation of step k after k updates.
+    steps = max((*(row["step"] + 1 for row in metrics), *(row["step"] for row in evaluations)))
     return [
-        _save(folder / "success.png", lambda axes: _success(axes, metrics, evaluations)),
-        _save(folder / "entropy.png", lambda axes: _entropy(axes, metrics)),
+        _save(folder / "success.png", about, steps, lambda axes: _success(axes, metrics, evaluations)),
+        _save(folder / "entropy.png", about, steps, lambda axes: _entropy(axes, metrics)),
     ]
 
 
-def _save(path: Path, plot) -> Path:
+def _config(workdir: Path) -> dict[str, Any]:
+    """The settings in `workdir`, which a title can do without."""
+    try:
+        return flatten(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _save(path: Path, about: str, steps: int, plot: Callable[[Axes], None]) -> Path:
     # Figure without pyplot: no global state, no display, nothing to close.
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,6 +59,9 @@ def _save(path: Path, plot) -> Path:
     axes.set_axisbelow(True)
     axes.set_xlabel("RL step")
     plot(axes)
+    margin = 0.02 * max(steps, 1)
+    axes.set_xlim(-margin, max(steps, 1) + margin)
+    figure.suptitle(about, x=0.01, ha="left", fontsize="small", color=_GREY)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best")
     figure.savefig(path)
@@ -55,7 +73,6 @@ def _success(axes: Axes, metrics: Sequence[Row], evaluations: Sequence[Row]) -> 
     axes.set_ylabel("share of episodes won")
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    # A train row of step k was sampled before update k, an evaluation of step k after k updates: the same policy.
     points = [(row["step"], row["success"]) for row in metrics if row.get("success") is not None]
     if points:
         steps, success = zip(*points, strict=True)

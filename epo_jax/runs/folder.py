@@ -31,13 +31,18 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 class Command(NamedTuple):
-    """A parsed command line; `flags` holds what the program itself defined, `changes` what a resumed run changes for good."""
+    """A parsed command line.
+
+    `flags` holds what the program itself defined, `changes` what a resumed run changes for good, `arguments` the options as
+    they were given.
+    """
 
     config: ConfigDict
     workdir: Path
     resume: bool
     flags: flags.FlagValues
     changes: Changes = {}  # noqa: RUF012  never written to
+    arguments: tuple[str, ...] = ()
 
 
 # What a new run would overwrite.

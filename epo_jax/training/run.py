@@ -19,7 +19,7 @@ from epo_jax.models.decoder import DecoderConfig, decoder_config, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.parallel import hosts, mesh
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.runs import checkpoint, figures, profiling, wandb_log
+from epo_jax.runs import checkpoint, figures, processes, profiling, wandb_log
 from epo_jax.runs.folder import Command, open_workdir, record_changes
 from epo_jax.runs.ledger import Member
 from epo_jax.runs.metrics import MetricWriter, read_rows
@@ -90,6 +90,7 @@ def train(command: Command, stop: StopRequest) -> None:
     if hosts.is_first():
         keep_decoder(workdir, config, model)
         record_changes(command.changes, workdir, first_step)
+        processes.record(workdir, first_step, sum(p.size for p in jax.tree.leaves(state.params)), command.arguments)
 
     # ---------------------------------------------------------------- the loop
     placement = in_turns(learner, devices)

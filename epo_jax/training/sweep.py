@@ -27,7 +27,7 @@ from epo_jax.models import attention, lora, weights
 from epo_jax.models.decoder import DecoderConfig, Params, decoder_config
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.rollout import prompts
-from epo_jax.runs import checkpoint, figures, lock, profiling, wandb_log
+from epo_jax.runs import checkpoint, figures, lock, processes, profiling, wandb_log
 from epo_jax.runs.folder import Command, open_workdir, record_changes
 from epo_jax.runs.ledger import Ledger, Member
 from epo_jax.runs.policies import decoder_of_run, fit_vocabulary, keep_decoder
@@ -182,8 +182,10 @@ def train_program(sweep: Sweep, members: list[Member]) -> None:
     else:
         restored = restore(folders, managers, config, learner, placement.home, found)
         restored = restored.forgiven() if sweep.command.changes else restored
-    for folder in folders:
+    for folder, state in zip(folders, restored.own, strict=True):
         keep_decoder(folder, config, model)
+        parameters = sum(p.size for p in jax.tree.leaves(state.params))
+        processes.record(folder, first_step, parameters, sweep.command.arguments)
     for manager in managers:  # what a kill left some members ahead of others; now that all are restored
         for later in [step for step in manager.all_steps() if found is None or step > found]:
             manager.delete(later)

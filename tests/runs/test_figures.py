@@ -1,6 +1,7 @@
 """Figures are drawn from a run folder alone, also from a run that has barely begun."""
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from epo_jax.common.errors import UserError
@@ -51,3 +52,20 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_smoothing_never_looks_ahead():
     assert _smooth([0.0, 1.0, 1.0, 0.0], 2) == [0.0, 0.5, 1.0, 0.5]
+
+
+def test_titles_name_game_model_and_seed_and_both_figures_end_at_the_last_step(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    (tmp_path / "config.json").write_text(
+        '{"seed": 4, "env": {"name": "alfworld"}, "algo": {"name": "grpo"}, "model": {"path": "org/model"}}'
+    )
+    with MetricWriter(tmp_path) as writer:
+        for row in steps(5):
+            writer.train(row)
+        writer.evaluation(evaluation_row(5, "valid_seen", outcomes([("pick", True)] * 4)))
+    draw(tmp_path)
+    for figure in drawn:
+        assert figure.get_suptitle() == "ALFWorld · org/model · grpo · seed 4"
+        assert figure.axes[0].get_xlim() == pytest.approx((-0.1, 5.1)), "five steps, although rows end at step 4"
+    assert len(drawn) == 2

@@ -104,7 +104,7 @@ function lineChart({ title, unit, percent, across, series, edges = [], reach = [
   const shown = series.filter((each) => !each.faint);
   for (const s of shown) {
     if (s.whiskers) s.x.forEach((x, i) => drawing.append(svg("line", { x1: px(x), x2: px(x), y1: py(s.low[i]), y2: py(s.high[i]), stroke: s.colour, "stroke-opacity": 0.6 })));
-    else if (s.low) drawing.append(svg("path", { d: area(s.x, s.low, s.high), fill: s.colour, "fill-opacity": 0.15 }));
+    else if (s.low) drawing.append(svg("path", { d: area(s.x, s.low, s.high), fill: s.colour, "fill-opacity": shown.length > 3 ? 0.08 : 0.15 }));
   }
   const labels = [];
   for (const s of shown) {

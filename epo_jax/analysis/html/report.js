@@ -2,12 +2,14 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const MOST_SHOWN = 6;
+const MOST_SHOWN = 7;
 const chosen = new Set(data.arms.map((_, i) => i).slice(0, MOST_SHOWN));
 const [MAIN] = data.columns.map((column) => column.key);
 const several = data.arms.length > 1;
 
 // Names with underscores and plus signs may break after these, and not inside of a word.
+const whole = (text) => text.replace(/ ([=/]|[▾%]$) ?/g, (match) => match.replaceAll(" ", "\u00a0"));
+const isShort = (text) => text.length < 24;
 const breakable = (text) => text.split(/(?<=[_+])/).flatMap((part, i) => (i ? [el("wbr"), part] : [part]));
 
 // -------------------------------------------------------------------- results
@@ -20,15 +22,19 @@ function estimate(found, percent) {
   if (!found || found.mean === null) return "–";
   if (found.low === null) return format(found.mean, percent);
   const bound = (value) => (percent ? (100 * value).toFixed(1) : format(value));
-  return [`${format(found.mean, percent)} `, el("span", { class: "soft" }, `[${bound(found.low)}, ${bound(found.high)}]`)];
+  return [`${format(found.mean, percent)} `, el("span", { class: "soft interval" }, `[${bound(found.low)}, ${bound(found.high)}]`)];
 }
 
-const stepsList = (values) => values.map((n) => (n === null ? "never" : n)).join(", ");
+// "12, 30, 2 never".
+function stepsList(values) {
+  const reached = values.filter((n) => n !== null), never = values.length - reached.length;
+  return [...reached, ...(never ? [never === values.length ? "never" : `${never} never`] : [])].join(", ");
+}
 
 function collapsed(arm, name) {
   const steps = arm.collapses[name].filter((step) => step !== null);
-  const p = arm.versus && several ? `, p = ${format(arm.versus.p[name])}` : "";
-  return el("span", { title: steps.length ? `at step ${steps.join(", ")}` : null }, `${steps.length} of ${arm.runs.length}`, el("span", { class: "soft" }, p));
+  const p = arm.versus && several ? ` p = ${format(arm.versus.p[name])}` : "";
+  return el("span", { title: steps.length ? `at step ${steps.join(", ")}` : null }, `${steps.length} of ${arm.runs.length}`, el("span", { class: "soft interval" }, p));
 }
 
 // A column of a table: heading, what it is sorted by, and the content of a cell.
@@ -51,8 +57,8 @@ const successColumns = [
   } },
 ];
 const entropyColumns = [
-  ...data.measures.filter((m) => !["share", "steps"].includes(m.unit) && data.arms.some((arm) => arm.measures[m.key].mean !== null)).map(measureColumn),
   ...["entropy", "success"].map((name) => ({ title: `collapses of ${name}`, value: (arm) => count(arm.collapses[name]), cell: (arm) => collapsed(arm, name) })),
+  ...data.measures.filter((m) => !["share", "steps"].includes(m.unit) && data.arms.some((arm) => arm.measures[m.key].mean !== null)).map(measureColumn),
 ];
 
 function swatch(style) {
@@ -67,13 +73,13 @@ function drawTables() {
   const order = data.arms.map((_, i) => i).sort((a, b) => (value(a) === value(b) ? a - b : value(b) > value(a) ? 1 : -1));
   for (const [id, columns, ticked] of [["table", successColumns, true], ["entropies", entropyColumns, false]]) {
     const head = columns.map((column) => el("th", { "aria-sort": column === sortedBy ? "descending" : null },
-      el("button", { type: "button", onclick: () => { sortedBy = column; drawTables(); } }, column === sortedBy ? `${column.title} ▾` : column.title)));
+      el("button", { type: "button", onclick: () => { sortedBy = column; drawTables(); } }, whole(column === sortedBy ? `${column.title} ▾` : column.title))));
     const row = (i) => {
       const tick = el("input", { type: "checkbox", checked: chosen.has(i), "aria-label": `draw ${data.arms[i].name}`,
         onchange: (event) => { event.target.checked ? chosen.add(i) : chosen.delete(i); drawAll(); } });
       const names = data.arms[i].runs.map((run) => (run.seed === null ? run.name : `${run.name}: seed ${run.seed}`)).join("\n");
       const key = shown().includes(i) ? `${styles().get(i).letter} ` : "";
-      return el("tr", {}, el("td", {}, key, ticked ? tick : null), el("td", { title: names }, breakable(data.arms[i].name)),
+      return el("tr", {}, el("td", {}, key, ticked ? tick : null), el("td", { title: names, class: isShort(data.arms[i].name) ? "short" : null }, isShort(data.arms[i].name) ? data.arms[i].name : breakable(data.arms[i].name)),
         columns.map((column) => el("td", {}, column.cell(data.arms[i]))));
     };
     $(id).replaceChildren(el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", {}, "arm"), head)), el("tbody", {}, order.map(row)));

@@ -1,0 +1,20 @@
+"""Titles of figures name what a run is about."""
+
+import pytest
+
+from epo_jax.runs.subject import subject
+
+NEW = {"env.name": "alfworld", "env.max_turns": 19, "model.path": "", "model.num_layers": 3, "model.d_model": 128}
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "text"),
+    [
+        (NEW | {"algo.name": "ppo", "seed": 1}, (), "ALFWorld, 19 turns · new model, 3 layers of width 128 · ppo · seed 1"),
+        (NEW, [{"parameters": 712_345}], "ALFWorld, 19 turns · new model, 0.71M parameters, 3 layers of width 128"),
+        ({"env.name": "my.module", "model.path": "Qwen/Qwen3-0.6B", "seed": 0}, (), "my.module · Qwen/Qwen3-0.6B · seed 0"),
+        ({}, (), ""),
+    ],
+)
+def test_what_a_run_is_about(config, processes, text):
+    assert subject(config, processes) == text
