@@ -4,6 +4,7 @@ estimate(batch, old, ...)        once per RL step: advantages
 weigh(batch, old, ...)           once per mini-batch: every average becomes a weight per token
 smoothing_terms(history, ...)    once per mini-batch: the corridor and its weight
 epo_loss(current, rows, ...)     per micro-batch: losses and metric sums that add up to the mini-batch's
+ratio_spread(sums)               once per mini-batch: of those sums, variance and effective sample size of the ratio
 record(history, ...)             once per RL step: the history that the next step sees, with this step's entropy
 """
 
@@ -103,7 +104,8 @@ def epo_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """These rows' share of L = L_MT - lam * (L_H - beta * L_smooth) + kl_coef * KL (EPO v2, eq. 2-6), and of the metrics.
 
-    Off the mask `current` may be anything finite. The metric `kl` is nats per policy token.
+    Off the mask `current` may be anything finite. The metric `kl` is nats per policy token; `ratio_excess_square` is the mean
+    of (r - 1)^2.
     """
     batch, old, weights = rows
     log_ratio = policy.scope_mean(
@@ -114,6 +116,7 @@ def epo_loss(
     policy_loss = (weights.surrogate * surrogate.loss + weights.divergence * policy.size(log_ratio)).sum()
     entropy_loss, penalty = registry.ENTROPY_TERMS[objective.entropy_term](current.entropy, rows, smoothing, hyper, objective)
     loss = policy_loss + entropy_loss
+    half = jnp.expm1(0.5 * surrogate.log_ratio)  # r - 1 = half (half + 2), without sharing a term with the sums beside it
     sums = {
         "policy_loss": policy_loss,
         "entropy_loss": entropy_loss,
@@ -123,6 +126,7 @@ def epo_loss(
         "dual_clip_fraction": (weights.mean * surrogate.dual_clipped).sum(),
         "approx_kl": -(weights.mean * surrogate.log_ratio).sum(),
         "approx_kl_k3": (weights.mean * (jnp.expm1(surrogate.log_ratio) - surrogate.log_ratio)).sum(),
+        "ratio_excess_square": (weights.mean * jnp.square(half * (half + 2.0))).sum(),
     }
     if objective.kl != "none" and objective.kl_place == "loss":
         estimated = objective.kl != "full"
@@ -130,6 +134,21 @@ def epo_loss(
         sums["kl"] = (weights.mean * kl).sum()
         loss += hyper.kl_coef * (weights.policy * kl).sum()
     return loss, {"loss": loss} | sums
+
+
+def ratio_spread(sums: dict[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+    """A mini-batch's metrics with variance and effective sample size of the ratio r in place of the mean of (r - 1)^2.
+
+    The effective sample size is the share (E r)^2 / E r^2 of the policy tokens. Both are computed from r - 1, as rounding of r
+    would hide the variance of ratios near 1.
+    """
+    mean = sums["approx_kl_k3"] - sums["approx_kl"]  # E(r - 1 - log r) + E log r
+    square = sums["ratio_excess_square"]
+    kept = {name: x for name, x in sums.items() if name != "ratio_excess_square"}
+    return kept | {
+        "ratio_variance": jnp.maximum(square - jnp.square(mean), 0.0),
+        "effective_sample_size": jnp.square(1.0 + mean) / (1.0 + 2.0 * mean + square),
+    }
 
 
 def record(history: EntropyHistory, batch: TokenBatch, old: Old, hyper: Hyper, objective: ObjectiveConfig) -> EntropyHistory:

@@ -30,7 +30,7 @@ from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.value import values
 from epo_jax.objectives import entropy
 from epo_jax.objectives.batch import BATCH_AXES, Current, Old, Rows, TokenBatch
-from epo_jax.objectives.loss import epo_loss, estimate, record, smoothing_terms, weigh
+from epo_jax.objectives.loss import epo_loss, estimate, ratio_spread, record, smoothing_terms, weigh
 from epo_jax.objectives.policy import adaptive_kl_coef, kl_estimate
 from epo_jax.objectives.spec import EntropyHistory, Hyper, Smoothing
 from epo_jax.objectives.value import value_loss
@@ -273,6 +273,7 @@ def update_once(
     tokens = rows.old.mask.sum()
     live = jnp.where(tokens > 0, live, 0)
     gradient, metrics, maxima = policy_gradient(config, state, rows, smoothing, hyper, live)
+    metrics = ratio_spread(metrics)
     metrics["entropy_change"] = metrics["entropy"] - (rows.weights.mean * rows.old.entropy).sum()
     with jax.named_scope("optimizer"):
         params, opt_state, metrics["grad_norm"], metrics["skipped_updates"] = guarded_update(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from epo_jax.objectives.batch import Old
+from epo_jax.objectives.loss import ratio_spread
 from epo_jax.settings.config import base_config
 from epo_jax.training.from_config import objective_and_hyper
 from epo_jax.training.step import advantage_statistics
@@ -132,6 +133,34 @@ def test_the_ratio_from_its_smallest_to_its_largest():
     atol = rounding.bound(here.sum(), np.mean(np.abs(own) + np.abs(sampler)))  # of either sign: a mean of -4e-4 is left of 3
     np.testing.assert_allclose(metrics["approx_kl"], -log_ratio.mean(), rtol=0, atol=atol)
     np.testing.assert_allclose(metrics["approx_kl_k3"], (np.exp(log_ratio) - 1 - log_ratio).mean(), rtol=1e-4)
+    ratio = np.exp(log_ratio.astype(np.float64))
+    np.testing.assert_allclose(metrics["ratio_variance"], ratio.var(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["effective_sample_size"], ratio.sum() ** 2 / (ratio.size * (ratio**2).sum()), rtol=1e-4)
+    assert metrics["ratio_variance"] > 0.1 and metrics["effective_sample_size"] < 0.9
+
+
+def test_the_spread_of_the_ratio_is_a_mean_over_mini_batches():
+    """The ratios of the first mini-batch are e times those of the second, which leaves each one's effective size as it is."""
+    rng, trajectories = np.random.default_rng(1), tiny.episodes(0)
+    config, hyper = tiny.learner("grpo", kl="none", lr=0.0)
+    two = tiny.batched(trajectories, 2)
+    noise = rng.normal(0, 0.3, two.policy_mask.shape) - np.array([1.0, 0.0])[:, None, None]
+    two = two._replace(behaviour_log_prob=((two.behaviour_log_prob + noise) * two.policy_mask).astype(np.float32))
+    _, metrics = tiny.program(config, 2)(tiny.start(config), two, hyper)
+    ratios = [np.exp(-noise[m][two.policy_mask[m] > 0]) for m in range(2)]
+    np.testing.assert_allclose(metrics["ratio_variance"], np.mean([r.var() for r in ratios]), rtol=1e-3)
+    sizes = [r.mean() ** 2 / (r**2).mean() for r in ratios]
+    np.testing.assert_allclose(metrics["effective_sample_size"], np.mean(sizes), rtol=1e-3)
+
+
+def test_ratios_near_1_keep_their_variance():
+    """A billionth, which the mean of squares less the square of the mean would lose in float32."""
+    excess = np.array([3e-5, -3e-5, 1e-5, -1e-5])
+    log_ratio = np.log1p(excess)
+    means = {"approx_kl": -log_ratio, "approx_kl_k3": excess - log_ratio, "ratio_excess_square": np.square(excess)}
+    found = ratio_spread({name: jnp.float32(x.mean()) for name, x in means.items()})
+    np.testing.assert_allclose(found["ratio_variance"], np.var(1 + excess), rtol=1e-5)
+    assert found["effective_sample_size"] == 1.0 and "ratio_excess_square" not in found
 
 
 def test_advantage_statistics_are_of_the_tokens_trained_on():
