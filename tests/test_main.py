@@ -114,6 +114,7 @@ def test_scienceworld_end_to_end(tmp_path, data):
     done = command("--config=configs/scienceworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}")
     assert done.returncode == 0, done.stderr[-3000:]
     check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
+    assert all(row["won"] <= row["won_reference"] <= row["episodes"] for row in rows(workdir / "eval.jsonl"))
     assert "warm start on 2 expert episodes" in done.stdout  # gold paths that take more turns than the agent has are none
 
 

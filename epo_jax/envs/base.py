@@ -52,6 +52,7 @@ class Observation:
         admissible: the actions that are valid now, if the environment's options request them, else empty.
         objects: the objects that actions can name now, likewise.
         commands: after a reset, the forms of actions, if there is no list of admissible ones.
+        won_reference: the episode is won by the rule of the authors' reference implementation; None where that is `won`.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Observation:
     admissible: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
     commands: str = ""
+    won_reference: bool | None = None
 
 
 _BLANK = vars(Observation(text=""))

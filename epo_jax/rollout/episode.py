@@ -113,6 +113,7 @@ class LiveEpisode:
         history = list(zip(trajectory.observations, trajectory.actions, strict=True))
         trajectory.observations.append(observation.text)
         trajectory.won, trajectory.score = observation.won, observation.score
+        trajectory.won_reference = observation.won_reference
         if history:
             trajectory.rewards.append(observation.reward)
             if observation.done:

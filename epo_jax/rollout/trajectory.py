@@ -26,6 +26,7 @@ class Trajectory:
         actions: the action text of each turn.
         won: the task was completed.
         score: task progress in [0, 100].
+        won_reference: as in the last `Observation`.
         truncated: ended by the turn limit or by a token limit, not by the environment.
         full: ended by a token limit: the next prompt or its answer had no room.
     """
@@ -44,6 +45,7 @@ class Trajectory:
     actions: list[str] = dataclasses.field(default_factory=list)
     won: bool = False
     score: float = 0.0
+    won_reference: bool | None = None
     truncated: bool = False
     full: bool = False
     goal: str = ""

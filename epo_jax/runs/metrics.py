@@ -179,6 +179,7 @@ class Outcome(NamedTuple):
         won: the task was completed.
         score: task progress in [0, 100].
         turns: turns played; `invalid` of them held no action.
+        won_reference: won by the rule of the reference implementation; None where that is `won`.
     """
 
     kind: str
@@ -187,6 +188,7 @@ class Outcome(NamedTuple):
     score: float
     turns: int
     invalid: int
+    won_reference: bool | None = None
 
 
 def evaluation_row(step: int | None, split: str, outcomes: Iterable[Outcome]) -> Row:
@@ -215,6 +217,8 @@ def _scores(outcomes: Sequence[Outcome]) -> Row:
         "turns": turns / max(episodes, 1),
         "invalid_actions": sum(outcome.invalid for outcome in outcomes) / max(turns, 1),
     }
+    if any(outcome.won_reference is not None for outcome in outcomes):
+        row["won_reference"] = sum(bool(outcome.won_reference) for outcome in outcomes)
     if plays > 1:
         ks = sorted({2**i for i in range(plays.bit_length())} | {plays})
         row["pass_at"] = {k: fmean(pass_at_k(plays, each, k) for each in won.values()) for k in ks}
@@ -238,10 +242,11 @@ def evaluation_table(row: Mapping[str, Any]) -> str:
     lines = [evaluated(row) if row["step"] is None else f"{evaluated(row)} after {row['step']} RL steps"]
     for name, scores in counted:
         passed = "".join(f"  pass@{k} {_percent(share)}" for k, share in scores.get("pass_at", {}).items())
+        reference = f"  won by the reference rule {scores['won_reference']}" if "won_reference" in scores else ""
         lines.append(
             f"  {name:<{width}}  {scores['won']:>4}/{scores['episodes']:<4} {_percent(scores['success']):>6}"
             f"  [{_percent(scores['low'])}, {_percent(scores['high'])}]  score {scores['score']:.1f}"
-            f"  turns {scores['turns']:.1f}  invalid {_percent(scores['invalid_actions'])}{passed}"
+            f"  turns {scores['turns']:.1f}  invalid {_percent(scores['invalid_actions'])}{reference}{passed}"
         )
     return "\n".join(lines)
 

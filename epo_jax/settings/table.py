@@ -80,9 +80,16 @@ SECTIONS = (
                 '(slow); "none": no list.'),
         Setting("env.simplification", "easy", 'Simplifications of the simulator: "easy", "" (none), or their names, separated by '
                 "commas."),
-        Setting("env.train_variations", -1, "Training variations of each task; -1: all.", ALL_OR_COUNT, unit="variations"),
-        Setting("env.valid_seen_variations", -1, "The same for the split valid_seen.", ALL_OR_COUNT, unit="variations"),
-        Setting("env.valid_unseen_variations", -1, "The same for the split valid_unseen.", ALL_OR_COUNT, unit="variations"),
+        Setting("env.won", "completed", 'When an episode is won: "completed" its task, with score 100; "reference" as in the '
+                "reference implementation, if any score remains when its simulator's clock passes 100 (evaluations record both).",
+                reference="reference", added=(3, "completed")),
+        Setting("env.train_variations", -1, "Training variations of each task, evenly spaced; -1: all.", ALL_OR_COUNT,
+                unit="variations"),
+        Setting("env.valid_seen_variations", 5, "Evaluated variations of each task in the split valid_seen, evenly spaced and so "
+                "the same in every run; -1: all, 1,796 episodes.", ALL_OR_COUNT, unit="variations",
+                reference="16 episodes"),
+        Setting("env.valid_unseen_variations", 5, "The same in the split valid_unseen; -1: all, 1,819 episodes.", ALL_OR_COUNT,
+                unit="variations", reference="16 episodes"),
     ), env="scienceworld"),
     Section("agent", "Prompts and answers", (
         Setting("agent.style", "tagged", '"tagged": the paper\'s instructions, with <think> and <action>; "bare": the whole '

@@ -63,7 +63,8 @@ def episodes_of(tasks: list[Task], samples: int = 1) -> list[Episode]:
 def row_of(evaluation: Evaluation, step: int | None, trajectories: list[Trajectory], seconds: float) -> Row:
     """The row of eval.jsonl that the episodes of an evaluation result in."""
     outcomes = (
-        Outcome(t.task["type"], t.task["id"], t.won, t.score, len(t.actions), len(t.valid) - sum(t.valid)) for t in trajectories
+        Outcome(t.task["type"], t.task["id"], t.won, t.score, len(t.actions), len(t.valid) - sum(t.valid), t.won_reference)
+        for t in trajectories
     )
     full = sum(t.full for t in trajectories) / max(len(trajectories), 1)
     row = evaluation_row(step, evaluation.split, outcomes) | {"full_context": full, "seconds": seconds}

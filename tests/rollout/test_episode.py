@@ -68,7 +68,7 @@ def test_an_episode_that_is_won():
     following = [OPEN, *map(ord, "cd"), REPLY]
     assert episode.next_turn() == Turn([STOP, *following], False, episode=7, turn=1, position=0, budget=3)
     assert episode.on_tokens(said("up")) == "up"
-    episode.on_observation(seen("ef", reward=2.0, score=100.0, won=True, done=True))
+    episode.on_observation(seen("ef", reward=2.0, score=100.0, won=True, won_reference=False, done=True))
     assert episode.ended and episode.next_turn() is None
     t = episode.trajectory
     assert (t.goal, t.group, t.episode, t.starts) == ("g", 5, 7, [0])
@@ -76,7 +76,7 @@ def test_an_episode_that_is_won():
     assert t.turn == [-1] * 6 + [0] * 3 + [-1] * 4 + [1] * 3
     assert (t.observations, t.actions) == (["ab", "cd", "ef"], ["go", "up"])
     assert (t.rewards, t.valid) == ([1.0, 2.0], [True, True])
-    assert (t.won, t.score, t.truncated, t.full) == (True, 100.0, False, False)
+    assert (t.won, t.won_reference, t.score, t.truncated, t.full) == (True, False, 100.0, False, False)
     assert t.log_prob[6:8] == [-0.1 * ord("g"), -0.1 * ord("o")] and t.entropy[6:10] == [0.5, 0.5, 0.5, 0.0]
 
 

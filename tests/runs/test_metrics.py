@@ -119,6 +119,17 @@ def test_a_further_temperature_has_a_row_of_its_own(tmp_path, monkeypatch):
     assert members_table(["a"], [row | {"temperature": 1.0}]).startswith("  a  valid_seen at temperature 1 after 3 steps")
 
 
+def test_both_rules_for_won_are_counted_where_there_are_two():
+    rules = [("boil", True, True), ("boil", False, True), ("melt", False, False)]
+    played = [Outcome(kind, str(i), won, 50.0, 4, 1, reference) for i, (kind, won, reference) in enumerate(rules)]
+    row = evaluation_row(3, "valid_seen", played)
+    assert (row["won"], row["won_reference"], row["episodes"]) == (1, 2, 3)
+    by_type = {kind: (scores["won"], scores["won_reference"]) for kind, scores in row["by_type"].items()}
+    assert by_type == {"boil": (1, 2), "melt": (0, 0)}
+    assert evaluation_table(row).count("won by the reference rule") == 3
+    assert "won_reference" not in evaluation_row(3, "valid_seen", outcomes([("pick", False)]))
+
+
 def test_a_new_run_starts_from_no_rows(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.train(row(0))

@@ -199,6 +199,10 @@ class Episode:
         self._last = Result(text or _UNKNOWN, round(100 * float(score)), completed == "true")
         return self._last
 
+    def ticks(self) -> int:
+        """Returns the time on the simulator's clock: 1 for most actions, 11 for "wait", none for an invalid one."""
+        return self.server.getNumMoves()
+
     def objects(self) -> tuple[str, ...]:
         """Returns the objects in reach, as actions name them."""
         return self._simulator.ask(self, self.server.getPossibleObjects)

@@ -6,14 +6,17 @@ types: valid_unseen contains those ten only, train and valid_seen the others.
 
 An episode is won if the task is completed with score 100; the winning step has reward 10, every other step 0. A fatal mistake
 (focus on the wrong object) ends the episode. The step limit of the simulator is not used, because its clock advances eleven
-times for one "wait"; the caller counts turns. The simulator answers an ambiguous action with a numbered list; the next action
-chooses from it, or cancels it and has no effect. Options:
+times for one "wait"; the caller counts turns. The reference implementation does use it, 100, and counts an episode as won if any
+score remains when it ends; observations report that as `won_reference`. The simulator answers an ambiguous action with a
+numbered list; the next action chooses from it, or cancels it and has no effect. Options:
 
     data_dir                 cache folder; "" means $EPO_JAX_DATA, else ~/.cache/epo_jax
     tasks                    task names; empty = all 30 (at level L2 all 29 of its lists)
     level                    "L1" (default) or "L2"
     hints                    in addition to the text at every turn: "none" (default), "objects" that actions can name, or
                              "admissible", every valid action, which takes longer than the step
+    won                      "completed" (default) as above; "reference": an episode also ends, and is won and rewarded, as in the
+                             reference implementation
     simplification           "easy", "", or some of the simulator's five, comma-separated
     train_variations, valid_seen_variations, valid_unseen_variations      most variations of each task; -1 = all
     workers                  processes that compute gold actions
@@ -40,6 +43,7 @@ from epo_jax.envs.scienceworld import jvm
 
 SLOTS_PER_WORKER = 32  # live episodes per JVM; its heap has room for about three times as many
 WIN_REWARD = 10.0
+REFERENCE_TICKS = 100  # the reference implementation's `envStepLimit`, on the simulator's clock
 # The task types that the reference implementation holds out for L2; use-thermometer is in none of its lists.
 HELD_OUT = (
     "change-the-state-of-matter-of",
@@ -56,6 +60,7 @@ HELD_OUT = (
 _UNLISTED = "use-thermometer"
 LEVELS = ("L1", "L2")
 HINTS = ("none", "objects", "admissible")
+WON = ("completed", "reference")
 SIMPLIFICATIONS = ("teleportAction", "selfWateringFlowerPots", "openContainers", "openDoors", "noElectricalAction")
 # The words around the names of objects and rooms. Names are separate tokens, so that a model can copy them.
 PHRASES = "|".join(
@@ -103,17 +108,19 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
 
 
 def make_env(options: dict[str, Any]) -> "ScienceWorld":
-    return ScienceWorld(_simulator(options["simplification"]), options.get("hints", "none"))
+    return ScienceWorld(_simulator(options["simplification"]), options.get("hints", "none"), options.get("won", "completed"))
 
 
 class ScienceWorld:
     """One live episode; the episodes of a process share a JVM and do not affect each other."""
 
-    def __init__(self, simulator: jvm.Simulator, hints: str = "none"):
+    def __init__(self, simulator: jvm.Simulator, hints: str = "none", won: str = "completed"):
         self._episode = jvm.Episode(simulator)
         self._hints = hints
+        self._rule = won
 
     def reset(self, task: Task) -> Observation:
+        self._won_reference: bool | None = None  # until the reference implementation would end the episode
         self._episode.load(task["type"], task["variation"])
         self._goal = self._episode.server.getTaskDescription()
         commands = ", ".join(self._episode.server.getPossibleActions())
@@ -123,14 +130,19 @@ class ScienceWorld:
     def step(self, action: str) -> Observation:
         # The protocol to the JVM does not accept lone surrogates.
         text, score, completed = self._episode.step(action.encode(errors="replace").decode())
-        won = completed and score == 100
+        won, done = completed and score == 100, completed or score < 0
+        if self._won_reference is None and (done or self._episode.ticks() > REFERENCE_TICKS):
+            self._won_reference = score > 0
+        if self._rule == "reference":
+            won, done = bool(self._won_reference), self._won_reference is not None
         return Observation(
             text=text,
             goal=self._goal,
             reward=WIN_REWARD * won,
-            done=completed or score < 0,
+            done=done,
             won=won,
             score=float(max(score, 0)),
+            won_reference=bool(self._won_reference),
             **self._told(),
         )
 
@@ -173,7 +185,7 @@ def _simulator(simplification: str) -> jvm.Simulator:
 
 def _check(options: dict[str, Any]) -> None:
     splits = _splits(options)
-    for key, allowed in (("level", LEVELS), ("hints", HINTS)):
+    for key, allowed in (("level", LEVELS), ("hints", HINTS), ("won", WON)):
         if options.get(key, allowed[0]) not in allowed:
             raise UserError(f"env.{key}={options[key]!r} is not known; choose one of {', '.join(allowed)}.")
     for name in options["tasks"]:

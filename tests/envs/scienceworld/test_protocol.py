@@ -16,6 +16,7 @@ from epo_jax.common.errors import UserError
 from epo_jax.envs.scienceworld import jvm
 from epo_jax.envs.scienceworld import protocol as scienceworld
 from epo_jax.envs.workers.pool import EnvPool
+from epo_jax.settings.config import base_config
 
 TASKS = ("find-animal", "find-non-living-thing", "lifespan-longest-lived", "power-component")
 HOSTILE = (
@@ -112,6 +113,23 @@ def wanderings(seed, count=14):
     return [*rng.choices((*choices, "pick up egg", "inventory", "open cupboard", "0", "sing"), k=count), "look around"]
 
 
+def stock_environment(monkeypatch, limit):
+    """The package's own wrapper in a JVM with the same hash codes; `end` ends it."""
+    import scienceworld.scienceworld as stock_module
+
+    options = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2", "-Xlog:disable", "-Xlog:all=error:stderr"]
+    launch = functools.partial(stock_module.launch_gateway, java_path=jvm.java_path(), javaopts=["-Xmx256m", *options])
+    monkeypatch.setattr(stock_module, "launch_gateway", launch)
+    return stock_module.ScienceWorldEnv("", envStepLimit=limit)
+
+
+def end(stock):
+    process = stock._gateway.java_process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+
+
 def walk(env, task, actions):
     return [env.reset(task), *(env.step(action) for action in actions)]
 
@@ -171,6 +189,15 @@ def test_splits_are_the_simulators_own(options):
     assert len({name for name, _ in splits[0]}) == 30
     for part, split in enumerate(splits):
         assert [pair for pair in split if pair[0] != "use-thermometer"] == released(RELEASED, part)
+
+
+def test_the_default_evaluation_is_a_fixed_part_of_each_task(options):
+    """Five variations of a task; two tasks have fewer."""
+    bounded = base_config("scienceworld").env.to_dict() | {"data_dir": options["data_dir"]}
+    for split, part, count in (("valid_seen", 1, 145), ("valid_unseen", 2, 149)):
+        chosen = pairs(split, bounded)
+        assert len(chosen) == count and set(chosen) <= set(pairs(split, everything(options)))
+        assert all(sum(name == each for each, _ in chosen) == min(5, sizes[part]) for name, sizes in RELEASED.items())
 
 
 def test_the_second_level_holds_ten_task_types_out(options):
@@ -253,6 +280,34 @@ def test_ten_waits_do_not_win(env):
     assert 0 < seen[-1].score < 100
 
 
+def test_the_reference_rule_counts_what_the_stock_package_ends(simulator, demos, monkeypatch):
+    """`done and score > 0` of the package's own wrapper with a limit of 100: the first step at which that one is done decides.
+    Waits, a fatal mistake between waits, waits that only come close, progress and then waits, a task that is solved."""
+    stock = stock_environment(monkeypatch, limit=100)
+    animal = task("find-animal")
+    episodes = [
+        (animal, ["wait"] * 12), (animal, ["wait"] * 5 + ["focus on agent", "wait"]), (animal, ["wait"] * 9 + ["sing"] * 4),
+        (animal, ["go to kitchen", *["wait"] * 10]), (demos[0].task, list(demos[0].actions)),
+    ]  # fmt: skip
+    wins = []
+    try:
+        for played, script in episodes:
+            stock.load(played["type"], played["variation"], "easy")
+            stock.step("look around")
+            ended = [(done, done and infos["score"] > 0) for _, _, done, infos in map(stock.step, script)]
+            last = [done for done, _ in ended].index(True) if any(done for done, _ in ended) else None
+            own = walk(scienceworld.ScienceWorld(simulator), played, script)[1:]
+            assert [o.won_reference for o in own] == [last is not None and i >= last and ended[last][1] for i in range(len(own))]
+            ruled = walk(scienceworld.ScienceWorld(simulator, won="reference"), played, script)[1:]
+            assert [(o.done, o.won, o.reward) for o in ruled] == [
+                (last is not None and i >= last, o.won_reference, 10.0 * o.won_reference) for i, o in enumerate(own)
+            ]
+            wins.append((own[-1].won, own[-1].won_reference))
+    finally:
+        end(stock)
+    assert wins == [(False, True), (False, False), (False, False), (False, True), (True, True)]
+
+
 def test_a_fatal_mistake_ends_the_episode_unsolved(env):
     last = walk(env, task("find-animal"), ["focus on agent"])[-1]
     assert last.done and not last.won and last.reward == 0.0 and last.score == 0.0
@@ -304,12 +359,7 @@ def test_an_episode_does_not_see_another_begin_in_its_jvm(simulator):
 
 def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
     """The package's own wrapper, in a JVM with the same hash codes, word for word and score for score."""
-    import scienceworld.scienceworld as stock_module
-
-    options = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2", "-Xlog:disable", "-Xlog:all=error:stderr"]
-    launch = functools.partial(stock_module.launch_gateway, java_path=jvm.java_path(), javaopts=["-Xmx256m", *options])
-    monkeypatch.setattr(stock_module, "launch_gateway", launch)
-    stock = stock_module.ScienceWorldEnv("", envStepLimit=10**9)
+    stock = stock_environment(monkeypatch, limit=10**9)
     try:
         for name, script in (("find-animal", BEES), ("power-component", WIRES), ("boil", (*CUPS, "task", "1", *CUPS, "x"))):
             episode = jvm.Episode(simulator)
@@ -320,10 +370,7 @@ def test_observations_are_those_of_the_stock_package(simulator, monkeypatch):
                 score = round(100 * stock.server.getScore())
                 assert episode.step(action) == (text, score, stock.server.getCompleted()), action
     finally:
-        process = stock._gateway.java_process
-        process.kill()
-        process.wait()
-        process.stdin.close()
+        end(stock)
 
 
 def java_of(pid):
@@ -368,6 +415,7 @@ def test_killed_processes_change_no_observation(options, env, monkeypatch, victi
         ({"simplification": "simple"}, "env.simplification='simple' is not possible"),
         ({"simplification": "easy,openContainers"}, "is not possible"),
         ({"simplification": "noElectricalAction"}, "'power-component' can not be solved with"),
+        ({"won": "score"}, "env.won='score' is not known; choose one of completed, reference"),
         ({"level": "L3"}, "env.level='L3' is not known; choose one of L1, L2"),
         ({"level": "L2"}, "names no task that env.level='L2' has held out"),
         ({"level": "L2", "tasks": ("find-plant",)}, "names no task that env.level='L2' has trained on"),
