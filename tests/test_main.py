@@ -198,7 +198,6 @@ def test_a_damaged_game_ends_the_run_with_its_name(alfworld_run, data, tmp_path,
     """Every game is damaged; the experts meet one of them, before anything is written."""
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    shutil.rmtree(copy / "alfworld" / "compiled")
     for game in copy.glob("alfworld/generated-*/json_2.1.1/*/*/*/game.tw-pddl"):
         damage(game)
     workdir = tmp_path / "run"

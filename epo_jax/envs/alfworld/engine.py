@@ -1,33 +1,29 @@
-"""A text engine for ALFWorld: the output of TextWorld's engine, a few hundred times faster.
+"""A text engine for ALFWorld: the output of TextWorld's engine, several hundred times faster.
 
-TextWorld translates the PDDL of a game twice at each reset; at each step it parses and deep-copies the grammar and derives the
-text of every admissible command. Here a game is compiled once, by fast-downward's translator, TextWorld's grammar parser and
-ALFWorld's naming of objects, into JSON on disk. Playing imports none of them: the successor function is fast-downward's
-compiled library, called through ctypes, and `text` derives the texts.
+TextWorld translates the PDDL of a game with a planner at each reset; at each step it parses and deep-copies the grammar and
+derives the text of every admissible command. Here a game is read in milliseconds, without the planner: `pddl` finds the actions
+that apply, `grammar` reads the grammar, and `text` derives the texts.
 
-A loaded game serves any number of episodes. The library numbers the states that it has seen and can return to any of them, so
-an episode is a `State`, and a transition that another episode has taken before is a dictionary look-up. The episodes of a group
-share most of their transitions.
+A loaded game serves any number of episodes. A state never changes, so an episode is a `State`, and a transition that another
+episode has taken before is a dictionary look-up. The episodes of a group share most of their transitions.
 """
 
 import functools
-import hashlib
 import json
 import re
-import weakref
-import zlib
-from collections.abc import Mapping
+from collections.abc import Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from epo_jax.common.errors import UserError
-from epo_jax.common.files import write_to_cache
-from epo_jax.envs.alfworld.compile import COMPILER_VERSION, compile_game
-from epo_jax.envs.alfworld.library import Atom, Operator, Proposition, borrow, give_back
-from epo_jax.envs.alfworld.text import Binding, Facts, Grammar, Symbols
+from epo_jax.envs.alfworld.grammar import Symbols, parse_document, parse_symbols
+from epo_jax.envs.alfworld.names import entities
+from epo_jax.envs.alfworld.pddl import Action, Proposition, read_problem
+from epo_jax.envs.alfworld.pddl import Binding as Parameters
+from epo_jax.envs.alfworld.text import Binding, Facts, Grammar
 
 MAX_REMEMBERED_STATES = 2000  # per game, a few kB each; further states are correct but not shared
-LOADED_GAMES = 32  # per process, about 3 MB each
+LOADED_GAMES = 32  # per process, about 1 MB each
 NOTHING_HAPPENS = "Nothing happens."
 
 
@@ -39,10 +35,9 @@ class State:
         won: the goal holds in this state.
     """
 
-    __slots__ = ("changes", "number", "transitions", "won")
+    __slots__ = ("changes", "transitions", "won")
 
-    def __init__(self, number: int, changes: frozenset[Proposition], won: bool):
-        self.number = number
+    def __init__(self, changes: frozenset[Proposition], won: bool):
         self.changes = changes
         self.won = won
         self.transitions: dict[str, tuple[State, str]] = {}
@@ -53,48 +48,57 @@ def _negation(name: str) -> str:
 
 
 class _Command(NamedTuple):
-    """An applicable operator and its command."""
+    """An action that applies, with its parameters."""
 
-    number: int
-    action: str
+    action: Action
+    parameters: Parameters
     mapping: Binding
-    num_effects: int
 
 
 class Game:
-    """A compiled game, loaded into its own copy of the library.
+    """A game that has been read.
+
+    Args:
+        domain, problem: PDDL.
+        grammar: text of TextWorld's grammar.
 
     Attributes:
         start: the state of every new episode.
         intro: what TextWorld prints first (banner, room and task).
+
+    Raises:
+        UserError: one of the texts is malformed.
     """
 
-    def __init__(self, compiled: Mapping[str, Any]):
-        self._actions = compiled["actions"]
-        self._mentioned = {
-            name: _mentions(action["template"], {p for p, _ in action["parameters"]}, set(compiled["changing"]))
-            for name, action in self._actions.items()
-        }
-        self._facts = {name: [tuple(row) for row in rows] for name, rows in compiled["facts"].items()}
-        self._grammar = Grammar(compiled["rules"], compiled["entities"])
-        self._library = borrow()
-        weakref.finalize(self, give_back, self._library)
-        self._library.load_sas(compiled["sas"].encode())
-        self._states: dict[tuple[int, frozenset[Proposition]], State] = {}
-        self._wording: dict[str, tuple[str, str, Binding]] = {}
-        self._wording_by_use: dict[tuple, str] = {}
+    def __init__(self, domain: str, problem: str, grammar: str):
+        self._problem = read_problem(domain, problem)
+        templates, rules = parse_document(grammar)
+        self._facts = {name: dict.fromkeys(sorted(rows)) for name, rows in self._problem.facts.items()}
+        mentioned = sorted({argument for rows in self._facts.values() for row in rows for argument in row})
+        types = self._problem.types
+        self._grammar = Grammar(rules, entities({name: types[name] for name in mentioned}))
+        self._templates, self._feedback, self._mentioned = {}, {}, {}
+        for action in self._problem.actions:
+            if action.name not in templates:
+                raise UserError(f"its grammar has no action {action.name}.")
+            template, feedback = map(parse_symbols, templates[action.name])
+            self._templates[action.name], self._feedback[action.name] = template, feedback
+            names = {name.lstrip("?") for name, _ in action.parameters}
+            self._mentioned[action.name] = _mentions(template, names, self._problem.changing)
+        self._states: dict[frozenset[Proposition], State] = {}
+        self._wording: dict[tuple, str] = {}
         self._commands_of: tuple[State | None, dict[str, _Command]] = (None, {})
         self.start = self._state(frozenset())
-        self.intro = self._grammar.derive(compiled["intro"], {}, self._facts_at(self.start))
+        self.intro = self._grammar.derive(parse_symbols("#intro#"), {}, self._facts_at(self.start.changes))
 
     def step(self, state: State, command: str) -> tuple[State, str]:
         """Returns the state after `command`, and the feedback; an inadmissible command does not change the state."""
         transition = state.transitions.get(command)
         if transition is None:
-            operator = self._commands(state).get(command)
-            if operator is None:
+            known = self._commands(state).get(command)
+            if known is None:
                 return state, NOTHING_HAPPENS
-            transition = self._apply(state, operator)
+            transition = self._apply(state, known)
             if len(self._states) < MAX_REMEMBERED_STATES:
                 state.transitions[command] = transition
         return transition
@@ -104,74 +108,59 @@ class Game:
         return sorted(self._commands(state))
 
     def _state(self, changes: frozenset[Proposition]) -> State:
-        """Returns the current state of the library."""
-        number = self._library.get_state_id()
-        state = self._states.get((number, changes))
+        state = self._states.get(changes)
         if state is None:
-            state = State(number, changes, self._library.check_goal())
+            state = State(changes, any(True for _ in self._problem.goal({}, self._facts_at(changes))))
             if len(self._states) < MAX_REMEMBERED_STATES:
-                self._states[number, changes] = state
+                self._states[changes] = state
         return state
 
-    def _facts_at(self, state: State) -> Facts:
-        """Returns a function from a predicate to its facts in `state`, computed lazily."""
+    def _facts_at(self, changes: frozenset[Proposition]) -> Facts:
+        """Returns a function from a predicate to its facts after these changes, sorted; computed lazily."""
 
         @functools.cache
-        def facts(predicate: str) -> list[tuple[str, ...]]:
-            base, negation = self._facts.get(predicate, []), _negation(predicate)
-            added = {arguments for name, arguments in state.changes if name == predicate}
-            removed = {arguments for name, arguments in state.changes if name == negation}
-            return sorted((set(base) - removed) | added) if added or removed else base
+        def facts(predicate: str) -> Set[tuple[str, ...]]:
+            base, negation = self._facts.get(predicate, {}), _negation(predicate)
+            added = {arguments for name, arguments in changes if name == predicate}
+            removed = {arguments for name, arguments in changes if name == negation}
+            return (dict.fromkeys(sorted((base.keys() - removed) | added)) if added or removed else base).keys()
 
         return facts
 
     def _apply(self, state: State, command: _Command) -> tuple[State, str]:
-        self._library.set_state_id(state.number)
-        effects = (Atom * command.num_effects)()
-        self._library.apply_operator(command.number, effects)
-        changes = set(state.changes)
-        for effect in effects:
-            name, arguments = effect.proposition
-            changes.discard((_negation(name), arguments))
-            changes.add((name, arguments))
-        after = self._state(frozenset(changes))
-        feedback = self._actions[command.action]["feedback"]
-        return after, self._grammar.derive(feedback, command.mapping, self._facts_at(after))
+        added, deleted = command.action.outcome(command.parameters, self._facts_at(state.changes))
+        new = added | {(_negation(name), arguments) for name, arguments in deleted}
+        old = {(_negation(name), arguments) for name, arguments in new}
+        after = self._state((state.changes - old) | new)
+        feedback = self._feedback[command.action.name]
+        return after, self._grammar.derive(feedback, command.mapping, self._facts_at(after.changes))
 
     def _commands(self, state: State) -> dict[str, _Command]:
-        """Returns the applicable commands; of operators with the same text, the first, as in TextWorld."""
+        """Returns the commands that apply; of actions with the same text, the first, as in TextWorld."""
         if self._commands_of[0] is state:
             return self._commands_of[1]
-        self._library.set_state_id(state.number)
-        operators = (Operator * self._library.get_applicable_operators_count())()
-        self._library.get_applicable_operators(operators)
+        facts = self._facts_at(state.changes)
         commands: dict[str, _Command] = {}
-        for operator in operators:
-            text, action, mapping = self._word(operator.name, state)
-            if text not in commands:
-                commands[text] = _Command(operator.id, action, mapping, operator.nb_effect_atoms)
+        for action in self._problem.actions:
+            for found in action.instances(facts):
+                mapping = {(name[1:], kind): found[name] for name, kind in action.parameters}
+                commands.setdefault(self._word(action, mapping, facts), _Command(action, found, mapping))
         self._commands_of = (state, commands)
         return commands
 
-    def _word(self, operator: str, state: State) -> tuple[str, str, Binding]:
-        """Returns command, action and binding of an operator such as `openobject agent1 loc_1 fridge_1`."""
-        if operator in self._wording:
-            return self._wording[operator]
-        name, *arguments = operator.split()
-        action = self._actions[name]
-        mapping = {(p, t): argument for (p, t), argument in zip(action["parameters"], arguments, strict=False)}
-        mentioned = self._mentioned[name]
+    def _word(self, action: Action, mapping: Binding, facts: Facts) -> str:
+        """Returns the command of an action, such as "open fridge 1"."""
+        mentioned = self._mentioned[action.name]
         if mentioned is None:
-            return self._grammar.derive(action["template"], mapping, self._facts_at(state)), name, mapping
-        # Operators that differ only in arguments that the command omits (the agent's location) have the same text.
-        use = (name, tuple(value for (p, _), value in mapping.items() if p in mentioned))
-        if use not in self._wording_by_use:
-            self._wording_by_use[use] = self._grammar.derive(action["template"], mapping, self._facts_at(state))
-        self._wording[operator] = (self._wording_by_use[use], name, mapping)
-        return self._wording[operator]
+            return self._grammar.derive(self._templates[action.name], mapping, facts)
+        # Actions that differ only in arguments that the command omits (the agent's location) have the same text.
+        use = (action.name, *(value for (name, _), value in mapping.items() if name in mentioned))
+        if use not in self._wording:
+            self._wording[use] = self._grammar.derive(self._templates[action.name], mapping, facts)
+        return self._wording[use]
 
 
-def _mentions(template: Symbols, parameters: set[str], changing: set[str]) -> set[str] | None:
+def _mentions(template: Symbols, parameters: Set[str], changing: Set[str]) -> set[str] | None:
     """Returns the parameters that the text of a command depends on, or None if it may depend on the state."""
     mentioned: set[str] = set()
     for kind, content, *rest in template:
@@ -193,50 +182,29 @@ def _mentions(template: Symbols, parameters: set[str], changing: set[str]) -> se
 
 
 @functools.lru_cache(maxsize=LOADED_GAMES)
-def load_game(path: str, cache: str) -> Game:
-    """Loads the game in file `path`, compiled in folder `cache`; the last few games stay in memory.
+def load_game(path: str) -> Game:
+    """Loads the game in file `path`; the last few games stay in memory.
 
     Raises:
-        UserError: the file is missing, is no game file, or its problem cannot be translated.
+        UserError: the file is missing, is no game file, or cannot be played.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the game file {path}: {error.strerror}; restore the data.") from None
     try:
-        return Game(compiled(content, cache))
+        return read_game(content)
     except UserError as error:
         raise UserError(f"the game file {path} cannot be played: {error}") from None
 
 
-def compiled(content: bytes, cache: str) -> dict[str, Any]:
-    """Returns the compiled form of a game file, from folder `cache`; compiles it if it is missing."""
-    digest = hashlib.sha256(content).hexdigest()[:32]
-    target = Path(cache) / digest[:2] / f"{digest}-{COMPILER_VERSION}.json.z"
-    stored = _read_compiled(target)
-    if stored is not None:
-        return stored
+def read_game(content: bytes) -> Game:
+    """Reads the content of a game file. Raises UserError if it is malformed."""
     try:
-        game = compile_game(_fields(content))
-    except (UserError, KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:  # the translator exits the process on some malformed problems
+        data = json.loads(content)
+        required = ("pddl_domain", "pddl_problem", "grammar")
+        if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in required):
+            raise UserError(f"it lacks one of the texts {', '.join(required)}.")
+        return Game(*(data[key] for key in required))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{type(error).__name__}: {error}; restore the data.") from None
-    write_to_cache(target, zlib.compress(json.dumps(game).encode()))
-    return game
-
-
-def _fields(content: bytes) -> dict[str, str]:
-    data = json.loads(content)
-    required = ("pddl_domain", "pddl_problem", "grammar")
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in required):
-        raise UserError(f"it lacks one of the texts {', '.join(required)}.")
-    return data
-
-
-def _read_compiled(path: Path) -> dict[str, Any] | None:
-    """Returns a compiled game, or None if it is missing or damaged."""
-    try:
-        return json.loads(zlib.decompress(path.read_bytes()))
-    except (OSError, zlib.error, ValueError):
-        return None

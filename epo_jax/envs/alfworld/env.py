@@ -18,8 +18,7 @@ def split_intro(intro: str) -> tuple[str, str]:
 class AlfworldEnv:
     """One live episode; all environments of a process share the loaded games."""
 
-    def __init__(self, compiled: str, admissible: bool):
-        self._compiled = compiled
+    def __init__(self, admissible: bool):
         self._admissible = admissible
         self._game: engine.Game | None = None
         self._state: engine.State | None = None
@@ -28,7 +27,7 @@ class AlfworldEnv:
     def reset(self, task: Task) -> Observation:
         """Starts the game of a task. Raises UserError with the name of the file if it cannot be played."""
         self._file = task["file"]
-        self._game = engine.load_game(self._file, self._compiled)
+        self._game = engine.load_game(self._file)
         self._state = self._game.start
         text, self._goal = split_intro(self._game.intro)
         return self._observe(text, reward=0.0)

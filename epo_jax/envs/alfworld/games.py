@@ -15,14 +15,13 @@ import functools
 import hashlib
 import json
 import random
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from epo_jax.common.errors import UserError
 from epo_jax.envs.alfworld import rooms
-from epo_jax.envs.alfworld.compile import package_import
+from epo_jax.envs.alfworld.names import display_names, escape
 
 GENERATOR_VERSION = 3  # part of the name of the cache folder; raise it if the same options give other games
 COMPACT_OBJECTS_PER_RECEPTACLE = 1.5
@@ -113,8 +112,7 @@ def _place(room: rooms.Room, task_type: str, goal: rooms.Pairing, limit: int | N
 
 def _escape(text: str) -> str:
     """Escapes identifiers for ALFWorld's PDDL; `#` in `text` stands for the type separator `-`."""
-    names = {"-": "_minus_", "#": "-", "|": "_bar_", "+": "_plus_", ".": "_dot_", ",": "_comma_"}
-    return re.sub(r"[-#|+.,]", lambda match: names[match.group(0)], text)
+    return escape(text).replace("#", "-")
 
 
 def _location(location: rooms.Location) -> str:
@@ -157,23 +155,11 @@ def _problem(name: str, room: rooms.Room, placement: _Placement, goal_text: str)
     return _escape("\n".join(lines)) + "\n" + _escape(goal_text)
 
 
-def _display_names(identifiers: Iterable[str]) -> dict[str, str]:
-    """Returns id -> name in the texts, numbered as by `AlfredDemangler` (last of each type first)."""
-    spelled = sorted((_escape(i).lower(), i) for i in identifiers)
-    base = {i: text.split("_bar_")[0] + ("basin" if "basin" in text else "") for text, i in spelled}
-    counts: dict[str, int] = {}
-    for name in base.values():
-        counts[name] = counts.get(name, 0) + 1
-    names = {}
-    for _, i in spelled:
-        names[i] = f"{base[i]} {counts[base[i]]}"
-        counts[base[i]] -= 1
-    return names
-
-
 def _walkthrough(task_type: str, goal: rooms.Pairing, placement: _Placement) -> tuple[str, ...]:
     """Returns commands that win, from the hidden state."""
-    names = _display_names([*placement.objects, *placement.receptacles])
+    spelled = {i: escape(i).lower() for i in (*placement.objects, *placement.receptacles)}
+    displayed = display_names(spelled.values())
+    names = {i: displayed[text] for i, text in spelled.items()}
     commands: list[str] = []
     opened: set[str] = set()
     here = ""
@@ -213,7 +199,7 @@ def _walkthrough(task_type: str, goal: rooms.Pairing, placement: _Placement) -> 
 @functools.cache
 def _rules() -> tuple[str, str]:
     """Returns PDDL domain and grammar of the package."""
-    with package_import():
+    with rooms.package_import():
         from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
     return Path(ALFRED_PDDL_PATH).read_text(), Path(ALFRED_TWL2_PATH).read_text()
@@ -230,7 +216,7 @@ def generate(split: str, index: int, seed: int, max_receptacles: int | None) -> 
     Raises:
         UserError: `max_receptacles` is too small for any game of the type.
     """
-    with package_import():
+    with rooms.package_import():
         import alfworld.gen.goal_library as goal_library
 
     task_type = rooms.TASK_TYPES[index % len(rooms.TASK_TYPES)]

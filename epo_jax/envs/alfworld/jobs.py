@@ -2,7 +2,7 @@
 
 `run_jobs` starts one `python -m epo_jax.envs.alfworld.jobs` for each job. The process reads the job, a JSON line, and writes a
 JSON line for each item as soon as it is done, or {"error": ...} before it stops. The training process never imports the
-packages that jobs need (slow to import, in part under the GPL).
+`alfworld` package.
 """
 
 import concurrent.futures
@@ -94,8 +94,7 @@ def make_games(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if folder.exists():
             yield answer
             continue
-        compiled = engine.compiled(generated.files["game.tw-pddl"].encode(), job["compiled"])
-        game = engine.Game(compiled)
+        game = engine.read_game(generated.files["game.tw-pddl"].encode())
         state = game.start
         wins = []
         for command in generated.walkthrough:
@@ -122,7 +121,7 @@ def demonstrate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     The "seed" of a task is that of its hesitations and mistakes.
     """
-    env = AlfworldEnv(job["compiled"], job["admissible"])
+    env = AlfworldEnv(job["admissible"])
     for task in job["tasks"]:
         start = env.reset(task)
         goal = _goal(task["file"])

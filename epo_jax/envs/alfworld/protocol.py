@@ -52,9 +52,11 @@ def prepare(options: dict[str, Any]) -> None:
         has an
             invalid value.
     """
-    for package in ("alfworld", "textworld", "fast_downward"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"the Python package of {package} is missing; install alfworld (pip install alfworld).")
+    if importlib.util.find_spec("alfworld") is None:
+        raise UserError(
+            "the Python package alfworld is missing; install it (pip install --no-deps alfworld: its data is enough, its "
+            "dependencies are not used)."
+        )
     if options.get("hints", "none") not in HINTS:
         raise UserError(f"env.hints={options['hints']!r} is not known; choose one of {', '.join(HINTS)}.")
     _index(options)
@@ -84,7 +86,7 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
 
 
 def make_env(options: dict[str, Any]) -> AlfworldEnv:
-    return AlfworldEnv(str(_cache(options) / "compiled"), _lists_admissible(options))
+    return AlfworldEnv(_lists_admissible(options))
 
 
 def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstration]:
@@ -113,7 +115,7 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
             playing.append({**task, "seed": f"{task['id']}/{times[task['id']]}"})
             times[task["id"]] += 1
         share = -(-len(tasks) // max(1, options["workers"]))
-        common = {"job": "demonstrations", "compiled": str(_cache(options) / "compiled"), "admissible": admissible}
+        common = {"job": "demonstrations", "admissible": admissible}
         common |= {"max_turns": max_turns, "hesitation": hesitation, "mistakes": mistakes}
         jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
         episodes = run_jobs(jobs, _progress("expert episodes played", len(tasks)))
@@ -232,7 +234,6 @@ def _generate(options: dict[str, Any]) -> None:
             "job": "games",
             "root": str(partial / "json_2.1.1"),
             "unfinished": str(unfinished),
-            "compiled": str(_cache(options) / "compiled"),
             "seed": options["seed"],
             "max_receptacles": options["max_receptacles"],
         }

@@ -3,15 +3,16 @@
 Rooms carry AI2-THOR's numbers: kitchens 1-30, living rooms 201-230, bedrooms 301-330, bathrooms 401-430.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import random
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
-
-from epo_jax.envs.alfworld.compile import package_import
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -53,6 +54,19 @@ class Room:
     receptacles: dict[str, tuple[str, Location]]  # id -> type, where the agent stands to use it
     start: Location
     taken_ids: set[str]
+
+
+@contextlib.contextmanager
+def package_import():
+    """Context for imports of `alfworld`, which would make ~/.cache/alfworld and set ALFWORLD_DATA to it."""
+    before = os.environ.get("ALFWORLD_DATA")
+    os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        del os.environ["ALFWORLD_DATA"]
+        if before is not None:
+            os.environ["ALFWORLD_DATA"] = before
 
 
 @functools.cache

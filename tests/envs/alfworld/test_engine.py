@@ -10,6 +10,7 @@ import pytest
 
 from epo_jax.common.errors import UserError
 from epo_jax.envs.alfworld import engine, games
+from epo_jax.envs.alfworld.names import display_names
 
 HOSTILE = [
     "",
@@ -23,11 +24,6 @@ HOSTILE = [
     "#intro#",
 ]
 COMPACT = 8
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +75,8 @@ def neighbours(content: dict) -> tuple[dict, list[str]] | None:
         [line.strip("()").split()[1:] for line in lines if line.startswith(f"({predicate} ")]
         for predicate in ("receptacleAtLocation", "inReceptacle")
     )
-    names = games._display_names([thing for thing, _ in [*spots, *inside]])
+    things = {thing.lower(): thing for thing, _ in [*spots, *inside]}
+    names = {things[spelled]: name for spelled, name in display_names(things).items()}
     flat = {place: spot for place, spot in spots if place.startswith(("Shelf", "CounterTop"))}
     for thing, place in inside:
         others = [other for other in flat if other != place and other.split("_")[0] == place.split("_")[0]]
@@ -95,13 +92,13 @@ def neighbours(content: dict) -> tuple[dict, list[str]] | None:
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="TextWorld 1.7.0's own engine fails on Python 3.13 (NameError in eval)")
-def test_output_is_the_stock_engines(compiled, write_game):
+def test_output_is_the_stock_engines(write_game):
     rng = random.Random(0)
     jobs = []
     for index in range(6):  # one of each task type; the last also as a whole room
         content = game_content(index, None if index == 5 else COMPACT)
         path = write_game(content, f"stock-{index}")
-        game = engine.load_game(path, compiled)
+        game = engine.load_game(path)
         jobs.append([path, wander(game, ["inventory", "look"], rng, 12), [*content["walkthrough"], "look"]])
     crowded = next(filter(None, (neighbours(game_content(index)) for index in range(100))))
     jobs.append([write_game(crowded[0], "crowded"), crowded[1]])
@@ -110,21 +107,21 @@ def test_output_is_the_stock_engines(compiled, write_game):
     assert run.returncode == 0, run.stderr[-2000:]
     for (path, *episodes), traces in zip(jobs, json.loads(run.stdout), strict=True):
         for commands, expected in zip(episodes, traces, strict=True):
-            actual = trace(engine.load_game(path, compiled), commands)
+            actual = trace(engine.load_game(path), commands)
             for command, ours, theirs in zip(["reset", *commands], actual, expected, strict=True):
                 assert ours == theirs, f"{path}: {command!r}"
     crowded_text = " ".join(line[0] for line in expected)
     assert "Next to it, you see a" in crowded_text  # the case that the shelves were put together for
 
 
-def test_episodes_of_one_game_do_not_disturb_each_other(compiled, write_game):
+def test_episodes_of_one_game_do_not_disturb_each_other(write_game):
     content = game_content(3)
     rng = random.Random(1)
-    shared = engine.Game(engine.compiled(json.dumps(content).encode(), compiled))
+    shared = engine.read_game(json.dumps(content).encode())
     walks = [wander(shared, content["walkthrough"], rng, 20) for _ in range(4)]
     alone = []
     for walk in walks:
-        fresh = engine.Game(engine.compiled(json.dumps(content).encode(), compiled))
+        fresh = engine.read_game(json.dumps(content).encode())
         alone.append(trace(fresh, walk))
     states = [shared.start] * 4
     for turn in range(len(walks[0])):
@@ -133,35 +130,24 @@ def test_episodes_of_one_game_do_not_disturb_each_other(compiled, write_game):
             assert [text, shared.admissible(states[k]), states[k].won] == alone[k][turn + 1]
 
 
-def test_states_past_the_limit_are_as_right_as_the_others(compiled, monkeypatch):
+def test_states_past_the_limit_are_as_right_as_the_others(monkeypatch):
     content = json.dumps(game_content(4)).encode()
-    game = engine.Game(engine.compiled(content, compiled))
+    game = engine.read_game(content)
     walk = wander(game, json.loads(content)["walkthrough"], random.Random(2), 30)
     expected = trace(game, walk)
     monkeypatch.setattr(engine, "MAX_REMEMBERED_STATES", 3)
-    bounded = engine.Game(engine.compiled(content, compiled))
+    bounded = engine.read_game(content)
     assert trace(bounded, walk) == expected
     assert len(bounded._states) == 3
 
 
-def test_a_repeated_transition_is_not_worked_out_again(compiled, monkeypatch):
+def test_a_repeated_transition_is_not_worked_out_again(monkeypatch):
     content = json.dumps(game_content(0)).encode()
-    game = engine.Game(engine.compiled(content, compiled))
+    game = engine.read_game(content)
     walk = json.loads(content)["walkthrough"]
     first = trace(game, walk)
     monkeypatch.setattr(game, "_apply", lambda *_: pytest.fail("the engine was asked again"))
     assert trace(game, walk) == first
-
-
-def test_a_library_is_used_again_after_its_game(compiled):
-    content = json.dumps(game_content(1)).encode()
-    game = engine.Game(engine.compiled(content, compiled))
-    library = game._library
-    expected = trace(game, json.loads(content)["walkthrough"])
-    del game
-    again = engine.Game(engine.compiled(content, compiled))
-    assert again._library is library
-    assert trace(again, json.loads(content)["walkthrough"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -173,7 +159,7 @@ def test_a_library_is_used_again_after_its_game(compiled):
         "(lambda: 1)()",
     ],
 )
-def test_a_grammar_cannot_run_code(compiled, write_game, tmp_path, expression):
+def test_a_grammar_cannot_run_code(write_game, tmp_path, expression):
     mark = tmp_path / "mark"
     content = game_content(0)
     before = "{r.indefinite} {r.name or r.id}"
@@ -182,22 +168,22 @@ def test_a_grammar_cannot_run_code(compiled, write_game, tmp_path, expression):
     content["grammar"] = content["grammar"].replace(before, hostile)
     path = write_game(content, f"hostile-{abs(hash(expression))}")
     with pytest.raises(UserError, match=path):
-        engine.load_game(path, compiled)
+        engine.load_game(path)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("symbols", ["#task#", "#task##task#", "#task#" * 40], ids=["deep", "wide", "wider"])
-def test_a_grammar_without_end_is_refused(compiled, write_game, symbols):
+def test_a_grammar_without_end_is_refused(write_game, symbols):
     content = game_content(0)
     goal = content["grammar"].index("Your task is to: ")
     end = content["grammar"].index('"', goal)
     content["grammar"] = content["grammar"][:goal] + symbols + content["grammar"][end:]
     path = write_game(content, f"endless-{len(symbols)}")
     with pytest.raises(UserError, match=f"{path} cannot be played: the game's grammar has no end"):
-        engine.load_game(path, compiled)
+        engine.load_game(path)
 
 
-def test_a_grammar_that_grows_without_bound_is_refused(compiled, write_game):
+def test_a_grammar_that_grows_without_bound_is_refused(write_game):
     """No rule names itself, and yet the text doubles forty times."""
     content = game_content(0)
     content["grammar"] = content["grammar"].replace("Your task is to: ", "#d0# Your task is to: ")
@@ -205,7 +191,7 @@ def test_a_grammar_that_grows_without_bound_is_refused(compiled, write_game):
     content["grammar"] = content["grammar"].replace('"intro": [', rules + '"intro": [', 1)
     path = write_game(content, "doubling")
     with pytest.raises(UserError, match=f"{path} cannot be played: the game's grammar has no end"):
-        engine.load_game(path, compiled)
+        engine.load_game(path)
 
 
 def _unknown(problem: str) -> str:
@@ -219,37 +205,20 @@ def _unknown(problem: str) -> str:
         lambda text: "",
         lambda text: "[]",
         lambda text: json.dumps({**json.loads(text), "grammar": 3}),
-        # The translator ends the process on this one.
         lambda text: json.dumps({**json.loads(text), "pddl_problem": _unknown(json.loads(text)["pddl_problem"])}),
         lambda text: text.replace("(:init", "(:init ("),
         lambda text: text.replace("grammar ::", "grammar :"),
     ],
     ids=["half", "empty", "list", "no-grammar", "unknown-predicate", "unbalanced", "bad-grammar"],
 )
-def test_a_damaged_game_file_is_named(compiled, write_game, tmp_path, damage):
+def test_a_damaged_game_file_is_named(write_game, tmp_path, damage):
     path = Path(write_game(game_content(2), "whole"))
     broken = tmp_path / "game.tw-pddl"
     broken.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=str(broken)):
-        engine.load_game(str(broken), compiled)
+        engine.load_game(str(broken))
 
 
-def test_a_missing_game_file_is_named(compiled, tmp_path):
+def test_a_missing_game_file_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path / "none")):
-        engine.load_game(str(tmp_path / "none"), compiled)
-
-
-def test_a_damaged_compiled_game_is_made_again(tmp_path):
-    content = json.dumps(game_content(0)).encode()
-    made = engine.compiled(content, str(tmp_path))
-    (path,) = tmp_path.rglob("*.json.z")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:1000])
-    assert engine.compiled(content, str(tmp_path)) == made
-    assert path.read_bytes() == whole
-
-
-def test_an_unwritable_cache_is_named(tmp_path):
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    with pytest.raises(UserError, match="cache"):
-        engine.compiled(json.dumps(game_content(0)).encode(), str(tmp_path / "cache"))
+        engine.load_game(str(tmp_path / "none"))

@@ -6,6 +6,7 @@ import pytest
 
 from epo_jax.common.errors import UserError
 from epo_jax.envs.alfworld import text as evaluator
+from epo_jax.envs.alfworld.grammar import parse_document, parse_query, parse_symbols
 
 TYPES = {"fork": "object", "spoon": "object", "desk": "receptacle", "bed": "receptacle"}
 ENTITIES = {
@@ -16,7 +17,7 @@ RULES = {
     "list_separator": [[None, [["text", ", "]]]],
     "list_last_separator": [[None, [["text", ", and "]]]],
     "state": [
-        [evaluator.parse_query("on(o:object, r:receptacle)"), [["text", "full"]]],
+        [parse_query("on(o:object, r:receptacle)"), [["text", "full"]]],
         [None, [["text", "empty"]]],
     ],
 }
@@ -27,7 +28,7 @@ def facts(**known):
 
 
 def solutions(query, mapping, known):
-    found = evaluator.solve(evaluator.parse_query(query), mapping, known, TYPES)
+    found = evaluator.solve(parse_query(query), mapping, known, TYPES)
     return [tuple(solution.values()) for solution in found]
 
 
@@ -68,38 +69,16 @@ def test_conjunctions_bind_from_left_to_right():
 )
 def test_lists_are_joined_as_textworld_joins_them(on, text):
     grammar = evaluator.Grammar(RULES, ENTITIES)
-    symbols = evaluator.parse_symbols("[{o.indefinite + ' ' + o.name | on(o:object, r:receptacle)}].")
+    symbols = parse_symbols("[{o.indefinite + ' ' + o.name | on(o:object, r:receptacle)}].")
     assert grammar.derive(symbols, {("r", "receptacle"): "desk"}, facts(on=on)) == f"{text}."
 
 
 def test_the_first_rule_whose_condition_holds_is_used():
     grammar = evaluator.Grammar(RULES, ENTITIES)
-    symbols = evaluator.parse_symbols("The {r.name} is #state#.")
+    symbols = parse_symbols("The {r.name} is #state#.")
     mapping = {("r", "receptacle"): "desk"}
     assert grammar.derive(symbols, mapping, facts(on=[("fork", "desk")])) == "The desk 1 is full."
     assert grammar.derive(symbols, mapping, facts(on=[("fork", "bed")])) == "The desk 1 is empty."
-
-
-@pytest.mark.parametrize(
-    "expression, value",
-    [
-        ("o", "fork 1"),
-        ("o.name or o.id", "fork 1"),
-        ("o.empty or o.id", "fork"),
-        ("o.name and 'x'", "x"),
-        ("'a' + o.id", "afork"),
-    ],
-)
-def test_expressions_are_pythons(expression, value, monkeypatch):
-    monkeypatch.setattr(evaluator, "_FIELDS", ("id", "name", "empty"))
-    scope = {"o": {**ENTITIES["fork"], "empty": ""}}
-    assert evaluator.compile_expression.__wrapped__(expression)(scope) == value
-
-
-@pytest.mark.parametrize("expression", ["1", "o.x", "o.name.x", "print(o)", "o['name']", "o if o else o", "o -", "-o.name"])
-def test_other_expressions_are_refused(expression):
-    with pytest.raises(UserError, match="not allowed"):
-        evaluator.compile_expression(expression)
 
 
 def test_an_unknown_symbol_is_an_error():
@@ -110,6 +89,6 @@ def test_an_unknown_symbol_is_an_error():
 @pytest.mark.parametrize("goal", ["put a mug in desk", "it's 2 pens, really", "put a mug (blue) & go!"])
 def test_the_goal_reaches_the_rules_whether_or_not_it_is_plain_words(goal):
     rules = {"task": [{"rhs": f"Your task is to: {goal}."}], "intro": [{"rhs": "#task#"}]}
-    _, parsed = evaluator.parse_document(f'grammar :: """\n{json.dumps(rules)}\n""";\n')
+    _, parsed = parse_document(f'grammar :: """\n{json.dumps(rules)}\n""";\n')
     intro = evaluator.Grammar(parsed, {}).derive([["rule", "intro"]], {}, facts())
     assert intro == f"Your task is to: {goal}."
