@@ -19,7 +19,7 @@ COMMANDS = {
     "generate": ("epo_jax.generate", "shows an agent at play, lets you act in its place, or answers a prompt"),
     "export": ("epo_jax.export", "writes a run's policy as a model folder for transformers and vLLM"),
     "report": ("epo_jax.report", "compares runs in one HTML file"),
-    "figures": ("epo_jax.figures", "draws the curves of a run again"),
+    "figures": ("epo_jax.figures", "draws the curves of a run, or a comparison of runs"),
     "play": ("epo_jax.envs.play", "plays an environment in the terminal"),
 }
 

@@ -1,15 +1,12 @@
 """The report: its numbers are those of the files, what runs wrote stays text, and a browser shows it."""
 
 import json
-import struct
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import report_figures
 from epo_jax import report
 from epo_jax.analysis import curves
 from epo_jax.analysis.page import SCATTERED
@@ -364,20 +361,6 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(browser, runs, tmp_path, 
     low, high = (100 * bound for bound in wilson(18, 20))
     assert table[0][:4] == ["A ", "lam 0.0", f"90.0 % [{low:.1f}, {high:.1f}]", table[0][3]] and table[1][1] == "lam 0.1"
     assert browser.run("[...document.querySelectorAll('#grid td')].map((c) => c.textContent)") == ["90.0 %", "50.0 %"]
-
-
-def test_figures_of_the_page_become_a_picture(browser, runs, tmp_path, monkeypatch):
-    page, picture = make(tmp_path, *runs), tmp_path / "figures.png"
-    sizes = []
-    for titles in (["Success, OOD"], ["Success, OOD", "corridors"]):
-        monkeypatch.setattr(sys, "argv", ["report_figures", str(page), str(picture), *titles])
-        assert report_figures.main() == 0
-        sizes.append(struct.unpack(">II", picture.read_bytes()[16:24]))
-    (one, _), (three, height) = sizes
-    assert three > 2.8 * one and height < three / 3  # in one row, with nothing else of the page
-    monkeypatch.setattr(sys, "argv", ["report_figures", str(page), str(picture), "Sucess"])
-    with pytest.raises(SystemExit, match="no figure whose title begins with 'Sucess'"):
-        report_figures.main()
 
 
 def test_ticks_and_sorting(browser, runs, tmp_path):

@@ -27,7 +27,7 @@ CURVES = (
     Curve("success", "Success of training episodes", "share won"),
     Curve("reward", "Return of training episodes", "mean"),
     Curve("entropy", "Entropy of sampled tokens", "nats per token"),
-    Curve(RATIO, "Entropy relative to the first step, H_k / H_0", ""),
+    Curve(RATIO, "Entropy as H_k / H_0", ""),
     Curve("entropy_first_turns", "Entropy, first ten turns", "nats per token"),
     Curve("entropy_last_turns", "Entropy, last ten turns", "nats per token"),
     Curve("entropy_std_tokens", "Spread of entropy over tokens", "nats, std"),

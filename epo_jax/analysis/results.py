@@ -26,6 +26,13 @@ def column_key(column: Column) -> str:
     return split if temperature is None else f"{split}@{temperature:g}"
 
 
+def column_of(key: str) -> Column | None:
+    """The column whose key this is, also after "best "; None for a measure."""
+    split, _, temperature = key.removeprefix("best ").partition("@")
+    known = not any(measure.key == key for measure in MEASURES)
+    return (split, float(temperature) if temperature else None) if known else None
+
+
 def column_title(column: Column, runs: Sequence[Run]) -> str:
     """The heading of a column: "OOD, T = 0.4"; without the temperature where runs do not know it or differ."""
     split, temperature = column
@@ -145,8 +152,7 @@ def value_of(each: Run, key: str, from_step: int | None) -> float | None:
     for measure in MEASURES:
         if measure.key == key:
             return measure.of(each.metrics)
-    split, _, temperature = key.removeprefix("best ").partition("@")
-    rows = each.evaluated(split, float(temperature) if temperature else None)
+    rows = each.evaluated(*column_of(key))
     chosen = [best_success(rows)] if key.startswith("best ") else evaluations_from(rows, from_step)
     return final_rate(chosen) if chosen and chosen[0] else None
 
