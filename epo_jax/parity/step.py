@@ -57,7 +57,8 @@ def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hype
         now = state._replace(**trained)
         rows, live = mini_batch(config, batch, old, turn_weights[i % turn_weights.shape[0]], hyper)
         smoothing = smoothing_terms(history, state.step, config.total_steps, rows, hyper, config.objective)
-        return step.update_once(config, now, rows, smoothing, hyper_now, live)
+        first = i == 0 if config.gradient_norms else None
+        return step.update_once(config, now, rows, smoothing, hyper_now, live, first)
 
     count = config.epochs * turn_weights.shape[0]
     trained, updates = jax.lax.scan(update, step.trained_part(state), jnp.arange(count))

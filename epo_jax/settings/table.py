@@ -362,6 +362,8 @@ SECTIONS = (
                 unit="RL steps", resume="free"),
         Setting("metrics.trajectories_megabytes", 16.0, "Size limit of that file; beyond it, steps from the middle are removed.",
                 POSITIVE, unit="MB", resume="free"),
+        Setting("metrics.gradient_norms", False, "Whether each RL step measures the gradients of the policy term and of the "
+                "entropy term apart, which takes one more gradient of its first mini-batch.", resume="free", added=(2, False)),
         Setting("metrics.wandb_project", "", "Weights & Biases project that also receives metrics and evaluations; empty: none.",
                 resume="free"),
     )),

@@ -60,5 +60,6 @@ def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 
         temperature=config.rollout.temperature,
         critic=algo.critic,
         episode_policy_tokens=(config.env.max_turns * config.agent.response_tokens if config.agent.context == "window" else None),
+        gradient_norms=config.metrics.gradient_norms,
     )
     return importlib.import_module(objective.step).configure(learner)

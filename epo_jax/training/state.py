@@ -39,6 +39,7 @@ class LearnerConfig:
         critic: which decoder the critic looks at.
         episode_policy_tokens: the most policy tokens in an episode whose turns are contexts of their own, in any row;
             None where every episode lies in one row.
+        gradient_norms: measure the gradients of the policy term and of the entropy term apart.
     """
 
     model: DecoderConfig
@@ -52,6 +53,7 @@ class LearnerConfig:
     temperature: float
     critic: CriticKind = "own"
     episode_policy_tokens: int | None = None
+    gradient_norms: bool = False
 
 
 class TrainState(NamedTuple):

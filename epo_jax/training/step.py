@@ -21,8 +21,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from epo_jax.common import keys
 from epo_jax.models import lora
@@ -45,6 +46,9 @@ TrainStep = Callable[[TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]
 
 # The fields of `TrainState` that updates change.
 TRAINED = ("params", "opt_state", "critic", "critic_opt_state")
+
+# What `gradient_parts` measures.
+GRADIENT_PARTS = ("policy_grad_norm", "entropy_grad_norm", "grad_cosine")
 
 
 def make_train_step(config: LearnerConfig, on: Mesh | None = None) -> TrainStep:
@@ -99,13 +103,14 @@ def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hype
     drawn_from = episode_keys(batch)
 
     def update(trained, mini_batch):
-        live, batch_rows, old_rows = mini_batch
+        live, batch_rows, old_rows, first = mini_batch
         rows = weigh(batch_rows, old_rows, hyper, objective, drawn_from)
         smoothing = smoothing_terms(state.history, state.step, config.total_steps, rows, hyper, objective)
         now = state._replace(**trained)
-        return update_once(config, now, rows, smoothing, hyper, live)
+        return update_once(config, now, rows, smoothing, hyper, live, first)
 
-    mini_batches = batch.rows, batch.by_row(), in_every_epoch(config, batch, old)
+    old_rows = in_every_epoch(config, batch, old)
+    mini_batches = batch.rows, batch.by_row(), old_rows, first_update(config, old_rows)
     trained, updates = jax.lax.scan(update, trained_part(state), mini_batches)
     metrics = gap | step_metrics(config, updates, state.history, first, old, hyper)
     kl_scale, kl_metrics = next_kl_scale(config, state, updates, first, old, hyper)
@@ -262,17 +267,34 @@ def trained_part(state: TrainState) -> dict:
     return {name: getattr(state, name) for name in TRAINED}
 
 
+def first_update(config: LearnerConfig, old: Old) -> Bool[Array, " M"] | None:
+    """Whether a mini-batch is the first with a token to train on; None unless gradient norms are measured, which needs it."""
+    if not config.gradient_norms:
+        return None
+    made = old.mask.any(axis=(1, 2))
+    return made & (jnp.cumsum(made) == 1)
+
+
 def update_once(
-    config: LearnerConfig, state: TrainState, rows: Rows, smoothing: Smoothing, hyper: Hyper, live: Int[Array, ""]
+    config: LearnerConfig,
+    state: TrainState,
+    rows: Rows,
+    smoothing: Smoothing,
+    hyper: Hyper,
+    live: Int[Array, ""],
+    first: Bool[Array, ""] | None = None,
 ) -> tuple[dict, tuple[Metrics, Metrics, Array]]:
     """What updates change, after one update by a mini-batch whose first `live` rows are not empty.
 
     Also returns metrics whose mean and metrics whose maximum over updates is reported, and whether there was a token to train
-    on: rows without one (DAPO's dropped groups) are no reason for an update.
+    on: rows without one (DAPO's dropped groups) are no reason for an update. The `gradient_parts` of the `first` update are among
+    the maxima.
     """
     tokens = rows.old.mask.sum()
     live = jnp.where(tokens > 0, live, 0)
     gradient, metrics, maxima = policy_gradient(config, state, rows, smoothing, hyper, live)
+    if first is not None:
+        maxima |= gradient_parts(config, state, gradient, rows, smoothing, hyper, live, first)
     metrics = ratio_spread(metrics)
     metrics["entropy_change"] = metrics["entropy"] - (rows.weights.mean * rows.old.entropy).sum()
     with jax.named_scope("optimizer"):
@@ -314,6 +336,31 @@ def policy_gradient(
     return summed_gradients(
         lambda params, rows: loss(statistics(params, rows.batch), rows), state.params, rows, live, config.micro_rows, axes
     )
+
+
+@jax.named_scope("gradient_parts")
+def gradient_parts(
+    config: LearnerConfig,
+    state: TrainState,
+    gradient: Params,
+    rows: Rows,
+    smoothing: Smoothing,
+    hyper: Hyper,
+    live: Int[Array, ""],
+    first: Bool[Array, ""],
+) -> Metrics:
+    """Norms of the gradients of the loss without the entropy term and of the entropy term, and their cosine.
+
+    `gradient` is that of the whole loss, which is linear in lam, so one more pass with lam = 0 separates its parts. Only the
+    first update, by the policy that sampled, makes that pass; at others the numbers are -inf. The cosine is NaN if a norm is 0.
+    """
+    without = smoothing._replace(lam=jnp.zeros_like(smoothing.lam))
+    policy_part, _, _ = policy_gradient(config, state, rows, without, hyper, jnp.where(first, live, 0))
+    entropy_part = optax.tree.sub(gradient, policy_part)
+    norms = optax.tree.norm(policy_part), optax.tree.norm(entropy_part)
+    cosine = optax.tree.vdot(policy_part, entropy_part) / (norms[0] * norms[1])
+    found = dict(zip(GRADIENT_PARTS, (*norms, cosine), strict=True))
+    return {name: jnp.where(first, x, -jnp.inf) for name, x in found.items()}
 
 
 @jax.named_scope("critic_gradient")
@@ -373,6 +420,7 @@ def step_metrics(
         "corridor_center": (center.value * center.known).sum() / jnp.maximum(center.known.sum(), 1.0),
         "ratio_max": jnp.exp(maxima["ratio_max"].max()),
         "ratio_min": jnp.exp(-maxima["ratio_min"].max()),
+        **{name: maxima[name].max() for name in GRADIENT_PARTS if name in maxima},
         **advantage_statistics(old),
     }
 
