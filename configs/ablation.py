@@ -1,8 +1,8 @@
 """The paper's comparison as sweeps: base algorithms, EPO and its ablations, EA, and the reference implementation's arithmetic.
 
-    epo-jax sweep --config=ablation:laptop --workdir=sweeps/alfworld
-    epo-jax sweep --config=ablation:laptop-scienceworld --workdir=sweeps/scienceworld
-    epo-jax sweep --config=ablation:laptop --workdir=sweeps/lam \\
+    epo-jax sweep sweeps/alfworld --config=ablation:laptop
+    epo-jax sweep sweeps/scienceworld --config=ablation:laptop-scienceworld
+    epo-jax sweep sweeps/lam --config=ablation:laptop \\
         --config.sweep.arms='("grpo+epo",)' --config.sweep.seeds='(0, 1)' --config.sweep.over.epo.lam='(0.001, 0.01, 0.1)'
 
 Methods that differ only in coefficients (PPO, EPO-Base, EPO and Decay, for example) train in one compiled program.

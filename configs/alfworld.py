@@ -1,6 +1,6 @@
 """ALFWorld: household tasks of six types.
 
-    epo-jax train --config=alfworld:laptop --workdir=runs/alfworld
+    epo-jax train runs/alfworld --config=alfworld:laptop
 
 Presets
     paper   (default) Qwen2.5-3B-Instruct with the paper's settings: 150 RL steps of 16 games x 8 episodes of up to 50 turns

@@ -1,6 +1,6 @@
 """ScienceWorld: elementary-school experiments in the real simulator.
 
-    epo-jax train --config=scienceworld:laptop --workdir=runs/scienceworld
+    epo-jax train runs/scienceworld --config=scienceworld:laptop
 
 Presets
     paper   (default) Qwen2.5-7B-Instruct with the paper's settings, on all 30 tasks

@@ -1,8 +1,10 @@
 """The command line: parsing, exit codes, and what several programs' options share.
 
-    --config=FILE.py[:preset]   what to run; `--config.section.key=value` overrides one key
-    --workdir=FOLDER            the run folder
-    --resume                    continue the run in it; without --config, overrides are changes of the run's own config
+    FOLDER                      the run folder, which every command takes first; also --workdir=FOLDER, or --checkpoint=FOLDER
+                                where it may be a model. A run without one gets a folder with the date below runs/
+    --config=NAME[:preset]      what to run, a config's name or file, or a run folder, whose config is taken;
+                                `--config.section.key=value` overrides one key
+    --resume                    continue the run in FOLDER; without --config, overrides are changes of the run's own config
 
 A program is written as
 
@@ -18,6 +20,7 @@ A program is written as
 
 import argparse
 import contextlib
+import datetime
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -77,7 +80,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     PATHS = "checkpoint", "out", "to", "workdir"
 
+    def add_folder(self, option: str, about: str) -> None:
+        """Adds the folder that the command reads: its first argument, or the value of `option`."""
+        self.folder, self.usage = option, f"{self.prog} FOLDER [options]"
+        self.add_argument(f"--{option}", required=True, metavar="FOLDER", help=f"{about}; may come first, without --{option}")
+
     def parse_known_args(self, args=None, namespace=None):
+        if getattr(self, "folder", None):
+            args = folder_first(args, self.folder)
         options, rest = super().parse_known_args(args, namespace)
         for name in self.PATHS:
             if str(path := getattr(options, name, None)).startswith("~"):
@@ -85,7 +95,22 @@ class ArgumentParser(argparse.ArgumentParser):
         return options, rest
 
     def error(self, message: str):
+        if message.startswith("the following arguments are required: --") and getattr(self, "folder", None):
+            raise UserError(f"name a folder first, for example {self.prog} runs/first.")
         raise UserError(f"{message}.")
+
+
+def folder_first(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments with a folder in the first place as the value of `option`.
+
+    Raises:
+      UserError: there are both.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return list(arguments)
+    if any(re.match(rf"--?{option}(=|$)", argument) for argument in arguments):
+        raise UserError(f"{arguments[0]!r} is not understood, as --{option} names the folder; leave one of them out.")
+    return [f"--{option}={arguments[0]}", *arguments[1:]]
 
 
 def number_type(kind: type[int] | type[float], rule: Rule) -> Callable[[str], int | float]:
@@ -136,18 +161,25 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     Raises:
       UserError: an unknown flag, preset or key, a value of the wrong type or out of range, an unusable folder.
     """
+    argv = [*argv[:1], *folder_first(argv[1:], "workdir")]
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "The run folder.", flag_values=values)
-    flags.DEFINE_bool("resume", False, "Continue the run in --workdir.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The run folder; may come first, without --workdir. Without one, the date is its name.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("resume", False, "Continue the run in FOLDER.", flag_values=values)
     flags.DEFINE_bool("help", False, "List the options and the settings.", short_name="h", flag_values=values)
     if define is not None:
         define(values)
-    overridden = read(argv, values, _own_config(argv))
+    own, argv = _own_config(argv)
+    overridden = read(argv, values, own)
     if values.help:
-        print(_help(values, sweep))
+        print(_help(argv[0], values, sweep))
         raise SystemExit(0)
     if not values.workdir:
-        raise UserError("--workdir is missing; name the run folder, for example --workdir=runs/first.")
+        values.workdir = _dated_folder(argv, values, "sweeps" if sweep else "runs")
     if "://" in values.workdir:
         raise UserError(
             f"--workdir={values.workdir} must be a local folder, as rows are appended to its files; choose one, and keep the "
@@ -172,24 +204,48 @@ def parse_config(arguments: Sequence[str]) -> ConfigDict:
       UserError: as `parse`.
     """
     values = flags.FlagValues()
-    read(["", *arguments], values)
+    own, arguments = _own_config(["", *arguments])
+    read(arguments, values, own)
     return complete(values.config)
 
 
-def _own_config(argv: Sequence[str]) -> ConfigDict | None:
-    """The config of the run that is resumed, if the command line has none."""
+def _own_config(argv: Sequence[str]) -> tuple[ConfigDict | None, Sequence[str]]:
+    """The config of a run folder, where the command line refers to one, and the arguments without this reference.
+
+    It is the config of the run that is resumed, if the command line has no other, or that of --config=FOLDER.
+    """
+    source, others = take(argv, "config")
+    if source is not None and (expand_user(source, "--config") / "config.json").is_file():
+        return read_config(expand_user(source, "--config")), others
     resumes = any(re.fullmatch(r"--?resume(=(true|1|yes|y|t))?", argument, re.IGNORECASE) for argument in argv)
     workdir, _ = take(argv, "workdir")
-    if not resumes or not workdir or take(argv, "config")[0] is not None or "://" in workdir:
-        return None
+    if not resumes or not workdir or source is not None or "://" in workdir:
+        return None, argv
     folder = expand_user(workdir, "--workdir")
     check_workdir(folder, resume=True)
-    return read_config(folder)
+    return read_config(folder), argv
 
 
-def _help(values: flags.FlagValues, sweep: bool) -> str:
+def _dated_folder(argv: Sequence[str], values: flags.FlagValues, parent: str) -> str:
+    """The folder of a run that the command line does not name, printed: runs/alfworld-laptop-20261128-101500.
+
+    Raises:
+      UserError: the run is resumed, or has several processes, which must have the same folder.
+    """
+    if values.resume or ("coordinator" in values and values.coordinator):
+        why = "--resume" if values.resume else "--coordinator"
+        raise UserError(f"{why}: name the run folder first, for example epo-jax train runs/first {why}.")
+    name, _, preset = (take(argv, "config")[0] or "").partition(":")
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = f"{parent}/" + "-".join(filter(None, [Path(name).stem, preset, now]))
+    print(f"run folder: {folder}", flush=True)
+    return folder
+
+
+def _help(program: str, values: flags.FlagValues, sweep: bool) -> str:
     """The options of a program, and the settings: the defaults, or those of --config."""
     options = [values[name] for name in sorted(values) if "." not in name and len(name) > 1]
     lines = [f"  --{option.name}{'' if option.boolean else '=...'}\n      {option.help}" for option in options]
     sections = (*SECTIONS, SWEEP) if sweep else SECTIONS
-    return "\n".join(["Options", *lines, "", help_text(sections, flatten(values.config or {}))])
+    usage = f"usage: {program} [FOLDER] --config=NAME[:preset] [options]"
+    return "\n".join([usage, "", "Options", *lines, "", help_text(sections, flatten(values.config or {}))])

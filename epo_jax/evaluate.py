@@ -1,12 +1,12 @@
 """Evaluation: every episode of a fixed split, once, or several times each for pass@k.
 
-    epo-jax evaluate --checkpoint=runs/first --out=scores.json                  the newest checkpoint, or --step
-    epo-jax evaluate --checkpoint=runs/first --split=valid_unseen --samples=8   pass@1, @2, @4 and @8
-    epo-jax evaluate --checkpoint=Qwen/Qwen2.5-3B-Instruct --config=alfworld
+    epo-jax evaluate runs/first --out=scores.json                     the newest checkpoint, or --step
+    epo-jax evaluate runs/first --split=valid_unseen --samples=8      pass@1, @2, @4 and @8
+    epo-jax evaluate Qwen/Qwen2.5-3B-Instruct --config=alfworld
 
-`--config` says what is played and how the policy is prompted. A run has its own, which is taken where --config is left out;
-a model needs one. Keys of a config that is given can be overridden as elsewhere, `--config.rollout.slots=32`. On several hosts
-each of them runs the same command and plays its share (epo_jax/parallel/hosts.py).
+`--config` defines the games and the prompts. Without it, a run is evaluated with its own config; a model needs one. Keys of a
+config that is given can be overridden as elsewhere, `--config.rollout.slots=32`. On several hosts, start the same command on
+each; every host plays its share (epo_jax/parallel/hosts.py).
 """
 
 import argparse
@@ -98,7 +98,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = ArgumentParser(prog="epo-jax evaluate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             epilog=help_text(SECTIONS, {}))  # fmt: skip
-    parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
+    parser.add_folder("checkpoint", "run folder, model folder or hub name")
     parser.add_argument("--step", type=number_type(int, NOT_NEGATIVE),
                         help="RL steps of the run's checkpoint; the newest if left out")  # fmt: skip
     parser.add_argument("--split", action="append", choices=SPLITS, help="may be given again; the config's if left out")

@@ -1,6 +1,6 @@
 """Writes the policy of a run as a Hugging Face folder, which transformers and vLLM load.
 
-    epo-jax export --workdir=runs/first --to=exported
+    epo-jax export runs/first --to=exported
 
 Adapters are merged into the weights; with --adapters they are written alone, as a PEFT folder for the model that the run
 began with. A published model keeps its own tokenizer files, chat template and generation_config.json, to which the tokens that
@@ -24,24 +24,25 @@ from epo_jax.runs.policies import load_run
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="epo-jax export", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="the run folder")
+    parser.add_folder("workdir", "the run folder")
     parser.add_argument("--to", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument("--step", type=int, help="of the checkpoint, in RL steps; the newest if left out")
     parser.add_argument("--adapters", action="store_true", help="write the adapters alone")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights that are written")
     add_base_option(parser)
     chosen = parser.parse_args(argv[1:])
-    config = read_config(chosen.workdir)
+    folder = Path(chosen.workdir)
+    config = read_config(folder)
     if chosen.to.exists():
         raise UserError(f"--to={chosen.to} exists already; choose another folder.")
     published = config.model.path and not config.warm_start.episodes and not config.init_from.run
     if chosen.adapters and not (config.model.lora_rank and published):
         raise UserError(
-            f"--adapters: {chosen.workdir} did not train adapters of a published model (config.model.lora_rank, "
+            f"--adapters: {folder} did not train adapters of a published model (config.model.lora_rank, "
             "config.model.path, no warm start); leave --adapters out."
         )
 
-    tokenizer, model, params, _, step = load_run(chosen.workdir, config, chosen.step, base_path=chosen.base)
+    tokenizer, model, params, _, step = load_run(folder, config, chosen.step, base_path=chosen.base)
     if chosen.adapters:
         lora.save_adapters(chosen.to, model, lora.split(params)[1], config.model.path)
     else:

@@ -170,9 +170,9 @@ def _lines(prompt: str):
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m epo_jax.generate", description=__doc__, allow_abbrev=False,
+    parser = ArgumentParser(prog="epo-jax generate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--checkpoint", required=True, help="run folder, model folder or hub name")
+    parser.add_folder("checkpoint", "run folder, model folder or hub name")
     parser.add_argument("--step", type=number_type(int, NOT_NEGATIVE),
                         help="RL steps of the run's checkpoint; the newest if left out")  # fmt: skip
     add_base_option(parser)

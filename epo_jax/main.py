@@ -1,6 +1,6 @@
 """Trains an agent with EPO.
 
-    epo-jax train --config=alfworld:laptop --workdir=runs/alfworld
+    epo-jax train runs/alfworld --config=alfworld:laptop
 
 `epo_jax/training/run.py` prepares the run, `epo_jax/training/loop.py` is its loop.
 """

@@ -2,7 +2,7 @@
 
 Members differ in coefficients and seeds, and share one compiled program.
 
-    epo-jax sweep --config=ablation:laptop --workdir=sweeps/first
+    epo-jax sweep sweeps/first --config=ablation:laptop
 
 `--config.sweep.arms`, `.seeds` and `.over` define the members (epo_jax/training/grid.py). Each member has the run folder
 WORKDIR/members/NAME, as `epo_jax.main` would have written it; WORKDIR/sweep.json lists the members with their coefficients, and

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from absl import flags
 
-from epo_jax.command import ArgumentParser, parse, run
+from epo_jax.command import ArgumentParser, parse, parse_config, run
 from epo_jax.common.errors import Stopped, UserError
-from epo_jax.parallel import mesh
+from epo_jax.parallel import hosts, mesh
 from epo_jax.runs import lock
 from epo_jax.runs.folder import check_workdir, open_workdir, read_config
 from epo_jax.settings.config import flatten
@@ -112,7 +114,11 @@ def test_the_last_of_several_configs_counts_wherever_it_is(tmp_path):
         ([SMOKE, "--config.sed=None"], "config.sed is not a key .* did you mean config.seed?"),
         ([SMOKE, "--config.algo.kl_kind=k33"], r"\(nearest: 'k3'\)"),
         ([SMOKE, "--config.eval.splits=valid_sen"], r"names 'valid_sen' \(nearest: 'valid_seen'\)"),
-        ([SMOKE, "--resum"], "'resum'. Did you mean: resume?"),
+        ([SMOKE, "--config.lr=4"], "did you mean config.optim.lr or config.warm_start.lr?"),
+        ([SMOKE, "--resum"], "--resum is not an option .nearest: 'resume'.."),
+        ([SMOKE, "--seed=3"], "--seed is not an option; did you mean --config.seed?"),
+        ([SMOKE, "--lr", "1e-3"], "--lr is not an option; did you mean --config.optim.lr or --config.warm_start.lr?"),
+        (["--lam=1"], "--lam is not an option; did you mean --config.epo.lam?"),
         ([SMOKE, "train"], "'train' is not understood"),
         ([SMOKE, "--resume"], "holds no run"),
         (["--config=configs/alfworld.py:tiny"], "no preset 'tiny'"),
@@ -159,9 +165,43 @@ def test_local_paths_are_stored_as_absolute_ones(tmp_path, monkeypatch):
         parse(arguments(tmp_path, SMOKE, "--config.env.data_dir=~nosuchuser/data"))
 
 
-def test_missing_workdir_is_refused():
-    with pytest.raises(UserError, match="--workdir is missing"):
-        parse(["main", SMOKE])
+def test_a_run_without_a_folder_gets_one_with_the_date(capsys):
+    command = parse(["train", SMOKE])
+    assert re.fullmatch(r"runs/alfworld-smoke-\d{8}-\d{6}", str(command.workdir))
+    assert capsys.readouterr().out == f"run folder: {command.workdir}\n"
+    assert str(parse(["sweep", "--config=ablation"], sweep=True).workdir).startswith("sweeps/ablation-2")
+    for option in ("--resume", "--coordinator=host:1"):
+        with pytest.raises(UserError, match=f"{option.partition('=')[0]}: name the run folder first"):
+            parse(["train", SMOKE, option], hosts.define_flags)
+
+
+def test_the_folder_may_come_first(tmp_path):
+    assert parse(["train", str(tmp_path / "run"), SMOKE]).workdir == tmp_path / "run"
+    with pytest.raises(UserError, match="'one' is not understood, as --workdir names the folder"):
+        parse(["train", "one", SMOKE, "--workdir=two"])
+    parser = ArgumentParser(prog="epo-jax evaluate")
+    parser.add_folder("checkpoint", "run folder")
+    assert parser.parse_known_args(["one", "--config", "alfworld"]) == (Namespace(checkpoint="one"), ["--config", "alfworld"])
+    assert parser.parse_known_args(["--checkpoint", "one"])[0].checkpoint == "one"
+    with pytest.raises(UserError, match="name a folder first, for example epo-jax evaluate runs/first"):
+        parser.parse_args([])
+
+
+def test_the_config_of_another_run_can_be_taken(tmp_path):
+    open_workdir(parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25", "--config.seed=3")))
+    config = parse(["train", str(tmp_path / "new"), f"--config={tmp_path / 'run'}", "--config.seed=4"]).config
+    assert (config.epo.lam, config.seed, config.env.train_games) == (0.25, 4, 12)
+    assert parse_config([f"--config={tmp_path / 'run'}", "--config.epo.lam=1"]).epo.lam == 1.0
+
+
+def test_longer_training_is_shown(tmp_path):
+    open_workdir(parse(arguments(tmp_path, SMOKE, "--config.epo.lam=0.25")))
+    with pytest.raises(UserError, match="to train longer, begin a new run that goes on from it: epo-jax") as refusal:
+        parse(arguments(tmp_path, "--resume", "--config.train.steps=9"))
+    command = str(refusal.value).partition("goes on from it: epo-jax ")[2].rstrip(".").split()
+    config = parse(command).config
+    assert (config.train.steps, config.epo.lam, config.init_from.state) == (9, 0.25, "everything")
+    assert config.init_from.run == str(tmp_path / "run")
 
 
 def test_config_file_round_trip(tmp_path):

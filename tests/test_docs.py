@@ -1,7 +1,10 @@
 """The documents name config keys, commands, files and code: they must exist, and docs/method.md may miss none of its own."""
 
+import contextlib
+import functools
 import importlib
 import importlib.util
+import io
 import re
 from pathlib import Path
 
@@ -47,6 +50,22 @@ def test_keys_of_commands_exist(page):
     swept = {f"sweep.over.{setting.key}" for setting in SETTINGS if setting.traced}
     named = set(re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)*)", page.read_text()))
     assert named <= known | swept | {"sweep.over"}, named - known - swept
+
+
+@functools.cache
+def help_of(command):
+    """What `--help` of a command prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        importlib.import_module(COMMANDS[command][0]).main([f"epo-jax {command}", "--help"])
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_help_lists_the_options_of_documented_commands(page):
+    for command, rest in re.findall(r"\bepo-jax ([a-z]+) ((?:\\\n|[^\n`])*)", page.read_text()):
+        for option in re.findall(r"(?<=--)[a-z_]+(?![\w.])", rest):
+            assert re.search(rf"--{option}\b", help_of(command)), f"epo-jax {command} --{option}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

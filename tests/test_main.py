@@ -218,6 +218,15 @@ def test_an_unreadable_checkpoint_is_named(alfworld_run, tmp_path):
     assert len(rows(workdir / "metrics.jsonl")) == 2
 
 
+def test_a_finished_run_has_nothing_to_resume(alfworld_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in alfworld_run[0].rglob("*")}
+    program.main(["main", str(alfworld_run[0]), "--resume"])
+    told = capsys.readouterr().out
+    assert "is finished: it has done its 2 RL steps" in told and "--config.train.steps=4" in told
+    assert {path: path.stat().st_mtime_ns for path in alfworld_run[0].rglob("*")} == before
+    assert "A run of 2 RL steps shows that everything works; it is too short to learn anything." in alfworld_run[1]
+
+
 def test_steps_that_are_over_cannot_be_profiled(alfworld_run):
     with pytest.raises(UserError, match="--profile_steps=0:1: the run goes on from step 2"):
         program.main(["main", f"--workdir={alfworld_run[0]}", "--resume", "--profile_steps=0:1"])

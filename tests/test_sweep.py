@@ -193,6 +193,13 @@ def test_a_member_that_is_no_longer_finite_stops_alone(swept, going):
     assert all(np.isfinite(params(member)).all() for member in going)
 
 
+def test_a_finished_sweep_has_nothing_to_resume(swept, capsys):
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+    sweep.main(["sweep", str(swept), "--resume"])
+    assert "is finished: its 6 members have done their RL steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*")} == before
+
+
 def test_members_may_be_mapped_together_and_spread_over_devices(going, tmp_path):
     """Two by two on devices of their own. Sums come in another order, which Adam shows where a gradient is next to nothing."""
     other = run(tmp_path / "sweep", *POINTS, *SPREAD)

@@ -78,9 +78,6 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
     def success(metrics) -> float:
         return metrics["success"]
 
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_not_raised)
-
     newest = checkpoint_managers.LatestN(keep)
     best = checkpoint_managers.BestN(get_metric_fn=success, n=keep_best, keep_checkpoints_without_metrics=False)
     policy = checkpoint_managers.AnyPreservationPolicy([newest, best])
@@ -90,19 +87,22 @@ def open_manager(where: epath.Path, keep: int, keep_best: int = 0) -> ocp.Checkp
     return _manager(where, options)
 
 
-# Parts of what is logged, with a traceback, of errors in Orbax's threads that the manager raises, too.
-_RAISED = (
+# Parts of what Orbax logs and nobody needs to read: tracebacks of errors in its threads, which the manager raises too, and that
+# a reader only reads.
+_EXPECTED = (
     "background save thread", "(save_finalize) failed", "_SignalingThread.run() raised", "Task exception was never retrieved",
+    "Given directory is read only",
 )  # fmt: skip
 
 
-def _is_not_raised(record: logging.LogRecord) -> bool:
-    return not any(part in record.getMessage() for part in _RAISED)
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _EXPECTED)
 
 
 def open_reader(where: epath.Path) -> ocp.CheckpointManager:
     """A manager that changes nothing, whether or not a run writes there at the time. Raises UserError as `open_manager`."""
-    return _manager(where, ocp.CheckpointManagerOptions(read_only=True, create=False))
+    # Orbax warns of an interval between saves where nothing is saved.
+    return _manager(where, ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0))
 
 
 def steps(where: epath.Path) -> set[int]:
@@ -119,6 +119,8 @@ def newest(where: epath.Path) -> int | None:
 
 
 def _manager(where: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_unexpected)
     try:
         return ocp.CheckpointManager(where, item_names=("state", "progress"), options=options)
     except Exception as error:  # Orbax raises many kinds; it reads the success of each checkpoint

@@ -183,6 +183,8 @@ def changes_of(config: ConfigDict, saved: ConfigDict, overridden: set[str], work
         if treatment == "free" or now.get(key) == then.get(key):
             continue
         differs = f"--resume: config.{key}={now.get(key)!r} differs from the run's {then.get(key)!r}"
+        if key == "train.steps":
+            raise UserError(f"{differs}, for which its schedules were made; {train_longer(workdir, now[key])}.")
         if treatment == "fixed":
             raise UserError(
                 f"{differs}, which it keeps, as its shapes or what it has saved depend on it; leave it out (and --config), or "
@@ -192,6 +194,14 @@ def changes_of(config: ConfigDict, saved: ConfigDict, overridden: set[str], work
             raise UserError(f"{differs}; leave --config out, or to change it for good name it on the command line.")
         changes[key] = then[key], now[key]
     return changes
+
+
+def train_longer(workdir: Path, steps: int) -> str:
+    """The rest of a sentence: how a run is trained for `steps` RL steps, more than it was begun with."""
+    return (
+        f"to train longer, begin a new run that goes on from it: epo-jax train {workdir}-longer --config={workdir} "
+        f"--config.init_from.run={workdir} --config.init_from.state=everything --config.train.steps={steps}"
+    )
 
 
 def record_changes(changes: Changes, workdir: Path, step: int) -> None:

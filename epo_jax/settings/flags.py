@@ -47,7 +47,7 @@ def read(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict | None =
         raise UserError("--config must be given when its keys are overridden.")
     for key in sorted(keys):
         if not any(each == key or each.startswith(f"{key}.") for each in known):
-            raise UserError(f"config.{key} is not a key of {name}{_suggestion(key, known)}")
+            raise UserError(f"config.{key} is not a key of {name}{_suggestion(key, known, 'config.')}")
     # The flags would read "None" as a text, or refuse it as a number.
     emptied = [match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([^=]+)=None", argument))]
     argv = [argument for argument in argv if not re.fullmatch(r"--?config\.[^=]+=None", argument)]
@@ -57,6 +57,11 @@ def read(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict | None =
         config_flags.DEFINE_config_dict("config", config, _ABOUT, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        option = error.flagname.partition("=")[0]
+        near = nearest(option, [each for each in values if "." not in each])
+        key = _suggestion(option, known or [setting.key for setting in SETTINGS], "--config.")
+        raise UserError(f"--{option} is not an option{f'{near}.' if near else key}") from None
     except flags.Error as error:
         raise UserError(_wrong_type(str(error), known) or _sentence(str(error))) from None
     if rest:
@@ -126,11 +131,15 @@ def config_file(name: str) -> Path:
     )
 
 
-def _suggestion(key: str, known: Iterable[str]) -> str:
-    """The end of a sentence: the nearest key by spelling, or else one of the same name in another section."""
+def _suggestion(key: str, known: Iterable[str], prefix: str) -> str:
+    """The end of a sentence: the keys of the same name in other sections if there are few, or else the nearest by spelling."""
     same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    return f"; did you mean config.{near[0]}?" if near else "."
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near = same_name if len(same_name) == 1 or (same_name and not close) else close
+    if not near:
+        return "."
+    *first, last = [f"{prefix}{each}" for each in near[:4]]
+    return f"; did you mean {', '.join(first)}{' or ' * bool(first)}{last}?"
 
 
 def _wrong_type(message: str, known: Mapping[str, Any]) -> str | None:

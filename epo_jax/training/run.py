@@ -20,7 +20,7 @@ from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.parallel import hosts, mesh
 from epo_jax.rollout import prompts, scheduler
 from epo_jax.runs import checkpoint, figures, processes, profiling, wandb_log
-from epo_jax.runs.folder import Command, open_workdir, record_changes
+from epo_jax.runs.folder import Command, open_workdir, record_changes, train_longer
 from epo_jax.runs.ledger import Member
 from epo_jax.runs.metrics import MetricWriter, read_rows
 from epo_jax.runs.policies import decoder_of_run, keep_decoder
@@ -29,8 +29,10 @@ from epo_jax.training import initial_policy, loop, warm_start
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.initial_policy import InitialPolicy
 from epo_jax.training.members import in_turns
-from epo_jax.training.resume import Restored, refuse_changes_of_state, restore, source_state
+from epo_jax.training.resume import Restored, refuse_changes_of_state, restore, source_state, splits_to_evaluate
 from epo_jax.training.state import LearnerConfig, init_state_on, state_shardings
+
+FEW_STEPS = 5  # a run of so few is a test of the installation
 
 
 def train(command: Command, stop: StopRequest) -> None:
@@ -51,6 +53,11 @@ def train(command: Command, stop: StopRequest) -> None:
     attention.check_rows(config.train.rows_tokens)
     checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
     resumed = is_resumed(command, checkpoints)
+    if resumed and is_finished(config, workdir, checkpoint.newest(checkpoints)):
+        profiling.refuse_past(profile_steps, config.train.steps)
+        print(f"{workdir} is finished: it has done its {config.train.steps} RL steps, so there is nothing to resume; "
+              f"{train_longer(workdir, 2 * config.train.steps)}")  # fmt: skip
+        return
     if resumed:
         tokenizer = load_tokenizer(workdir / "tokenizer")
         model = decoder_of_run(workdir, config, tokenizer)
@@ -112,6 +119,8 @@ def train(command: Command, stop: StopRequest) -> None:
     # ---------------------------------------------------------------- results
     for path in figures.draw(workdir) if hosts.is_first() else ():
         print(f"wrote {path}")
+    if config.train.steps <= FEW_STEPS:
+        print(f"A run of {config.train.steps} RL steps shows that everything works; it is too short to learn anything.")
     if skipped := host.progress[0].skipped:
         raise UserError(
             f"No update of the last {skipped} RL steps had a finite gradient: the run is over, but its weights are as before "
@@ -134,6 +143,12 @@ def is_resumed(command: Command, checkpoints) -> bool:
     if command.resume and not resumed and read_rows(command.workdir / "metrics.jsonl"):
         raise UserError(f"--resume: {checkpoints} holds none of the run's checkpoints; put them back, or begin in a new folder.")
     return resumed
+
+
+def is_finished(config, workdir: Path, step: int) -> bool:
+    """Whether a run with a checkpoint of RL step `step` has nothing left to do: no RL step, evaluation or figure."""
+    figures_drawn = (workdir / "figures").is_dir() or not hosts.is_first()
+    return step >= config.train.steps and figures_drawn and not splits_to_evaluate(config, workdir, step)
 
 
 def begin_run(config, workdir: Path, policy: InitialPolicy, devices: Mesh, stop: StopRequest) -> tuple[LearnerConfig, Restored]:

@@ -37,7 +37,7 @@ from epo_jax.training.grid import programs, refuse_what_members_cannot_share
 from epo_jax.training.initial_policy import InitialPolicy
 from epo_jax.training.members import place_members
 from epo_jax.training.resume import Restored, begins_at, refer_to_base, refuse_changes_of_state, restore, source_state
-from epo_jax.training.run import list_tasks, open_files, written
+from epo_jax.training.run import FEW_STEPS, is_finished, list_tasks, open_files, written
 from epo_jax.training.state import LearnerConfig, init_state
 
 
@@ -93,11 +93,14 @@ def train(command: Command, stop: StopRequest) -> None:
             named(seed)
         for member in members:
             checkpoint.refuse_used(ledger.checkpoints(member))
-    tasks = list_tasks(config)
     first_steps = {member.name: begins_at(config) for member in members}
     if command.resume:
         first_steps |= check_resumed(command, groups, ledger)
     profiling.refuse_past(profile_steps, min(first_steps.values()))
+    if command.resume and not command.changes and is_over(ledger, members, first_steps):
+        print(f"{workdir} is finished: its {len(members)} members have done their RL steps, so there is nothing to resume")
+        return
+    tasks = list_tasks(config)
     open_workdir(command)
     policy_of_seed = functools.cache(functools.partial(begin, config, tasks["train"], named, workdir / "warm_start", stop))
 
@@ -123,6 +126,8 @@ def train(command: Command, stop: StopRequest) -> None:
     for name, step in ledger.stopped.items():
         print(f"{name} stopped at RL step {step + 1}: its updates had no finite gradient any more")
     print(f"wrote {workdir}/sweep.json and the run folders of {len(members)} members")
+    if config.train.steps <= FEW_STEPS:
+        print(f"Runs of {config.train.steps} RL steps show that everything works; they are too short to learn anything.")
     if len(ledger.stopped) == len(members):
         raise UserError("Every member of the sweep stopped, as none stayed finite; lower config.optim.lr in a new one.")
 
@@ -141,6 +146,12 @@ def check_resumed(command: Command, groups: list[list[Member]], ledger: Ledger) 
         if (step := ledger.resume_point(some)) is not None:
             steps |= dict.fromkeys((member.name for member in some), step)
     return steps
+
+
+def is_over(ledger: Ledger, members: list[Member], first_steps: dict[str, int]) -> bool:
+    """Whether no member has anything left to do: some have finished, and others may have stopped."""
+    going = [member for member in members if member.name not in ledger.stopped]
+    return bool(going) and all(is_finished(m.config, ledger.folder(m), first_steps[m.name]) for m in going)
 
 
 def alike(members: list[Member], key: Callable[[Member], Any]) -> list[list[Member]]:

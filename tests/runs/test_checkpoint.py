@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what went in, and what cannot be read is said in a sentence."""
 
 import functools
+import logging
 import sys
 
 import jax
@@ -25,6 +26,14 @@ def make_state(seed, critic=True):
     config = LearnerConfig(MODEL, ObjectiveConfig(), OPTIM, OPTIM if critic else None, critic, 1, 1, 5, 1.0)
     state = init_state(config, init_params(MODEL, jax.random.key(seed)))
     return state._replace(step=jnp.int32(3), history=state.history._replace(count=jnp.int32(2)))
+
+
+def test_a_reader_warns_of_nothing(tmp_path, caplog):
+    with checkpoint.open_manager(checkpoint.place(tmp_path), keep=2) as manager:
+        checkpoint.save(manager, make_state(0))
+    with caplog.at_level(logging.WARNING), checkpoint.open_reader(checkpoint.place(tmp_path)) as reader:
+        assert reader.latest_step() == 3
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("critic", [True, False])
