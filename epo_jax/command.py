@@ -238,7 +238,8 @@ def _dated_folder(argv: Sequence[str], values: flags.FlagValues, parent: str) ->
     name, _, preset = (take(argv, "config")[0] or "").partition(":")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = f"{parent}/" + "-".join(filter(None, [Path(name).stem, preset, now]))
-    print(f"run folder: {folder}", flush=True)
+    if not ("dry_run" in values and values.dry_run):
+        print(f"run folder: {folder}", flush=True)
     return folder
 
 

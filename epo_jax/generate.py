@@ -1,8 +1,8 @@
 """Talks to a policy: a prompt, a chat, or an episode of its game.
 
-    python -m epo_jax.generate --checkpoint=runs/first --play                     watch it play; --interactive: act in its place
-    python -m epo_jax.generate --checkpoint=/models/Qwen2.5-3B-Instruct --prompt="Where would you look for an apple?"
-    python -m epo_jax.generate --checkpoint=/models/Qwen2.5-3B-Instruct           a chat, one line a turn
+    epo-jax generate runs/first --play      watch it play; --interactive: act in its place
+    epo-jax generate /models/Qwen2.5-3B-Instruct --prompt="Where would you look for an apple?"
+    epo-jax generate /models/Qwen2.5-3B-Instruct      a chat, one line a turn
 
 `--checkpoint` is a run folder (its newest checkpoint, or that of --step) or a Hugging Face model folder or hub name.
 """

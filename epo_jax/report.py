@@ -1,9 +1,9 @@
 """Makes one page of run folders to share: a single HTML file that needs no network.
 
-    python -m epo_jax.report runs/first runs/second --out report.html
-    python -m epo_jax.report grpo=runs/a grpo=runs/b epo=runs/c --out report.html     arms by name
-    python -m epo_jax.report runs/sweep --out report.html                             every member of a sweep
-    python -m epo_jax.report runs/* --out report.html                                 all that can be read
+    epo-jax report runs/first runs/second --out report.html
+    epo-jax report grpo=runs/a grpo=runs/b epo=runs/c --out report.html     arms by name
+    epo-jax report runs/sweep --out report.html                             every member of a sweep
+    epo-jax report runs/* --out report.html                                 all that can be read
 
 Runs form an arm, a group that is compared with other groups, if their configs differ only in the seed and in settings that change
 no result (workers, folders, how often the run saves). A run with a name before it joins the arm of that name. A folder with a
@@ -22,7 +22,7 @@ from epo_jax.settings.setting import NOT_NEGATIVE
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(prog="python -m epo_jax.report", description=__doc__,
+    parser = ArgumentParser(prog="epo-jax report", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, sweep folder, or NAME=FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")

@@ -22,7 +22,9 @@ from epo_jax.common.stopping import StopRequest
 from epo_jax.parallel import hosts
 from epo_jax.parallel.mesh import devices_in_use
 from epo_jax.runs import lock, profiling
-from epo_jax.training.grid import refuse_static
+from epo_jax.runs.folder import Command
+from epo_jax.training import dry_run
+from epo_jax.training.grid import programs, refuse_static
 from epo_jax.training.sweep import train
 
 
@@ -31,6 +33,9 @@ def main(argv: list[str]) -> None:
         if match := re.match(r"--?config\.sweep\.over\.([^=]+)", argument):
             refuse_static(match[1])
     command = parse(argv, define_flags, sweep=True)
+    if command.flags.dry_run:
+        show(command)
+        return
     for name in ("coordinator", "processes", "process"):
         if command.flags[name].value is not None:
             raise UserError(
@@ -46,6 +51,19 @@ def main(argv: list[str]) -> None:
 def define_flags(values: flags.FlagValues) -> None:
     hosts.define_flags(values)
     profiling.define_flag(values)
+    dry_run.define_flag(values)
+
+
+def show(command: Command) -> None:
+    """Prints what the sweep would need; `--dry_run`. Its members need about the same, so one of them stands for all."""
+    print(devices_in_use(), flush=True)
+    compilation.keep_programs()
+    groups = programs(command.config)
+    for number, members in enumerate(groups, start=1):
+        print(f"program {number} of {len(groups)}, {len(members)} members: {', '.join(member.name for member in members)}")
+    print(f"one member, {groups[0][0].name}:", flush=True)
+    for line in dry_run.describe(groups[0][0].config):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from epo_jax.training import initial_policy, loop, warm_start
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.initial_policy import InitialPolicy
 from epo_jax.training.members import in_turns
-from epo_jax.training.resume import Restored, refuse_changes_of_state, restore, source_state, splits_to_evaluate
+from epo_jax.training.resume import Restored, missing_evaluations, refuse_changes_of_state, restore, source_state
 from epo_jax.training.state import LearnerConfig, init_state_on, state_shardings
 
 FEW_STEPS = 5  # a run of so few is a test of the installation
@@ -148,7 +148,7 @@ def is_resumed(command: Command, checkpoints) -> bool:
 def is_finished(config, workdir: Path, step: int) -> bool:
     """Whether a run with a checkpoint of RL step `step` has nothing left to do: no RL step, evaluation or figure."""
     figures_drawn = (workdir / "figures").is_dir() or not hosts.is_first()
-    return step >= config.train.steps and figures_drawn and not splits_to_evaluate(config, workdir, step)
+    return step >= config.train.steps and figures_drawn and not missing_evaluations(config, workdir, step)
 
 
 def begin_run(config, workdir: Path, policy: InitialPolicy, devices: Mesh, stop: StopRequest) -> tuple[LearnerConfig, Restored]:
