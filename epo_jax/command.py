@@ -161,7 +161,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
     Raises:
       UserError: an unknown flag, preset or key, a value of the wrong type or out of range, an unusable folder.
     """
-    argv = [*argv[:1], *folder_first(argv[1:], "workdir")]
+    given, argv = tuple(argv[1:]), [*argv[:1], *folder_first(argv[1:], "workdir")]
     values = flags.FlagValues()
     flags.DEFINE_string(
         "workdir",
@@ -194,7 +194,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None
         saved = read_config(workdir)
         refuse_other_program(saved, sweep, f"--workdir={workdir}")
         changes = changes_of(config, complete(saved), overridden, workdir)
-    return Command(config, workdir, values.resume, values, changes, tuple(argv[1:]))
+    return Command(config, workdir, values.resume, values, changes, given)
 
 
 def parse_config(arguments: Sequence[str]) -> ConfigDict:

@@ -14,6 +14,7 @@ from epo_jax.common.errors import Stopped, UserError
 from epo_jax.parallel import hosts, mesh
 from epo_jax.runs import lock
 from epo_jax.runs.folder import check_workdir, open_workdir, read_config
+from epo_jax.runs.versions import VERSION
 from epo_jax.settings.config import flatten
 
 SMOKE = "--config=configs/alfworld.py:smoke"
@@ -263,7 +264,10 @@ def test_resume_takes_the_runs_own_config(tmp_path):
         (lambda text: "[]", "cannot be read as the config of a run"),
         (lambda text: text.replace('"lam": ', '"lambda": '), "config.json lacks config.epo.lam; restore it"),
         (lambda text: text.replace('"lam": ', '"lambda": 1, "lam": '), "has config.epo.lambda, which is not a key; restore it"),
-        (lambda text: text.replace('"version": 3', '"version": 4'), "has version 4 of the format, .* reads 1 to 3"),
+        (
+            lambda text: text.replace(f'"version": {VERSION}', f'"version": {VERSION + 1}'),
+            f"has version {VERSION + 1} of the format, .* reads 1 to {VERSION}",
+        ),
         (lambda text: text.replace('"lam": 0.005', '"lam": "high"'), "epo.lam='high' has the wrong type"),
         (lambda text: text.replace('"lam": 0.005', '"lam": -1.0'), "epo.lam=-1.0 must be zero or positive"),
     ],
