@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,8 @@ def abstract_batch(config, learner: LearnerConfig, devices: Mesh) -> TokenBatch:
 def compiled(learner: LearnerConfig, devices: Mesh, batch: TokenBatch, hyper: Hyper):
     """The train step of a run, compiled for shapes alone."""
     state = abstract_state_on(learner, devices)
-    return in_turns(learner, devices).train_step.lower(state.base, state._replace(base={}), batch, hyper).compile()
+    program: Any = in_turns(learner, devices).train_step
+    return program.lower(state.base, state._replace(base={}), batch, hyper).compile()
 
 
 def sampling_weights(model: DecoderConfig, devices: Mesh):
