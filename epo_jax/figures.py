@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from epo_jax.analysis import figures as comparisons
+from epo_jax.analysis import figures as pictures
+from epo_jax.analysis import panels
 from epo_jax.analysis.arms import arms_of
 from epo_jax.analysis.page import reference_arm
 from epo_jax.analysis.read import read_all
@@ -27,7 +28,7 @@ PANELS = ("OOD", "entropy_ratio", "differences")
 
 
 def main(argv: list[str]) -> None:
-    about = __doc__ + comparisons.__doc__.partition("shows:\n\n")[2]
+    about = __doc__ + panels.__doc__.partition("shows:\n\n")[2]
     parser = ArgumentParser(prog="python -m epo_jax.figures", description=about,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, sweep folder, or NAME=FOLDER")
@@ -49,13 +50,13 @@ def main(argv: list[str]) -> None:
             print(path)
         return
     check_output(options.out, "comparison.png")
-    if options.out.suffix not in comparisons.FORMATS:
-        raise UserError(f"--out={options.out} must end in {', '.join(comparisons.FORMATS)}.")
+    if options.out.suffix not in pictures.FORMATS:
+        raise UserError(f"--out={options.out} must end in {', '.join(pictures.FORMATS)}.")
     runs, left_out = read_all(options.runs)
     arms = arms_of(runs)
-    compared = comparisons.Comparison(arms, reference_arm(arms, options.reference), options.from_step, options.smooth)
+    compared = panels.Comparison(arms, reference_arm(arms, options.reference), options.from_step, options.smooth)
     about = " · ".join(text for text in (options.title, subject(runs)) if text)
-    print(f"wrote {comparisons.draw(compared, options.panels, about, options.out)}")
+    print(f"wrote {pictures.draw(compared, options.panels, about, options.out)}")
     for _, reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
 

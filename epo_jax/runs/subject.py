@@ -1,6 +1,7 @@
 """What a run is about, in words: its game, model, method and seed, for titles of figures."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from epo_jax.runs.metrics import Row
@@ -28,9 +29,14 @@ def game(config: Mapping[str, Any]) -> str:
 
 def model(config: Mapping[str, Any], processes: Sequence[Row] = ()) -> str:
     """The published model, or the size of a new one."""
-    if config.get("model.path"):
-        return str(config["model.path"])
-    layers = config.get("model.num_layers")
+    path, layers = str(config.get("model.path", "")), config.get("model.num_layers")
     counted = [row["parameters"] for row in processes if row.get("parameters")]
-    size = f"{counted[-1] / 1e6:.2g}M parameters, " if counted else ""
-    return f"new model, {size}{layers} layers of width {config.get('model.d_model')}" if layers else ""
+    size = [f"{_short(counted[-1])} parameters trained"] if counted else []
+    if path:  # a hub name has two parts; of a folder the last is enough
+        return ", ".join([path if path.count("/") == 1 and path[0] not in "/.~" else PurePath(path).name, *size])
+    return ", ".join(["new model", *size, f"{layers} layers of width {config.get('model.d_model')}"]) if layers else ""
+
+
+def _short(count: int) -> str:
+    """A large number with two digits: "0.71M", "36M", "3.1B"."""
+    return f"{count / 1e9:.2g}B" if count >= 1e9 else f"{count / 1e6:.2g}M" if count < 1e8 else f"{round(count, -7) / 1e6:.0f}M"

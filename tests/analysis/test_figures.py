@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from epo_jax.analysis import figures, intervals
 from epo_jax.analysis.arms import arms_of
-from epo_jax.analysis.figures import Comparison, panels_of
+from epo_jax.analysis.panels import Comparison, panels_of
 from epo_jax.analysis.read import Run
 from epo_jax.common.errors import UserError
 from tests.analysis.test_results import evaluation

@@ -243,7 +243,7 @@ function cellMap({ across, down, columns, rows, cells, percent }) {
     return { style: `background: rgb(${colour}); color: ${dark ? "#fff" : "#000"}` };
   };
   return el("table", { class: "cells" },
-    el("thead", {}, el("tr", {}, el("th", {}, down ? `${down} ↓  ${across} →` : `${across} →`), columns.map((name) => el("th", {}, name)))),
+    el("thead", {}, el("tr", {}, el("th", {}, [down && `${down} ↓`, across && `${across} →`].filter(Boolean).join("  ")), columns.map((name) => el("th", {}, name)))),
     el("tbody", {}, rows.map((name, i) => el("tr", {}, el("th", {}, name), cells[i].map((v) => el("td", paint(v), format(v, percent)))))));
 }
 

@@ -78,11 +78,11 @@ function drawTables() {
       const tick = el("input", { type: "checkbox", checked: chosen.has(i), "aria-label": `draw ${data.arms[i].name}`,
         onchange: (event) => { event.target.checked ? chosen.add(i) : chosen.delete(i); drawAll(); } });
       const names = data.arms[i].runs.map((run) => (run.seed === null ? run.name : `${run.name}: seed ${run.seed}`)).join("\n");
-      const key = shown().includes(i) ? `${styles().get(i).letter} ` : "";
-      return el("tr", {}, el("td", {}, key, ticked ? tick : null), el("td", { title: names, class: isShort(data.arms[i].name) ? "short" : null }, isShort(data.arms[i].name) ? data.arms[i].name : breakable(data.arms[i].name)),
+      const key = several && shown().includes(i) ? `${styles().get(i).letter} ` : "";
+      return el("tr", {}, el("td", {}, key, ticked && several ? tick : null), el("td", { title: names, class: isShort(data.arms[i].name) ? "short" : null }, isShort(data.arms[i].name) ? data.arms[i].name : breakable(data.arms[i].name)),
         columns.map((column) => el("td", {}, column.cell(data.arms[i]))));
     };
-    $(id).replaceChildren(el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", {}, "arm"), head)), el("tbody", {}, order.map(row)));
+    $(id).replaceChildren(el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", {}, several ? "arm" : "run"), head)), el("tbody", {}, order.map(row)));
   }
 }
 
@@ -93,7 +93,7 @@ function drawTypes() {
   if (types.length < 2) return $("types").replaceChildren();
   const rate = (i, type) => { const c = typesOf(i)[type]; return c ? c[0] / c[1] : null; };
   $("types").replaceChildren(el("h3", {}, `Success by task type, ${data.columns[0].title}`), el("div", { class: "scroll" }, cellMap({
-    across: "arm", columns: arms.map((i) => styles().get(i).letter), rows: types.map(breakable),
+    across: several ? "arm" : "", columns: arms.map((i) => (several ? styles().get(i).letter : "success")), rows: types.map(breakable),
     cells: types.map((type) => arms.map((i) => rate(i, type))), percent: true, down: "task type" })));
 }
 
