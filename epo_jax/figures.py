@@ -1,11 +1,11 @@
 """Draws the curves of a run, or a comparison of runs, for documents and papers. Needs no browser.
 
-    python -m epo_jax.figures runs/first                                     runs/first/figures/*.png, as at the end of the run
-    python -m epo_jax.figures runs/a runs/b --out pilot.png                  one picture of success, entropy and differences
-    python -m epo_jax.figures sweeps/pilot --out pilot.svg --panels OOD success entropy corridor
-    python -m epo_jax.figures epo=runs/a grpo=runs/b --out pilot.pdf --panels final differences scatter:roughness
+    epo-jax figures runs/first                                               runs/first/figures/*.png, as at the end of the run
+    epo-jax figures runs/a runs/b --out pilot.png                            one picture of success, entropy and differences
+    epo-jax figures sweeps/pilot --out pilot.svg --panels OOD success entropy corridor
+    epo-jax figures epo=runs/a grpo=runs/b --out pilot.pdf --panels final differences scatter:roughness
 
-Runs, sweeps and names are as in epo_jax.report. Panels:
+Runs, sweeps and names are as in epo-jax report. Panels:
 
 """
 
@@ -15,8 +15,7 @@ from pathlib import Path
 
 from epo_jax.analysis import figures as pictures
 from epo_jax.analysis import panels
-from epo_jax.analysis.arms import arms_of
-from epo_jax.analysis.page import reference_arm
+from epo_jax.analysis.arms import arms_of, reference_arm
 from epo_jax.analysis.read import read_all
 from epo_jax.analysis.subject import subject
 from epo_jax.command import ArgumentParser, check_output, number_type, run
@@ -29,7 +28,7 @@ PANELS = ("OOD", "entropy_ratio", "differences")
 
 def main(argv: list[str]) -> None:
     about = __doc__ + panels.__doc__.partition("shows:\n\n")[2]
-    parser = ArgumentParser(prog="python -m epo_jax.figures", description=about,
+    parser = ArgumentParser(prog="epo-jax figures", description=about,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, sweep folder, or NAME=FOLDER")
     parser.add_argument("--out", type=Path, help="the picture of a comparison: .png, .svg or .pdf")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from epo_jax.analysis.read import Run
+from epo_jax.common.errors import UserError
 from epo_jax.runs.folder import RESUME_MAY_CHANGE
 from epo_jax.settings.table import SETTINGS
 
@@ -32,6 +33,21 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
     # Where the settings in a name are not enough to distinguish arms, their folders are.
     unique = [f"{name} ({group[0].name})" if names.count(name) > 1 else name for name, group in zip(names, members, strict=True)]
     return [Arm(name, group) for name, group in zip(unique, members, strict=True)]
+
+
+def reference_arm(arms: Sequence[Arm], name: str | None) -> Arm:
+    """The arm that the others are compared with: the one named, or else the first.
+
+    Raises:
+        UserError: no arm has the name.
+    """
+    if name is None:
+        return arms[0]
+    found = next((arm for arm in arms if arm.name == name), None)
+    if found is None:
+        names = ", ".join(repr(arm.name) for arm in arms)
+        raise UserError(f"--reference={name}: no arm has this name; choose one of {names}.")
+    return found
 
 
 def settings(each: Run) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from epo_jax.analysis import curves, results, subject
-from epo_jax.analysis.arms import Arm, arms_of, differing_keys, settings
+from epo_jax.analysis.arms import arms_of, differing_keys, reference_arm, settings
 from epo_jax.analysis.measures import MEASURES
 from epo_jax.analysis.read import IID, OOD, Run
-from epo_jax.common.errors import UserError
 from epo_jax.runs.metrics import Row, plain
 
 HTML = Path(__file__).parent / "html"
@@ -91,21 +90,6 @@ def summarize(
             "stored": stored,
         }
     )
-
-
-def reference_arm(arms: Sequence[Arm], name: str | None) -> Arm:
-    """The arm that the others are compared with: the one named, or else the first.
-
-    Raises:
-        UserError: no arm has the name.
-    """
-    if name is None:
-        return arms[0]
-    found = next((arm for arm in arms if arm.name == name), None)
-    if found is None:
-        names = ", ".join(repr(arm.name) for arm in arms)
-        raise UserError(f"--reference={name}: no arm has this name; choose one of {names}.")
-    return found
 
 
 def _run(each: Run) -> dict[str, Any]:
