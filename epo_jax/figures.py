@@ -16,6 +16,7 @@ from pathlib import Path
 from epo_jax.analysis import figures as pictures
 from epo_jax.analysis import panels
 from epo_jax.analysis.arms import arms_of, reference_arm
+from epo_jax.analysis.comparison import Comparison
 from epo_jax.analysis.read import read_all
 from epo_jax.analysis.subject import subject
 from epo_jax.command import ArgumentParser, check_output, number_type, run
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out={options.out} must end in {', '.join(pictures.FORMATS)}.")
     runs, left_out = read_all(options.runs)
     arms = arms_of(runs)
-    compared = panels.Comparison(arms, reference_arm(arms, options.reference), options.from_step, options.smooth)
+    compared = Comparison(arms, reference_arm(arms, options.reference), options.from_step, options.smooth)
     about = " · ".join(text for text in (options.title, subject(runs)) if text)
     print(f"wrote {pictures.draw(compared, options.panels, about, options.out)}")
     for _, reason in left_out:

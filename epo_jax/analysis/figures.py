@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from epo_jax.analysis.panels import GREY, Comparison, panels_of
+from epo_jax.analysis.comparison import GREY, Comparison
+from epo_jax.analysis.panels import panels_of
 
 FORMATS = (".png", ".svg", ".pdf")
 

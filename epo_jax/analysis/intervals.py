@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 from epo_jax.runs.metrics import wilson
@@ -53,13 +54,34 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> tuple
     return differences, of_mean(list(differences.values())) if differences else None
 
 
-def correlation(x: Sequence[float], y: Sequence[float]) -> Estimate | None:
-    """Pearson's r with the interval of Fisher's z; None for fewer than four points or if x or y is constant."""
-    if len(x) < 4 or len(set(x)) == 1 or len(set(y)) == 1:
+def correlation(x: Sequence[float], y: Sequence[float], groups: Sequence[int] | None = None) -> Estimate | None:
+    """Pearson's r with the interval of Fisher's z.
+
+    None if the points are fewer than four (and one more for each further group), or if x or y is constant.
+
+    Args:
+        groups: the group of each point; r is then that of the deviations from the means of the groups.
+    """
+    groups = [0] * len(x) if groups is None else groups
+    x, y = (np.array(_deviations(values, groups)) for values in (x, y))
+    squares = math.sqrt((x @ x) * (y @ y))
+    free = len(x) - len(set(groups)) - 2
+    if free < 1 or not squares:
         return None
-    found = stats.pearsonr(x, y)
-    interval = found.confidence_interval(0.95)
-    return Estimate(float(found.statistic), float(interval.low), float(interval.high))
+    r = max(-1.0, min(1.0, float(x @ y) / squares))
+    if abs(r) == 1.0:
+        return Estimate(r, r, r)
+    half = stats.norm.ppf(0.975) / math.sqrt(free)
+    return Estimate(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))
+
+
+def _deviations(values: Sequence[float], groups: Sequence[int]) -> list[float]:
+    """Values minus the mean of their group; exactly 0 in a group of equal values."""
+    members: dict[int, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        members.setdefault(group, []).append(value)
+    means = {group: found[0] if len(set(found)) == 1 else fmean(found) for group, found in members.items()}
+    return [value - means[group] for value, group in zip(values, groups, strict=True)]
 
 
 def fisher(first: int, of_first: int, second: int, of_second: int) -> float:

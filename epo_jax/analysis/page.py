@@ -67,7 +67,6 @@ def summarize(
     ]
     number = {id(each): (i, each.name) for i, arm in enumerate(arms) for each in arm.runs}
     episodes, stored = choose_episodes(runs, megabytes, lambda each: number[id(each)])
-    ordered = [each for arm in arms for each in arm.runs]
     return plain(
         {
             "title": title,
@@ -81,7 +80,7 @@ def summarize(
             "measures": [measure._replace(of=None)._asdict() for measure in MEASURES],
             "differences": results.difference_keys(columns),
             "curves": [curve for curve in curves.CURVES if any(curves.points_of(each, curve.key) for each in runs)],
-            "scatters": [results.scatter(ordered, key, from_step) for key in SCATTERED],
+            "scatters": [results.scatter(arms, key, from_step) for key in SCATTERED],
             "arms": described,
             "differing": differing,
             "lacking": lacking(runs),

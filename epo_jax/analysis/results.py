@@ -163,15 +163,23 @@ def final_success(each: Run, from_step: int | None) -> float | None:
     return value_of(each, "train_success", from_step) if found is None else found
 
 
-def scatter(runs: Sequence[Run], key: str, from_step: int | None) -> dict[str, Any]:
-    """A measure against final success over all runs, with Pearson's r and its interval (Fisher's z)."""
-    points = [(value_of(each, key, from_step), final_success(each, from_step)) for each in runs]
-    whole = [(x, y) for x, y in points if x is not None and y is not None]
-    r = intervals.correlation([x for x, _ in whole], [y for _, y in whole])
+def scatter(arms: Sequence[Arm], key: str, from_step: int | None) -> dict[str, Any]:
+    """A measure against final success over the runs of all arms, with Pearson's r and its interval.
+
+    Returns:
+        {"key", "x", "y": a value for each run or None, "r": over all runs, "within": r of the deviations from the means of the
+        arms, "runs": how many have both}
+    """
+    runs = [(i, each) for i, arm in enumerate(arms) for each in arm.runs]
+    points = [(value_of(each, key, from_step), final_success(each, from_step), i) for i, each in runs]
+    whole = [point for point in points if None not in point]
+    x, y, arm = [x for x, *_ in whole], [y for _, y, _ in whole], [i for *_, i in whole]
+    r, within = intervals.correlation(x, y), intervals.correlation(x, y, arm) if len(set(arm)) > 1 else None
     return {
         "key": key,
-        "x": [x for x, _ in points],
-        "y": [y for _, y in points],
+        "x": [x for x, *_ in points],
+        "y": [y for _, y, _ in points],
         "r": r._asdict() if r else None,
+        "within": within._asdict() if within else None,
         "runs": len(whole),
     }

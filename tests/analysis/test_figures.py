@@ -6,8 +6,10 @@ from matplotlib.figure import Figure
 
 from epo_jax.analysis import figures, intervals
 from epo_jax.analysis.arms import arms_of
-from epo_jax.analysis.panels import Comparison, panels_of
-from epo_jax.analysis.read import Run
+from epo_jax.analysis.comparison import Comparison
+from epo_jax.analysis.measures import roughness, series
+from epo_jax.analysis.panels import panels_of
+from epo_jax.analysis.read import OOD, Run
 from epo_jax.common.errors import UserError
 from tests.analysis.test_results import evaluation
 
@@ -88,8 +90,27 @@ def test_the_end_and_the_scatter(compared, drawn, tmp_path):
     np.testing.assert_allclose(bars[1], intervals.of_success([0.5] * 3, [20] * 3)[1:])
     assert [line.get_xdata()[0] for line in hot.lines if line.get_marker() == "|"] == pytest.approx([0.1] * 3)
     title = drawn[0].subfigs[2].get_suptitle()
-    assert "roughness\nr = " in title and title.endswith("9 runs")
+    values = [(roughness(series(each.metrics, "entropy")), each.evaluated(OOD)[-1]["success"]) for each in compared.runs]
+    r = intervals.correlation(*zip(*values, strict=True))
+    assert title == f"Final success against roughness\n9 runs, r = {r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]"
     assert sum(len(line.get_xdata()) for line in scatter.lines) == 9
+
+
+def test_a_measure_by_a_setting(drawn, tmp_path):
+    """Two methods at two values of lam, and one of them at a third."""
+    runs = [
+        (each := run(seed, lam, rise))._replace(config=each.config | {"algo.name": name})
+        for name, lam, rise in (("a", 0.1, 0.2), ("a", 0.01, 0.4), ("b", 0.01, 0.3), ("b", 0.1, 0.5), ("a", 1.0, 0.1))
+        for seed in range(3)
+    ]
+    arms = arms_of(runs)
+    figures.draw(Comparison(arms, arms[0], None, 1), ["by:epo.lam", "by:epo.lam:last_ratio"], "about", tmp_path / "a.png")
+    axes = drawn[0].subfigs[0].axes[0]
+    first, second = (line for line in axes.lines if line.get_markersize() == 4)
+    assert list(first.get_xdata()) == [0.01, 0.1, 1.0] and list(first.get_ydata()) == pytest.approx([0.4, 0.2, 0.1])
+    assert list(second.get_xdata()) == [0.01, 0.1] and list(second.get_ydata()) == pytest.approx([0.3, 0.5])
+    assert [text.get_text() for text in axes.texts] == ["a", "b"] and axes.get_xscale() == "log"
+    assert drawn[0].subfigs[1].get_suptitle() == "last H_k / H_0"
 
 
 def test_corridors_have_one_scale(compared, drawn, tmp_path):
@@ -126,6 +147,7 @@ def test_pictures_are_written_and_repeat_to_the_byte(compared, tmp_path, suffix)
         ("scatter:rough", "no measure 'rough'"),
         ("final:change_st", "no measure 'change_st'"),
         ("differences:kl", "no measure 'kl'"),
+        ("by:epo.kappa", "no run has what the panel 'by:epo.kappa:valid_unseen' shows"),
         ("differences:IID", "no measure 'valid_seen'"),
     ],
 )

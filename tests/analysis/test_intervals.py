@@ -72,3 +72,16 @@ def test_fishers_exact_test():
     """Five of five against none of five: both extreme tables have the probability 1 / C(10, 5)."""
     assert intervals.fisher(5, 5, 0, 5) == pytest.approx(2 / math.comb(10, 5))
     assert intervals.fisher(2, 5, 2, 5) == pytest.approx(1.0)
+
+
+def test_correlation_within_groups_ignores_differences_between_them():
+    """Two groups on one rising line, each of which falls."""
+    x, y = [1.0, 2.0, 3.0, 11.0, 12.0, 13.0], [3.0, 2.0, 1.0, 13.0, 12.0, 11.5]
+    assert intervals.correlation(x, y).mean > 0.9
+    found = intervals.correlation(x, y, [0, 0, 0, 1, 1, 1])
+    deviations = np.array([1, 0, -1, 5 / 6, -1 / 6, -4 / 6])
+    r = np.corrcoef([-1, 0, 1, -1, 0, 1], deviations)[0, 1]
+    half = 1.959964 / math.sqrt(6 - 2 - 2)
+    assert found == pytest.approx((r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)))
+    assert intervals.correlation(x, y, [0, 0, 1, 1, 2, 2]) is not None and intervals.correlation(x, y, [0, 1, 2, 2, 3, 3]) is None
+    assert intervals.correlation(x, [5.1, 5.1, 5.1, 0.3, 0.3, 0.3], [0, 0, 0, 1, 1, 1]) is None

@@ -86,8 +86,12 @@ def test_the_scatter_has_a_point_for_each_run_and_r():
         run(seed, [evaluation(5, won)], [0.1, entropy])
         for seed, won, entropy in ((0, 20, 0.1), (1, 15, 0.2), (2, 8, 0.3), (3, 2, 0.5))
     ]
-    found = results.scatter(runs, "highest_ratio", None)
+    found = results.scatter([Arm("a", runs)], "highest_ratio", None)
     assert found["x"] == pytest.approx([1, 2, 3, 5]) and found["y"] == [1.0, 0.75, 0.4, 0.1] and found["runs"] == 4
     assert found["r"] == intervals.correlation(found["x"], found["y"])._asdict() and found["r"]["mean"] < -0.9
-    assert results.scatter(runs[:2], "highest_ratio", None)["r"] is None
+    assert results.scatter([Arm("a", runs[:2])], "highest_ratio", None)["r"] is None
+    assert found["within"] is None, "there is one arm"
+    more = [*runs, *runs]
+    two = results.scatter([Arm("a", more[:3]), Arm("b", more[3:])], "highest_ratio", None)
+    assert two["within"] == intervals.correlation(two["x"], two["y"], [0] * 3 + [1] * 5)._asdict()
     assert results.final_success(run(0, [], [0.1], success=0.5), None) == 0.5, "of training, if nothing was evaluated"

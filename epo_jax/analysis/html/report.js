@@ -118,9 +118,10 @@ function drawDifferences() {
 function drawScatters() {
   const arms = data.arms.flatMap((arm, i) => arm.runs.map(() => i)), style = styles();
   const title = (key) => data.measures.find((measure) => measure.key === key).title;
-  const told = (r, runs) => (r ? `Pearson's r = ${r.mean.toFixed(2)} [${r.low.toFixed(2)}, ${r.high.toFixed(2)}], ${runs} runs.` : `${runs} runs, too few or too alike for a correlation.`);
-  $("scatters").replaceChildren(...data.scatters.filter((found) => found.runs > 1).map(({ key, x, y, r, runs }) => scatterPlot({
-    title: `Final success against ${title(key)}`, across: title(key), note: told(r, runs),
+  const text = (r) => `${r.mean.toFixed(2)} [${r.low.toFixed(2)}, ${r.high.toFixed(2)}]`;
+  const told = ({ r, within, runs }) => (r ? `${runs} runs: r = ${text(r)}${within ? `; within arms ${text(within)}` : ""}.` : `${runs} runs, too few or too alike for a correlation.`);
+  $("scatters").replaceChildren(...data.scatters.filter((found) => found.runs > 1).map(({ key, x, y, ...found }) => scatterPlot({
+    title: `Final success against ${title(key)}`, across: title(key), note: told(found),
     points: x.map((value, n) => ({ x: value, y: y[n], name: data.arms[arms[n]].name, ...(style.get(arms[n]) || { colour: "var(--soft)" }) }))
       .filter((point) => point.x !== null && point.y !== null) })));
 }
