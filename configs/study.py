@@ -178,7 +178,7 @@ def get_config(preset: str = "desert") -> ConfigDict:
         raise UserError(f"configs/study.py has no preset {preset!r}{near}; choose one of {', '.join(map(repr, PRESETS))}.")
     config = (scienceworld if preset in SCIENCEWORLD else alfworld).get_config("laptop")
     config.eval.update(also_temperatures=(config.rollout.temperature,))
-    config.metrics.update(trajectories=2, trajectories_every=40)
+    config.metrics.update(trajectories=2, trajectories_every=40, gradient_norms=True)
     config.checkpoint.update(every=10)
     config.sweep = sweep_section()
     config.sweep.update(seeds=(0, 1, 2, 3, 4))
