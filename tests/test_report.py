@@ -363,6 +363,48 @@ def test_a_browser_shows_it_whole_and_asks_for_nothing(browser, runs, tmp_path, 
     assert browser.run("[...document.querySelectorAll('#grid td')].map((c) => c.textContent)") == ["90.0 %", "50.0 %"]
 
 
+def test_names_of_tasks_and_arms_break_between_words_on_a_phone(browser, tmp_path):
+    run = make_run(tmp_path / "a", 0, 0.1, 0.4)
+    renamed = {"look": "look_at_obj_in_light", "pick": "pick_clean_then_place_in_recep"}
+    changed = [row | {"types": {renamed[kind]: won for kind, won in row["types"].items()}} for row in rows(run, "eval.jsonl")]
+    write(run / "eval.jsonl", changed)
+    browser.open(make(tmp_path, f"grpo+epo_indicator_with_a_long_name={run}", make_run(tmp_path / "b", 0, 0.2, 0.4)), 390)
+    parts = """[...document.querySelectorAll("#types tbody th, .arms td:nth-child(2)")].flatMap((cell) => {
+        const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), found = [];
+        for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+            const range = document.createRange();
+            range.selectNodeContents(node);
+            found.push([node.textContent, range.getClientRects().length]);
+        }
+        return found;
+    })"""
+    found = browser.run(parts)
+    assert ["recep", 1] in found and ["indicator_", 1] in found
+    assert [text for text, lines in found if lines != 1] == []
+
+
+def test_the_page_of_a_single_run_has_no_empty_figure_and_nothing_to_compare(browser, tmp_path):
+    run = make_run(tmp_path / "alone", 0, 0.1, 0.4, without=("kl", "entropy_first_turns"))
+    browser.open(make(tmp_path, run))
+    assert browser.run("document.querySelectorAll('figure:not(:has(svg))').length") == 0
+    captions = browser.run("[...document.querySelectorAll('figcaption')].map((each) => each.textContent)")
+    assert any("Entropy as" in text for text in captions) and not any("KL to the reference" in text for text in captions)
+    assert browser.run("['comparisons', 'coefficients'].map((id) => document.getElementById(id).hidden)") == [True, True]
+    assert browser.run("document.querySelectorAll('#table input').length") == 0
+    assert browser.run("document.getElementById('facts').textContent").startswith("Method" + "grpo+epo")
+
+
+def test_axes_of_training_and_evaluation_end_at_the_same_step(browser, runs, tmp_path):
+    browser.open(make(tmp_path, runs[0]))
+    last = (
+        "[...document.querySelectorAll('#success figure')].map((f) => f.querySelector('svg path[stroke-width=\"2\"]').getBBox())"
+    )
+    evaluated, _, trained = browser.run(f"({last}).map((box) => [box.x, box.x + box.width])")
+    assert evaluated[0] == pytest.approx(trained[0], abs=0.2), "both begin at step 0"
+    share = (trained[1] - trained[0]) / (evaluated[1] - evaluated[0])
+    assert share == pytest.approx((STEPS - 1) / STEPS, abs=0.01), "the last row of training is that of step 19 of 20"
+
+
 def test_ticks_and_sorting(browser, runs, tmp_path):
     browser.open(make(tmp_path, *runs))
     browser.run("document.querySelector('#table tbody input').click()")

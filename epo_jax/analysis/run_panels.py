@@ -85,7 +85,7 @@ def scatter_panel(compared: Comparison, key: str) -> Panel:
                         labelcolor="linecolor")  # fmt: skip
 
     texts = [f"{found['runs']} runs"]
-    for name, r in (("r", found["r"]), ("within arms", found["within"])):
+    for name, r in (("r", found["r"]), ("r within arms", found["within"])):
         texts += [f"{name} = {r['mean']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"] if r else []
     return Panel(f"Final success against {title_of(compared, key)}\n{', '.join(texts)}", draw)
 
