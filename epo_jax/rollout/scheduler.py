@@ -17,12 +17,13 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from epo_jax.common import progress
 from epo_jax.common.errors import UserError
 from epo_jax.envs.base import Observation
 from epo_jax.envs.workers.pool import EnvPool
@@ -131,8 +132,9 @@ def _assign(episodes: Sequence[LiveEpisode], lanes: int) -> list[list[LiveEpisod
 class _Scheduler:
     """The state of one rollout: `add_lanes` brings lanes that some policies share, `run` plays all of them."""
 
-    def __init__(self, pool: EnvPool, model: DecoderConfig, config: RolloutConfig):
+    def __init__(self, pool: EnvPool, model: DecoderConfig, config: RolloutConfig, reach: Callable[[int], None]):
         self.pool, self.model, self.config = pool, model, config
+        self.reach, self.ended = reach, 0  # takes the number of episodes that have ended
         self.programs = Programs()
         self.stats = RolloutStats()
         self.lanes: collections.deque[_LaneEpisodes] = collections.deque()  # lanes that have not begun
@@ -245,6 +247,8 @@ class _Scheduler:
                 if slot is not None and slot.number in lane.needed:
                     slot.episode.on_observation(self.inbox.pop(slot.number))
                     if slot.episode.ended:
+                        self.ended += 1
+                        self.reach(self.ended)
                         self.free_slots.append(slot.number)
                         lane.rows[row] = None
             lane.needed.clear()
@@ -308,6 +312,7 @@ def collect(
     model: DecoderConfig,
     config: RolloutConfig,
     sampling: SamplingConfig,
+    purpose: str = "rollout",
 ) -> tuple[list[list[Trajectory]], RolloutStats]:
     """Plays every episode once; returns each player's trajectories, in the order of its episodes.
 
@@ -322,16 +327,18 @@ def collect(
         params: the only player's, on one device or on a mesh; or `Members`, one for each player, whose members may be sharded
             over a mesh with the axis "member": each device then plays its own members.
         config: with `Members`, its `at_once` applies and its `devices` does not.
+        purpose: what the progress line calls it.
     """
     model = model if config.dtype is None else dataclasses.replace(model, dtype=config.dtype)
     slots = -(-config.slots // jax.process_count())
-    scheduler = _Scheduler(pool, model, dataclasses.replace(config, slots=slots))
     live = [[LiveEpisode(e, player.tokenizer, config) for e in hosts.share(player.episodes)] for player in players]
     stop_ids, block = players[0].tokenizer.stop_ids, min(config.block, config.response_tokens)
-    for some, policy, key in _policies(players, params, model, config):
-        if any(live[some]):
-            scheduler.add_lanes(live[some], policy, Sampler(key, stop_ids, sampling, block))
-    scheduler.run()
+    with progress.shown(purpose, sum(map(len, live)), "episodes") as reach:
+        scheduler = _Scheduler(pool, model, dataclasses.replace(config, slots=slots), reach)
+        for some, policy, key in _policies(players, params, model, config):
+            if any(live[some]):
+                scheduler.add_lanes(live[some], policy, Sampler(key, stop_ids, sampling, block))
+        scheduler.run()
     _check_room([episode for of_player in live for episode in of_player], config)
     return _of_all_processes([[episode.trajectory for episode in of_player] for of_player in live], scheduler.stats)
 

@@ -24,6 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from epo_jax.common.files import append, write_atomically
+from epo_jax.common.progress import clock
 from epo_jax.runs import wandb_log
 
 Row = dict[str, Any]
@@ -294,15 +295,6 @@ def members_table(names: Sequence[str], rows: Sequence[Row]) -> str:
 def seconds_left(durations: Sequence[float], steps_left: int) -> float:
     """Time to the end from the seconds of past steps: the median of the last ten, so that a compile does not count."""
     return median(durations[-10:]) * steps_left if durations else math.nan
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
-    if not math.isfinite(seconds):
-        return "-:--"
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 def _percent(share: float | None) -> str:

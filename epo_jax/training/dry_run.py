@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 
+from epo_jax.common.progress import clock
 from epo_jax.models import attention, generate, hf_config
 from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params, param_axes, with_adapters
 from epo_jax.objectives.batch import TokenBatch
@@ -26,7 +27,6 @@ from epo_jax.objectives.spec import Hyper
 from epo_jax.parallel import mesh
 from epo_jax.rollout.scheduler import check_devices
 from epo_jax.rollout.trajectory import Trajectory
-from epo_jax.runs.metrics import clock
 from epo_jax.runs.policies import source_run
 from epo_jax.training import flops
 from epo_jax.training.batch import step_batch

@@ -50,7 +50,9 @@ def evaluate(
     """
     key = keys.key(seed, "evaluation")
     player = Player(episodes_of(tasks, samples), policy.tokenizer, key)
-    (trajectories,), stats = collect([player], policy.params, pool, policy.model, config, sampling)
+    (trajectories,), stats = collect(
+        [player], policy.params, pool, policy.model, config, sampling, f"evaluation on {evaluation.split}"
+    )
     warn_full(trajectories, config)
     return row_of(evaluation, policy.step, trajectories, stats.seconds), trajectories
 

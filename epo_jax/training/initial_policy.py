@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from epo_jax.common import keys
+from epo_jax.common import keys, progress
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import Demonstration, Task, environment
@@ -220,15 +220,20 @@ def clone_experts(
         params, trajectories, model, optim, config.train.rows_tokens, rows, settings.prompt_weight, config.seed, found
     )
     started = time.perf_counter()
-    for cloned in cloning:
-        params, updates = cloned.params, cloned.updates
-        if updates % max(1, settings.steps // 10) == 0:
-            seconds = time.perf_counter() - started
-            line = f"warm start {updates}/{settings.steps}  cross-entropy {cloned.cross_entropy:.3f} nats/token  {seconds:.0f} s"
-            print(line, flush=True)
-        if stop.asked and updates < settings.steps:
-            warm_start.save(folder, cloned)
-            raise Stopped(stop.sentence(f"{updates} updates of the warm start done and saved"))
+    with progress.shown("warm start", settings.steps, "updates") as reach:
+        for cloned in cloning:
+            params, updates = cloned.params, cloned.updates
+            reach(updates)
+            if updates % max(1, settings.steps // 10) == 0:
+                seconds = time.perf_counter() - started
+                line = (
+                    f"warm start {updates}/{settings.steps}  cross-entropy {cloned.cross_entropy:.3f} nats/token  {seconds:.0f} s"
+                )
+                progress.clear()
+                print(line, flush=True)
+            if stop.asked and updates < settings.steps:
+                warm_start.save(folder, cloned)
+                raise Stopped(stop.sentence(f"{updates} updates of the warm start done and saved"))
     return params
 
 

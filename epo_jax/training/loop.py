@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 
-from epo_jax.common import keys
+from epo_jax.common import keys, progress
 from epo_jax.common.errors import Stopped, UserError
 from epo_jax.common.stopping import StopRequest
 from epo_jax.envs.base import Task
@@ -136,7 +136,9 @@ def train(run: Run, states: States, host: Host) -> None:
             played, stats = sample(run, states, host.living, step)
         sampled = time.perf_counter()
         batches = pack(run, played, step)
-        states, learned = run.placement.update(states, batches, hypers)
+        compiles = " (its program is compiled first, which takes about half a minute)" * (step == host.first_step)
+        with progress.shown(f"update of RL step {step + 1}{compiles}"):
+            states, learned = run.placement.update(states, batches, hypers)
         seconds = {"rollout_seconds": sampled - started, "update_seconds": time.perf_counter() - sampled}
         done, last = step + 1, step + 1 == config.train.steps
         run.profile.finish(done)
@@ -215,7 +217,7 @@ def play(
         Player(mine, tokenizer, keys.key(member.config.seed, purpose))
         for mine, tokenizer, member in zip(episodes, run.tokenizers, run.members, strict=True)
     ]
-    return collect(players, run.placement.policies(states), run.pool, run.learner.model, run.settings, sampling)
+    return collect(players, run.placement.policies(states), run.pool, run.learner.model, run.settings, sampling, purpose)
 
 
 def pack(run: Run, played: list[Played | None], step: int) -> list[TokenBatch | None]:

@@ -21,11 +21,10 @@ import os
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from epo_jax.common import progress
 from epo_jax.common.errors import UserError, explain
 from epo_jax.common.files import OTHER_CACHE, cache_folder, expand_user, from_cache, write_to_cache
 from epo_jax.envs.alfworld.env import AlfworldEnv
@@ -118,7 +117,9 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
         common = {"job": "demonstrations", "admissible": admissible}
         common |= {"max_turns": max_turns, "hesitation": hesitation, "mistakes": mistakes}
         jobs = [{**common, "tasks": playing[start : start + share]} for start in range(0, len(tasks), share)]
-        episodes = run_jobs(jobs, _progress("expert episodes played", len(tasks)))
+        with progress.shown("alfworld: episodes of the expert, played once", len(tasks), "episodes") as reach:
+            episodes = run_jobs(jobs, reach)
+        print(f"alfworld: {len(tasks)} expert episodes played", flush=True)
         write_to_cache(path, "".join(json.dumps(e) + "\n" for e in episodes))
     return [
         Demonstration(task, tuple(map(from_fields, e["observations"])), tuple(e["actions"]), tuple(e["mistakes"]))
@@ -149,19 +150,6 @@ def _index_path(options: dict[str, Any]) -> Path:
     counts = [options[f"{split}_games"] for split in SPLITS]
     key = [GENERATOR_VERSION, package, counts, options["max_receptacles"], options["seed"]]
     return _cache(options) / f"generated-{_digest(key)}" / _INDEX
-
-
-def _progress(what: str, total: int) -> Callable[[int], None]:
-    """Returns a function that prints the number done, every five seconds and at the end."""
-    printed = time.monotonic()
-
-    def report(done: int) -> None:
-        nonlocal printed
-        if done == total or time.monotonic() > printed + 5:
-            printed = time.monotonic()
-            print(f"alfworld: {done}/{total} {what}", flush=True)
-
-    return report
 
 
 # ---------------------------------------------------------------------------------------------- real data
@@ -238,7 +226,9 @@ def _generate(options: dict[str, Any]) -> None:
             "max_receptacles": options["max_receptacles"],
         }
         jobs = [{**common, "games": games[k::workers]} for k in range(workers)]
-        answers = run_jobs(jobs, _progress("games made and played to their end", len(games)))
+        with progress.shown("alfworld: games", len(games), "games") as reach:
+            answers = run_jobs(jobs, reach)
+        print(f"alfworld: {len(games)} games made and played to their end", flush=True)
         index: Index = {split: [] for split in SPLITS}
         for game in sorted(answers, key=lambda g: g["index"]):
             file = f"{game['folder']}/game.tw-pddl"

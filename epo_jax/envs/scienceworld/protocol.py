@@ -35,7 +35,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from epo_jax.common import stopping
+from epo_jax.common import progress, stopping
 from epo_jax.common.errors import UserError, nearest
 from epo_jax.common.files import cache_folder, child_environment, from_cache, write_to_cache
 from epo_jax.envs.base import SPLITS, Demonstration, Observation, Task, from_fields
@@ -166,7 +166,9 @@ def demonstrations(tasks: list[Task], options: dict[str, Any]) -> list[Demonstra
         processes = max(1, min(options["workers"], os.cpu_count() or 1, len(missing) // 8))
         parts = [missing[i::processes] for i in range(processes)]
         request = {"op": "gold", "simplification": options["simplification"], "hints": options.get("hints", "none")}
-        for answer in _ask([{**request, "jobs": part} for part in parts]):
+        with progress.shown(f"scienceworld: gold action sequences of {len(missing)} variations, made once"):
+            answers = _ask([{**request, "jobs": part} for part in parts])
+        for answer in answers:
             stored[answer.pop("task")][str(answer.pop("variation"))] = answer
         for name in sorted({name for name, _ in missing}):
             write_to_cache(_gold_path(name, options), json.dumps(stored[name]))
