@@ -5,17 +5,16 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
-from epo_jax.analysis import results
 from epo_jax.analysis.arms import Arm
+from epo_jax.analysis.columns import column_of
 from epo_jax.analysis.measures import MEASURES
-from epo_jax.analysis.read import IID, OOD, Run
+from epo_jax.analysis.read import Run
 from epo_jax.common.errors import UserError
 
 # Okabe and Ito's palette without yellow, for any color vision; line styles tell arms apart without color.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f")
 STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1)), (0, (8, 2)), (0, (1, 2)))
 GREY, RULE = "#5c5c5c", "#e6e6e6"
-SPLITS = {"OOD": OOD, "IID": IID}
 
 
 class Look(NamedTuple):
@@ -76,7 +75,7 @@ def title_of(compared: Comparison, key: str) -> str:
         if measure.key == key:
             return measure.title
     best = "Best success" if key.startswith("best ") else "Success"
-    return f"{best}, {results.column_title(results.column_of(key), compared.runs)}"
+    return f"{best}, {column_of(key).title(compared.runs)}"
 
 
 def is_share(key: str) -> bool:

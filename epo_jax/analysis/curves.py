@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from epo_jax.analysis.arms import Arm
+from epo_jax.analysis.columns import Column
 from epo_jax.analysis.measures import entropy_ratios
 from epo_jax.analysis.read import Run
 from epo_jax.runs.metrics import wilson
@@ -75,11 +76,11 @@ def curve(arm: Arm, key: str) -> dict[str, list] | None:
     return columns and (columns if len(arm.runs) > 1 else {"x": columns["x"], "y": columns["y"]})
 
 
-def success_curve(arm: Arm, split: str, temperature: float | None) -> dict[str, list] | None:
+def success_curve(arm: Arm, column: Column) -> dict[str, list] | None:
     """Success at each evaluated step: mean over runs, with the lowest and the highest; of one run, with its Wilson interval."""
     found: dict[int, list[tuple[int, int]]] = {}
     for each in arm.runs:
-        for row in each.evaluated(split, temperature):
+        for row in column.evaluations(each):
             found.setdefault(row["step"], []).append((row["won"], row["episodes"]))
     points = []
     for step, counts in sorted(found.items()):

@@ -9,6 +9,7 @@ from typing import Any
 
 from epo_jax.analysis import curves, results, subject
 from epo_jax.analysis.arms import arms_of, differing_keys, reference_arm, settings
+from epo_jax.analysis.columns import columns_of
 from epo_jax.analysis.measures import MEASURES
 from epo_jax.analysis.read import IID, OOD, Run
 from epo_jax.runs.metrics import Row, plain
@@ -42,12 +43,10 @@ def summarize(
     """
     arms = arms_of(runs)
     base = reference_arm(arms, reference)
-    columns = results.columns_of(runs)
-    final = {
-        arm.name: {results.column_key(column): results.success(arm, column, from_step) for column in columns} for arm in arms
-    }
+    columns = columns_of(runs)
+    final = {arm.name: {column.key: results.success(arm, column, from_step) for column in columns} for arm in arms}
     if columns:
-        first = results.column_key(columns[0])
+        first = columns[0].key
         arms = sorted(arms, key=lambda arm: -(final[arm.name][first]["mean"] if final[arm.name][first] else -1.0))
     differing = differing_keys([settings(each) for each in runs if each.config])
     described = [
@@ -59,7 +58,7 @@ def summarize(
             "measures": results.measures(arm),
             "collapses": results.collapses(arm),
             "versus": None if arm is base else results.versus(arm, base, columns, from_step),
-            "success": {results.column_key(column): curves.success_curve(arm, *column) for column in columns},
+            "success": {column.key: curves.success_curve(arm, column) for column in columns},
             "curves": {key: curves.curve(arm, key) for key in (*(key for key, *_ in curves.CURVES), *curves.CORRIDOR)},
             "turns": curves.turn_entropy(arm),
         }
@@ -76,7 +75,7 @@ def summarize(
             "steps": max(each.steps for each in runs),
             "from_step": from_step,
             "reference": base.name,
-            "columns": [{"key": results.column_key(c), "title": results.column_title(c, runs)} for c in columns],
+            "columns": [{"key": column.key, "title": column.title(runs)} for column in columns],
             "measures": [measure._replace(of=None)._asdict() for measure in MEASURES],
             "differences": results.difference_keys(columns),
             "curves": [curve for curve in curves.CURVES if any(curves.points_of(each, curve.key) for each in runs)],

@@ -6,39 +6,10 @@ from typing import Any
 
 from epo_jax.analysis import intervals
 from epo_jax.analysis.arms import Arm
+from epo_jax.analysis.columns import Column, column_of
 from epo_jax.analysis.measures import COLLAPSES, MEASURES, SUCCESS_WINDOW, Measure, best_success, evaluations_from, series
-from epo_jax.analysis.read import IID, OOD, Run
+from epo_jax.analysis.read import OOD, Run
 from epo_jax.runs.metrics import Row
-
-Column = tuple[str, float | None]
-
-
-def columns_of(runs: Sequence[Run]) -> list[Column]:
-    """(split, temperature) of all evaluations, OOD first; the temperature is None for that of config.eval."""
-    found = {(row["split"], row.get("temperature")) for each in runs for row in each.evaluations}
-    order = {split: i for i, split in enumerate((OOD, IID))}
-    return sorted(found, key=lambda column: (order.get(column[0], 2), column[0], column[1] is not None, column[1] or 0.0))
-
-
-def column_key(column: Column) -> str:
-    """The name of a column: "valid_unseen", or "valid_unseen@1" for another temperature than that of config.eval."""
-    split, temperature = column
-    return split if temperature is None else f"{split}@{temperature:g}"
-
-
-def column_of(key: str) -> Column | None:
-    """The column whose key this is, also after "best "; None for a measure."""
-    split, _, temperature = key.removeprefix("best ").partition("@")
-    known = not any(measure.key == key for measure in MEASURES)
-    return (split, float(temperature) if temperature else None) if known else None
-
-
-def column_title(column: Column, runs: Sequence[Run]) -> str:
-    """The heading of a column: "OOD, T = 0.4"; without the temperature where runs do not know it or differ."""
-    split, temperature = column
-    name = {OOD: "OOD", IID: "IID"}.get(split, split)
-    known = {each.config.get("eval.temperature") for each in runs} if temperature is None else {temperature}
-    return f"{name}, T = {known.pop():g}" if len(known) == 1 and None not in known else name
 
 
 def success(arm: Arm, column: Column, from_step: int | None) -> dict[str, Any] | None:
@@ -47,11 +18,11 @@ def success(arm: Arm, column: Column, from_step: int | None) -> dict[str, Any] |
     Succ is the mean over the runs of each run's mean over its evaluations after at least `from_step` RL steps (None: of its last
     one), Succ* that of each run's best evaluation.
     """
-    chosen = [rows for each in arm.runs if (rows := evaluations_from(each.evaluated(*column), from_step))]
+    chosen = [rows for each in arm.runs if (rows := evaluations_from(column.evaluations(each), from_step))]
     if not chosen:
         return None
     values = [final_rate(rows) for rows in chosen]
-    best = [row for each in arm.runs if (row := best_success(each.evaluated(*column)))]
+    best = [row for each in arm.runs if (row := best_success(column.evaluations(each)))]
     best_values = [*map(_rate, best)]
     return {
         # The games are the same in every evaluation, so that several tell little more of their difficulty than one.
@@ -133,7 +104,7 @@ def versus(arm: Arm, reference: Arm, columns: Sequence[Column], from_step: int |
 
 def difference_keys(columns: Sequence[Column]) -> list[str]:
     """What arms are compared by: success, Succ*, and each measure that every run has."""
-    keys = [column_key(column) for column in columns]
+    keys = [column.key for column in columns]
     return [*keys, *(f"best {key}" for key in keys), *(measure.key for measure in MEASURES if measure.unit != "steps")]
 
 
@@ -152,7 +123,7 @@ def value_of(each: Run, key: str, from_step: int | None) -> float | None:
     for measure in MEASURES:
         if measure.key == key:
             return measure.of(each.metrics)
-    rows = each.evaluated(*column_of(key))
+    rows = column_of(key).evaluations(each)
     chosen = [best_success(rows)] if key.startswith("best ") else evaluations_from(rows, from_step)
     return final_rate(chosen) if chosen and chosen[0] else None
 

@@ -4,6 +4,7 @@ from matplotlib.axes import Axes
 
 from epo_jax.analysis import intervals, results
 from epo_jax.analysis.arms import Arm, naming_keys, setting_text, settings
+from epo_jax.analysis.columns import column_of
 from epo_jax.analysis.comparison import COLORS, RULE, STYLES, Comparison, Panel, is_share, percent, require, title_of, write_name
 from epo_jax.common.errors import UserError
 
@@ -17,12 +18,12 @@ def final_panel(compared: Comparison, key: str) -> Panel:
 def _ends(compared: Comparison, arm: Arm, key: str) -> tuple[list[float], intervals.Estimate] | None:
     """A key of `results.value_of` of each run of an arm, and their mean with its interval; None if no run has it."""
     found = [(each, value) for each in arm.runs if (value := results.value_of(each, key, compared.from_step)) is not None]
-    values, column = [value for _, value in found], results.column_of(key)
+    values, column = [value for _, value in found], column_of(key)
     if not found:
         return None
     if column is None:
         return values, intervals.of_mean(values)
-    return values, intervals.of_success(values, [each.evaluated(*column)[-1]["episodes"] for each, _ in found])
+    return values, intervals.of_success(values, [column.evaluations(each)[-1]["episodes"] for each, _ in found])
 
 
 def difference_panel(compared: Comparison, key: str) -> Panel:

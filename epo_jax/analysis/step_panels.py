@@ -7,25 +7,20 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from epo_jax.analysis import curves, intervals, results
+from epo_jax.analysis import curves, intervals
 from epo_jax.analysis.arms import Arm
+from epo_jax.analysis.columns import Column
 from epo_jax.analysis.comparison import GREY, RULE, Comparison, Look, Panel, percent, require, write_name
-from epo_jax.common.errors import UserError
 
 
-def success_panel(compared: Comparison, split: str, name: str, temperature: str) -> Panel:
-    try:
-        column = split, float(temperature) if temperature else None
-    except ValueError:
-        raise UserError(f"the panel {name!r} must be a split and a temperature, for example 'OOD@1'.") from None
+def success_panel(compared: Comparison, column: Column) -> Panel:
     points = {
         arm.name: [
-            [(row["step"], row["won"] / max(1, row["episodes"]), row["episodes"]) for row in each.evaluated(*column)]
+            [(row["step"], row["won"] / max(1, row["episodes"]), row["episodes"]) for row in column.evaluations(each)]
             for each in arm.runs
         ]
         for arm in compared.arms
     }
-    require(any(run for runs in points.values() for run in runs), name)
 
     def draw(axes: Axes) -> None:
         for arm in compared.arms:
@@ -39,7 +34,7 @@ def success_panel(compared: Comparison, split: str, name: str, temperature: str)
         _over_steps(axes, compared, share=True)
         _label(axes, compared, {arm.name: _end(points[arm.name]) for arm in compared.arms})
 
-    return Panel(f"Success, {results.column_title(column, compared.runs)}", draw)
+    return Panel(f"Success, {column.title(compared.runs)}", draw)
 
 
 def curve_panel(compared: Comparison, curve: curves.Curve) -> Panel:

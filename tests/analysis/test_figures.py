@@ -141,7 +141,7 @@ def test_pictures_are_written_and_repeat_to_the_byte(compared, tmp_path, suffix)
     ("name", "sentence"),
     [
         ("OD", "no panel 'OD' .*'OOD'"),
-        ("OOD@hot", "a split and a temperature"),
+        ("OOD@hot", "no run has what the panel 'OOD@hot' shows"),
         ("IID", "no run has what the panel 'IID' shows"),
         ("kl", "no run has what the panel 'kl' shows"),
         ("scatter:rough", "no measure 'rough'"),

@@ -4,6 +4,7 @@ import pytest
 
 from epo_jax.analysis import intervals, results
 from epo_jax.analysis.arms import Arm
+from epo_jax.analysis.columns import Column
 from epo_jax.analysis.read import IID, OOD, Run
 
 
@@ -21,32 +22,19 @@ def test_success_of_the_last_evaluation_and_of_the_best():
     arm = Arm(
         "a", [run(0, [evaluation(0, 18), evaluation(10, 16), evaluation(20, 10)]), run(1, [evaluation(20, 6), evaluation(10, 2)])]
     )
-    found = results.success(arm, (OOD, None), None)
+    found = results.success(arm, Column(OOD), None)
     assert found["mean"] == pytest.approx(0.4) and found["values"] == [0.5, 0.3] and found["counts"] == [(10, 20), (6, 20)]
     assert found["best"]["mean"] == pytest.approx(0.55) and found["best_values"] == [0.8, 0.3]
     assert (found["low"], found["high"]) == intervals.of_success([0.5, 0.3], [20, 20])[1:]
-    assert results.success(arm, (OOD, None), 10)["values"] == [pytest.approx(0.65), pytest.approx(0.2)]
-    assert results.success(arm, (IID, None), None) is None and results.success(arm, (OOD, None), 99) is None
+    assert results.success(arm, Column(OOD), 10)["values"] == [pytest.approx(0.65), pytest.approx(0.2)]
+    assert results.success(arm, Column(IID), None) is None and results.success(arm, Column(OOD), 99) is None
 
 
-def test_evaluations_at_another_temperature_are_a_column_of_their_own():
-    given = [
-        run(
-            0,
-            [evaluation(5, 4), evaluation(5, 8, temperature=1.0), evaluation(6, 5), evaluation(5, 1, split=IID)],
-        )
-    ]
-    assert results.columns_of(given) == [(OOD, None), (OOD, 1.0), (IID, None)]
-    assert [results.column_key(column) for column in results.columns_of(given)] == [OOD, f"{OOD}@1", IID]
-    assert [results.column_title(column, given) for column in results.columns_of(given)] == [
-        "OOD, T = 0.4",
-        "OOD, T = 1",
-        "IID, T = 0.4",
-    ]
-    assert results.success(Arm("a", given), (OOD, None), None)["values"] == [0.25]
-    assert results.success(Arm("a", given), (OOD, 1.0), None)["values"] == [0.4]
+def test_each_temperature_has_its_own_success():
+    given = [run(0, [evaluation(5, 4), evaluation(5, 8, temperature=1.0), evaluation(6, 5), evaluation(5, 1, split=IID)])]
+    assert results.success(Arm("a", given), Column(OOD), None)["values"] == [0.25]
+    assert results.success(Arm("a", given), Column(OOD, 1.0), None)["values"] == [0.4]
     assert results.value_of(given[0], f"{OOD}@1", None) == 0.4
-    assert results.column_title((OOD, None), [given[0], Run("b", None, {}, [], [])]) == "OOD"
 
 
 def test_arms_are_compared_by_seed():
@@ -54,7 +42,7 @@ def test_arms_are_compared_by_seed():
         "a", [run(seed, [evaluation(5, won)], [0.1, ratio]) for seed, won, ratio in ((0, 10, 0.3), (1, 12, 0.2), (5, 1, 0.1))]
     )
     base = Arm("b", [run(seed, [evaluation(5, won)], [0.2, 0.2]) for seed, won in ((1, 6), (0, 8))])
-    found = results.versus(arm, base, [(OOD, None)], None)["differences"]
+    found = results.versus(arm, base, [Column(OOD)], None)["differences"]
     assert found[OOD]["seeds"] == [0, 1] and found[OOD]["values"] == pytest.approx([0.1, 0.3])
     assert found[OOD]["mean"] == pytest.approx(0.2) and found["highest_ratio"]["values"] == pytest.approx([2.0, 1.0])
     assert f"best {OOD}" in found and "roughness" in found and "corridor_deviation" not in found
