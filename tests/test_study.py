@@ -10,8 +10,11 @@ import pytest
 from scipy import stats
 
 from benchmarks import repetitions
+from epo_jax.analysis.curves import CURVES
+from epo_jax.analysis.measures import MEASURES
 from epo_jax.configs import study
 from epo_jax.runs.folder import write_config
+from epo_jax.settings.sweep import COEFFICIENTS
 from epo_jax.training.grid import programs, refuse_what_members_cannot_share
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +48,16 @@ def test_the_script_runs_every_preset():
         for preset in presets.split():
             assert (start == "clones_scienceworld") == (preset in study.SCIENCEWORLD)
             assert study.get_config(start).model == study.get_config(preset).model
+
+
+def test_the_script_draws_panels_that_there_are():
+    kinds = {"OOD", "final", "differences", "scatter", "by", *(curve.key for curve in CURVES)}
+    for panel in " ".join(re.findall(r"panels=\(([^)]+)\)", SCRIPT)).split():
+        kind, *rest = panel.split(":")
+        assert kind in kinds, panel
+        if kind == "by":
+            assert rest.pop(0) in COEFFICIENTS, panel
+        assert set(rest) <= {measure.key for measure in MEASURES}, panel
 
 
 def test_the_script_begins_and_then_continues(tmp_path):
