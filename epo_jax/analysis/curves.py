@@ -91,7 +91,7 @@ def success_curve(arm: Arm, column: Column) -> dict[str, list] | None:
 
 
 def turn_entropy(arm: Arm) -> dict[str, Any] | None:
-    """Entropy by turn index: `entropy`[column][turn], nats, mean over runs of `width` RL steps from `first` on; None where
+    """Entropy by turn index: `entropy[column][turn]`, nats, mean over runs of `width` RL steps from `first` on; None where
     no run has it. Rows of metrics.jsonl hold it as entropy_turn_0, entropy_turn_1, ..."""
     width = _bin_width(arm, COLUMNS)
     keys = {key for each in arm.runs for row in each.metrics for key in row if key.startswith("entropy_turn_")}
