@@ -44,7 +44,8 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE", *required_files()):
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    shutil.copytree(ROOT / "epo_jax", source / "epo_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("epo_jax", "configs"):  # with the link from the first to the second
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source)
     [path] = (source / "dist").glob("*.whl")
     return path
@@ -76,11 +77,12 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_has_the_package_its_configs_and_one_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        [entry_points] = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
-    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "epo_jax").rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert ours <= names and "epo_jax/configs/alfworld.py" in ours
-    assert {name.partition("/")[0] for name in names} == {"epo_jax", f"epo_jax-{PROJECT['project']['version']}.dist-info"}
+        contained = set(archive.namelist())
+        [entry_points] = (archive.read(name).decode() for name in contained if name.endswith("entry_points.txt"))
+    files = [Path(folder) / name for folder, _, names in os.walk(ROOT / "epo_jax", followlinks=True) for name in names]
+    ours = {str(path.relative_to(ROOT)) for path in files if path.suffix != ".pyc"}
+    assert ours <= contained and "epo_jax/configs/alfworld.py" in ours
+    assert {name.partition("/")[0] for name in contained} == {"epo_jax", f"epo_jax-{PROJECT['project']['version']}.dist-info"}
     assert entry_points.split() == ["[console_scripts]", "epo-jax", "=", "epo_jax.__main__:main"]
 
 
