@@ -80,10 +80,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     PATHS = "checkpoint", "out", "to", "workdir"
 
-    def add_folder(self, option: str, about: str) -> None:
+    def add_folder(self, option: str, about: str, required: bool = True) -> None:
         """Adds the folder that the command reads: its first argument, or the value of `option`."""
         self.folder, self.usage = option, f"{self.prog} FOLDER [options]"
-        self.add_argument(f"--{option}", required=True, metavar="FOLDER", help=f"{about}; may come first, without --{option}")
+        self.add_argument(f"--{option}", required=required, metavar="FOLDER", help=f"{about}; may come first, without --{option}")
 
     def parse_known_args(self, args=None, namespace=None):
         if getattr(self, "folder", None):

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     else:
         model, params = dataclasses.replace(model, lora=None), lora.merge(model, params)
         weights.save_params(chosen.to, model, params, token_ids(tokenizer), chosen.dtype)
-    tokenizer.export(chosen.to)
+    (tokenizer.export if tokenizer.files else tokenizer.save)(chosen.to)
     path = chosen.to / "generation_config.json"
     own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     settings = generation_settings(tokenizer, config) if own is None else own | end_ids(tokenizer, own)

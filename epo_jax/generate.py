@@ -1,18 +1,24 @@
 """Talks to a policy: a prompt, a chat, or an episode of its game.
 
-    epo-jax generate runs/first --play      watch it play; --interactive: act in its place
+    epo-jax generate --play                 watch the agent of the demonstration play; --interactive: act in its place
+    epo-jax generate runs/first --play      watch that of a run
     epo-jax generate /models/Qwen2.5-3B-Instruct --prompt="Where would you look for an apple?"
     epo-jax generate /models/Qwen2.5-3B-Instruct      a chat, one line a turn
 
-`--checkpoint` is a run folder (its newest checkpoint, or that of --step) or a Hugging Face model folder or hub name.
+The folder is a run's (its newest checkpoint, or that of --step) or a Hugging Face model folder or hub name.
 """
 
 import argparse
+import re
 import sys
+
+from rich.console import Console
+from rich.text import Text
 
 from epo_jax.command import ArgumentParser, add_base_option, number_type, run
 from epo_jax.common import compilation, keys
 from epo_jax.common.errors import UserError, nearest
+from epo_jax.configs import alfworld
 from epo_jax.envs import agent
 from epo_jax.envs.base import SPLITS, Observation, Task, environment
 from epo_jax.models.decoder import unstack
@@ -29,15 +35,20 @@ _MOST_TOKENS = 1 << 15
 
 def main(argv: list[str]) -> None:
     options = _parse(argv[1:])
+    plays, shipped = options.play or options.interactive, options.checkpoint is None
+    if shipped and not plays:
+        raise UserError("name a folder first, for example epo-jax generate runs/first; only --play needs none.")
     config = base_config()
     config.model.dtype = options.dtype
     config.agent.max_tokens = 1  # the room in a context is what the model has
     print(mesh.devices_in_use(), file=sys.stderr)
     compilation.keep_programs()
-    policy = load(options.checkpoint, options.step, config, base=options.base)
+    policy = load(str(alfworld.AGENT) if shipped else options.checkpoint, options.step, config, base=options.base)
+    if shipped:
+        policy = policy._replace(config=alfworld.get_config("demo"))
     sampling = prompts.SamplingConfig(options.temperature, options.top_k, options.top_p)
     sampler = Sampler(keys.key(options.seed, "evaluation"), policy.tokenizer.stop_ids, sampling, options.max_tokens)
-    if options.play or options.interactive:
+    if plays:
         if policy.config is None:
             raise UserError(f"--play: {options.checkpoint} is no run folder, so it has no game; use --prompt.")
         play(policy, sampler, options.split, options.task, options.interactive)
@@ -106,6 +117,19 @@ def chat(policy: Policy, sampler: Sampler, response_tokens: int) -> None:
         print(f"policy: {speaker.answer(ids, fresh=speaker.turn == 0)}", flush=True)
 
 
+class Screen:
+    """Prints a game: in color and wrapped at words on a terminal, as plain lines elsewhere."""
+
+    def __init__(self):
+        self._console = Console(highlight=False, emoji=False)
+
+    def text(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style), soft_wrap=not self._console.is_terminal)
+
+    def line(self, name: str, text: str, style: str) -> None:
+        self._console.print(Text.assemble((f"{name}: ", "dim"), (text, style)), soft_wrap=not self._console.is_terminal)
+
+
 def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, interactive: bool) -> None:
     """Plays an episode of the run's environment: what is seen, said, done and got at each turn.
 
@@ -113,27 +137,36 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
     """
     config = policy.config
     env, env_options = environment(config.env.name), config.env.to_dict()
+    if wanted is None or wanted.isdecimal():
+        env_options = env.narrowed(env_options, split, int(wanted or 0))
     env.prepare(env_options)
     number, task = _task(env.list_tasks(split, env_options), split, wanted)
     settings = prompts.rollout_config(config)
     speaker = Speaker(policy, sampler, settings.response_tokens, settings.max_tokens, episode=number)
     game = env.make_env(env_options)
     first = observation = game.reset(task)
-    print(f"task {task['id']}\n{observation.goal}")
+    screen = Screen()
+    screen.line("task", task["id"], "dim")
+    screen.text(observation.goal, "bold")
     history: list[tuple[str, str]] = []
     lines = _lines("act (Enter: the agent): ") if interactive else None
     while not observation.done and len(history) < settings.max_turns:
-        print(f"\n[{len(history) + 1}] {observation.text}")
+        screen.text(f"\n[{len(history) + 1}] {observation.text}")
         given = "" if lines is None else next(lines, None)
         if given is None:
             return
         answer, parsed = _act(policy.tokenizer, settings, speaker, first, history, observation, given)
-        print(f"answer: {answer}\naction: {parsed.action or '(none)'}", flush=True)
+        for thought in re.findall(r"<think>(.*?)</think>", answer, re.DOTALL):
+            screen.line("thought", thought.strip(), "italic")
+        if answer != parsed.action:
+            screen.line("answer", answer, "dim")
+        screen.line("action", parsed.action or "(none)", "bold cyan" if parsed.action else "bold red")
         history.append((observation.text, parsed.action))
         observation = game.step(parsed.action)
-        print(f"reward: {observation.reward:g}", flush=True)
-    outcome = "won" if observation.won else "not won"
-    print(f"\n{observation.text}\n{outcome}, score {observation.score:g}, {len(history)} turns")
+        screen.line("reward", f"{observation.reward:g}", "bold green" if observation.reward > 0 else "dim")
+    screen.text(f"\n{observation.text}")
+    outcome, style = ("won", "bold green") if observation.won else ("not won", "bold red")
+    screen.text(f"{outcome}, score {observation.score:g}, {len(history)} turns", style)
 
 
 def _act(tokenizer, settings, speaker: Speaker, first: Observation, history, observation: Observation, given: str):
@@ -172,7 +205,7 @@ def _lines(prompt: str):
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="epo-jax generate", description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_folder("checkpoint", "run folder, model folder or hub name")
+    parser.add_folder("checkpoint", "run folder, model folder or hub name", required=False)
     parser.add_argument("--step", type=number_type(int, NOT_NEGATIVE),
                         help="RL steps of the run's checkpoint; the newest if left out")  # fmt: skip
     add_base_option(parser)

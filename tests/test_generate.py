@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import sys
 
 import jax
@@ -88,6 +89,19 @@ def test_somebody_may_act_in_its_place(folder, say):
     actions = told(output, "action")
     assert actions[0] == "red door" and len(actions) <= 3 and (len(actions) < 3 or actions[2] == "left")
     assert output == say(f"--checkpoint={folder[0]}", "--interactive", typed="red door\n\nLEFT\n")
+
+
+def test_without_a_folder_the_agent_of_the_demonstration_plays(tmp_path, monkeypatch, capsys):
+    """One game is made, not all; no sentence of the game is cut at a width."""
+    monkeypatch.setenv("EPO_JAX_DATA", str(tmp_path))
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    generate.main(["generate", "--play", "--task=1"])
+    output = capsys.readouterr().out
+    assert "generating 2 games" in output
+    assert re.search(r"^won, score 100, \d+ turns$|^not won, score 0, 19 turns$", output, re.MULTILINE)
+    assert max(map(len, output.splitlines())) > 100 and "\x1b" not in output
+    with pytest.raises(UserError, match="name a folder first"):
+        generate.main(["generate", "--prompt=x"])
 
 
 def test_a_model_folder_answers_and_chats(tmp_path, say):

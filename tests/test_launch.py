@@ -32,6 +32,7 @@ def clone(tmp_path):
     shutil.copy(ROOT / "launch" / "local", tmp_path / "launch" / "local")
     for name in ("requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     programs = tmp_path / "bin"
     programs.mkdir()
     for tool in TOOLS:
@@ -57,9 +58,10 @@ def calls(clone):
 def test_test_installs_then_lints_then_checks_types_then_tests(clone):
     assert launch(clone, "test", "-k", "wilson").returncode == 0
     made = calls(clone)
-    assert "-r requirements.txt" in made[0] and "--editable ." in made[1]
-    assert made[2:5] == ["check .", "format --check .", "-m mypy"]
-    assert made[5:] == [f"{PYTEST} -k wilson"]
+    assert made[0].endswith("install --quiet --disable-pip-version-check uv")
+    assert "-r requirements.txt" in made[1] and "--editable ." in made[2]
+    assert made[3:6] == ["check .", "format --check .", "-m mypy"]
+    assert made[6:] == [f"{PYTEST} -k wilson"]
 
 
 def test_numerics_runs_tests_that_are_there_with_the_instructions_of_an_old_cpu(clone):
@@ -95,32 +97,98 @@ def test_the_job_runs_both_and_fails_with_either(clone, failing):
     assert calls(clone) == ["numerics", "test"] and (done.returncode != 0) == bool(failing), done.stderr
 
 
-def test_demo_trains_the_laptop_preset_and_tells_where(clone):
-    result = launch(clone, "demo", "--config.epo.lam=0")
+def test_demo_installs_what_it_needs_and_no_compiler(clone):
+    for name in ("cc", "c++", "make"):
+        os.unlink(clone / "bin" / name)
+    assert launch(clone, "demo").returncode == 0
+    made = calls(clone)
+    assert [line.partition("version-check ")[2] for line in made[:-1]] == [
+        "uv", "-r requirements/core.txt", f"--no-deps {pinned('alfworld')}", "--no-deps --editable ."
+    ]  # fmt: skip
+
+
+def pinned(package):
+    lines = (ROOT / "requirements" / "envs.txt").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{package}=="))
+
+
+def test_every_requirement_is_in_the_full_list():
+    listed = {line[3:] for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("-r ")}
+    assert listed == {f"requirements/{path.name}" for path in (ROOT / "requirements").iterdir()} - {"requirements/docs.txt"}
+
+
+def test_an_installation_for_the_demo_is_completed_by_others_and_serves_as_one(clone):
+    assert launch(clone, "demo").returncode == 0
+    (clone / ".venv" / "mark").write_text("")
+    assert launch(clone, "setup").returncode == 0
+    assert "-r requirements.txt" in "".join(calls(clone)) and (clone / ".venv" / "mark").exists()
+    made = len(calls(clone))
+    assert launch(clone, "demo").returncode == 0
+    assert len(calls(clone)) == made + 1
+
+
+UV = """#!/usr/bin/env bash
+echo "uv $*" >>calls
+if [[ "$*" == *"$UV_FAILS_ON"* && -n "$UV_FAILS_ON" ]]; then exit 1; fi
+"""
+
+
+def test_uv_installs_if_it_is_there_and_pip_where_it_fails(clone):
+    (clone / "bin" / "uv").write_text(UV)
+    (clone / "bin" / "uv").chmod(0o755)
+    assert launch(clone, "demo", UV_FAILS_ON="alfworld").returncode == 0
+    *made, _ = calls(clone)
+    into = "uv pip install --quiet --python .venv/bin/python"
+    assert made == [
+        f"{into} -r requirements/core.txt",
+        f"{into} --no-deps {pinned('alfworld')}",
+        f"-m pip install --quiet --disable-pip-version-check --no-deps {pinned('alfworld')}",
+        f"{into} --no-deps --editable .",
+    ]
+
+
+@pytest.mark.parametrize(("options", "preset"), [([], "demo"), (["--full"], "laptop")])
+def test_demo_trains_its_preset_and_tells_where(clone, options, preset):
+    result = launch(clone, "demo", *options, "--config.epo.lam=0")
     assert result.returncode == 0, result.stderr
     command = calls(clone)[-1].split()
-    assert command[:3] == ["-m", "epo_jax.main", "--config=configs/alfworld.py:laptop"]
-    assert command[3].startswith("--workdir=runs/demo-2") and command[4] == "--config.epo.lam=0"
-    assert f"Results: {command[3].removeprefix('--workdir=')} " in result.stdout
+    assert command[:3] == ["-m", "epo_jax.main", f"--config=alfworld:{preset}"]
+    assert command[3].startswith("--workdir=runs/demo-2") and command[4:] == ["--config.epo.lam=0"]
+    assert f"Curves: {command[3].removeprefix('--workdir=')}/figures" in result.stdout
+    assert ("--full" in result.stdout) == (preset == "demo")
 
 
-def test_demo_tells_the_workdir_that_was_asked_for(clone):
-    assert "Results: runs/mine " in launch(clone, "demo", "--workdir=runs/mine").stdout
+@pytest.mark.parametrize("words", [["--workdir=runs/mine"], ["--workdir", "runs/mine"]])
+def test_demo_tells_the_workdir_that_was_asked_for(clone, words):
+    assert "Curves: runs/mine/" in launch(clone, "demo", *words, "--resume").stdout
+    assert calls(clone)[-1].endswith("--workdir=runs/mine --resume")
+
+
+def test_demo_refuses_a_workdir_without_a_name(clone):
+    result = launch(clone, "demo", "--workdir")
+    assert result.returncode == 2 and "--workdir needs a folder" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["demo", "--help"]])
+def test_help_lists_the_tasks_and_installs_nothing(clone, words):
+    result = launch(clone, *words)
+    assert result.returncode == 0 and not calls(clone)
+    assert all(f"./launch/local {task}" in result.stdout for task in ("demo", "test", "numerics", "setup"))
 
 
 def test_a_failed_demo_fails_and_claims_no_results(clone):
     result = launch(clone, "demo", FAIL_ON="epo_jax.main")
-    assert result.returncode != 0 and "Results" not in result.stdout
+    assert result.returncode != 0 and "Curves" not in result.stdout
 
 
 def test_venv_is_reused_until_the_requirements_change(clone):
     for _ in range(2):
         assert launch(clone, "setup").returncode == 0
-    assert len(calls(clone)) == 2
-    with open(clone / "requirements.txt", "a") as file:
+    assert len(calls(clone)) == 3
+    with open(clone / "requirements" / "test.txt", "a") as file:
         file.write("# changed\n")
     launch(clone, "setup")
-    assert len(calls(clone)) == 4
+    assert len(calls(clone)) == 6
 
 
 def test_an_interrupted_installation_is_made_again(clone):

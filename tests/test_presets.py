@@ -24,6 +24,7 @@ from tests.settings.test_config import preset
     [
         ("alfworld", "paper", (2, 2, 2)),
         ("alfworld", "laptop", (2, 2, 2)),
+        ("alfworld", "demo", (8, 1, 1)),
         ("alfworld", "smoke", (8, 1, 1)),
         ("scienceworld", "paper", (1, 2, 4)),
         ("scienceworld", "laptop", (8, 1, 1)),

@@ -120,6 +120,7 @@ class Environment:
     list_tasks: Callable[[str, dict[str, Any]], list[Task]]
     make_env: Callable[[dict[str, Any]], TextEnv]
     prepare: Callable[[dict[str, Any]], None]
+    narrowed: Callable[[dict[str, Any], str, int], dict[str, Any]]  # options that prepare less: one split up to task number
     demonstrations: Callable[[list[Task], dict[str, Any]], list[Demonstration]]
     rename: Callable[[list[Demonstration], int], list[Demonstration]]
     phrases: str
@@ -149,6 +150,7 @@ def environment(name: str) -> Environment:
         list_tasks=module.list_tasks,
         make_env=module.make_env,
         prepare=getattr(module, "prepare", lambda options: None),
+        narrowed=getattr(module, "narrowed", lambda options, split, number: options),
         demonstrations=getattr(module, "demonstrations", functools.partial(_no_demonstrations, name)),
         rename=getattr(module, "rename", functools.partial(_no_renaming, name)),
         phrases=getattr(module, "PHRASES", ""),

@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a key of config.env; may be repeated")
     args = parser.parse_args(argv[1:])
     env, options = environment(args.env), read_options(args.env, args.option)
+    options = options if args.task else env.narrowed(options, args.split, 0)
     env.prepare(options)
     task = find_task(env.list_tasks(args.split, options), args.task)
     answers = iter(expert_answers(env, task, options, args.style) if args.expert else ())

@@ -236,6 +236,20 @@ def evaluated(row: Mapping[str, Any]) -> str:
     return f"{row['split']} at temperature {row['temperature']:g}" if at_another_temperature(row) else row["split"]
 
 
+def gains(evaluations: Sequence[Row]) -> list[str]:
+    """A line for each split: success, with its interval, at the first and at the last evaluation of a run."""
+    lines, rows = [], [row for row in evaluations if not at_another_temperature(row)]
+    for split in dict.fromkeys(row["split"] for row in rows):
+        mine = [row for row in rows if row["split"] == split]
+        ends = [mine[0], mine[-1]] if len(mine) > 1 else mine
+        parts = [
+            f"{100 * row['success']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] after {row['step']} RL steps"
+            for row in ends
+        ]
+        lines.append(f"success on {split}: {', '.join(parts)} ({mine[-1]['episodes']} episodes)")
+    return lines
+
+
 def evaluation_table(row: Mapping[str, Any]) -> str:
     """An evaluation as a table, per task type and in all: success with its 95 % interval, what else was counted, pass@k."""
     counted = [*row["by_type"].items(), ("all", row)]
@@ -293,8 +307,11 @@ def members_table(names: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def seconds_left(durations: Sequence[float], steps_left: int) -> float:
-    """Time to the end from the seconds of past steps: the median of the last ten, so that a compile does not count."""
-    return median(durations[-10:]) * steps_left if durations else math.nan
+    """Time to the end from the seconds of past steps: the median of the last ten.
+
+    The first step compiles, and does not count; without another, the time is unknown.
+    """
+    return median(durations[1:][-10:]) * steps_left if len(durations) > 1 else math.nan
 
 
 def _percent(share: float | None) -> str:

@@ -26,7 +26,7 @@ from epo_jax.parallel import hosts
 from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig
 from epo_jax.rollout.scheduler import Episode, Player, RolloutStats, collect, warn_full
 from epo_jax.rollout.trajectory import Trajectory, choose_groups
-from epo_jax.runs import checkpoint, metrics, profiling
+from epo_jax.runs import checkpoint, figures, metrics, profiling
 from epo_jax.runs.checkpoint import NOT_EVALUATED, Progress
 from epo_jax.runs.ledger import Ledger, Member
 from epo_jax.runs.trajectory_log import TrajectoryLog
@@ -149,6 +149,7 @@ def train(run: Run, states: States, host: Host) -> None:
         if last or (config.eval.every and done % config.eval.every == 0):
             success = evaluate(run, states, host, done, evaluations(config.eval))
             improved = raise_best(host, success)
+            draw(run)
         if last or done % config.checkpoint.every == 0 or (improved and config.checkpoint.keep_best):
             save(run, states, host, success)
         if not last and asked_to_stop(run, done):
@@ -314,6 +315,12 @@ def evaluate(run: Run, states: States, host: Host, step: int, due: list[Evaluati
             print(metrics.evaluation_table(rows[0]) if len(run.members) == 1 else
                   metrics.members_table([run.members[i].name for i in host.living], rows), flush=True)  # fmt: skip
     return success
+
+
+def draw(run: Run) -> None:
+    """Draws the curves so far of a single run."""
+    if hosts.is_first() and run.ledger is None:
+        figures.draw(run.files[0].folder)
 
 
 def not_evaluated(run: Run) -> list[float]:

@@ -22,7 +22,7 @@ from epo_jax.rollout import prompts, scheduler
 from epo_jax.runs import checkpoint, figures, processes, profiling, wandb_log
 from epo_jax.runs.folder import Command, open_workdir, record_changes, train_longer
 from epo_jax.runs.ledger import Member
-from epo_jax.runs.metrics import MetricWriter, read_rows
+from epo_jax.runs.metrics import MetricWriter, gains, read_rows
 from epo_jax.runs.policies import decoder_of_run, keep_decoder
 from epo_jax.runs.trajectory_log import TrajectoryLog
 from epo_jax.training import initial_policy, loop, warm_start
@@ -119,6 +119,8 @@ def train(command: Command, stop: StopRequest) -> None:
     # ---------------------------------------------------------------- results
     for path in figures.draw(workdir) if hosts.is_first() else ():
         print(f"wrote {path}")
+    for line in gains(read_rows(workdir / "eval.jsonl")) if hosts.is_first() else ():
+        print(line)
     if config.train.steps <= FEW_STEPS:
         print(f"A run of {config.train.steps} RL steps shows that everything works; it is too short to learn anything.")
     if skipped := host.progress[0].skipped:

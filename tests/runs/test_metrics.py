@@ -17,6 +17,7 @@ from epo_jax.runs.metrics import (
     clock,
     evaluation_row,
     evaluation_table,
+    gains,
     interval_of_plays,
     members_table,
     pass_at_k,
@@ -252,10 +253,23 @@ def test_progress_line_tells_the_step():
 
 
 def test_time_left_ignores_the_compile():
-    assert seconds_left([60.0, 10.0, 10.0, 11.0], 5) == pytest.approx(52.5)
+    assert seconds_left([60.0, 10.0, 10.0, 11.0], 5) == seconds_left([60.0, 10.0], 5) == 50.0
     assert seconds_left([100.0] * 5 + [1.0] * 10, 3) == 3.0
-    assert math.isnan(seconds_left([], 3))
+    assert math.isnan(seconds_left([], 3)) and math.isnan(seconds_left([60.0], 3))
 
 
 def test_clock():
     assert [clock(seconds) for seconds in (5, 75, 3725, math.nan)] == ["0:05", "1:15", "1:02:05", "-:--"]
+
+
+def test_gains_are_the_first_and_the_last_evaluation_of_each_split_at_its_own_temperature():
+    def row(split, step, won, **more):
+        outcomes = [Outcome("pick", str(i), i < won, 0.0, 1, 0) for i in range(20)]
+        return evaluation_row(step, split, outcomes) | more
+
+    rows = [row("seen", 0, 2), row("unseen", 0, 4), row("seen", 5, 9), row("unseen", 9, 17), row("unseen", 9, 1, temperature=1.0)]
+    assert gains(rows) == [
+        "success on seen: 10 % [3, 30] after 0 RL steps, 45 % [26, 66] after 5 RL steps (20 episodes)",
+        "success on unseen: 20 % [8, 42] after 0 RL steps, 85 % [64, 95] after 9 RL steps (20 episodes)",
+    ]
+    assert gains(rows[:1]) == ["success on seen: 10 % [3, 30] after 0 RL steps (20 episodes)"] and gains([]) == []

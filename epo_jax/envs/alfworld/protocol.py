@@ -84,6 +84,17 @@ def list_tasks(split: str, options: dict[str, Any]) -> list[Task]:
         return [{**task, "file": str(root / task["file"])} for task in index[split]]
 
 
+def narrowed(options: dict[str, Any], split: str, number: int) -> dict[str, Any]:
+    """Returns options with fewer games, among them game `number` of `split`, as long as the games have not been generated.
+
+    Games do not depend on how many there are, so this game is the one that the options name.
+    """
+    count = options[f"{split}_games"]
+    if number >= count or _real_data() is not None or _index_path(options).exists():
+        return options
+    return {**options, **{f"{other}_games": number + 1 if other == split else 0 for other in SPLITS}}
+
+
 def make_env(options: dict[str, Any]) -> AlfworldEnv:
     return AlfworldEnv(_lists_admissible(options))
 

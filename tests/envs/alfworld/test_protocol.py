@@ -128,6 +128,18 @@ def test_the_number_of_workers_does_not_change_the_games(options, tmp_path):
     assert contents[0] == contents[1]
 
 
+def test_one_game_is_made_alone_and_is_the_one_of_all(options, tmp_path):
+    wanted = {**options, "data_dir": str(tmp_path), "train_games": 10**6, "valid_seen_games": 10**6}
+    few = alfworld.narrowed(wanted, "valid_unseen", 1)
+    assert [few[f"{split}_games"] for split in SPLITS] == [2 if split == "valid_unseen" else 0 for split in SPLITS]
+    alfworld.prepare(few)
+    alone, whole = (alfworld.list_tasks("valid_unseen", used)[1] for used in (few, options))
+    assert alone["id"] == whole["id"] and Path(alone["file"]).read_bytes() == Path(whole["file"]).read_bytes()
+    assert alfworld.narrowed(options, "valid_unseen", 1) == options, "games that are there are used"
+    past = wanted["valid_unseen_games"]
+    assert alfworld.narrowed(wanted, "valid_unseen", past) == wanted, "there is no such game, which the whole list shows"
+
+
 def test_the_training_process_imports_no_engine(options):
     program = (
         "import json, sys; from epo_jax.envs.alfworld import protocol as alfworld; options = json.loads(sys.argv[1]); "
