@@ -72,6 +72,17 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch):
         mesh.devices_in_use()
 
 
+def test_a_gpu_that_is_not_used_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(mesh, "_GPU", str(tmp_path))
+    line, warning = mesh.devices_in_use().splitlines()
+    assert (
+        line == f"device: 8 x cpu, {os.cpu_count()} cores" and "which this JAX cannot use; pip install 'jax[cuda12]'" in warning
+    )
+    monkeypatch.setattr(mesh, "_GPU", str(tmp_path / "none"))
+    assert mesh.devices_in_use() == line
+
+
 def test_a_program_adds_its_own_flags(tmp_path):
     command = parse(
         arguments(tmp_path, SMOKE, "--split=train"),

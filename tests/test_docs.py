@@ -6,14 +6,19 @@ import importlib
 import importlib.util
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from epo_jax.__main__ import COMMANDS
+from epo_jax.command import parse
 from epo_jax.objectives import registry
+from epo_jax.parallel import hosts
+from epo_jax.runs import profiling
 from epo_jax.settings.config import base_config, flatten
 from epo_jax.settings.table import SETTINGS
+from epo_jax.training import dry_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -66,6 +71,27 @@ def test_help_lists_the_options_of_documented_commands(page):
     for command, rest in re.findall(r"\bepo-jax ([a-z]+) ((?:\\\n|[^\n`])*)", page.read_text()):
         for option in re.findall(r"(?<=--)[a-z_]+(?![\w.])", rest):
             assert re.search(rf"--{option}\b", help_of(command)), f"epo-jax {command} --{option}"
+
+
+def commands_of(page):
+    """The indented commands that train, in one line each, without comments."""
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    return [re.sub(r"\s#.*", "", line).strip() for line in re.findall(r"^    (epo-jax (?:train|sweep) .*)$", text, re.M)]
+
+
+def define_flags(values):
+    for define in (hosts.define_flags, profiling.define_flag, dry_run.define_flag):
+        define(values)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.name)
+def test_commands_that_train_can_be_pasted(page, tmp_path, monkeypatch):
+    """Their configs, presets, keys and values are accepted. Commands about a run or a file that a reader makes are left out."""
+    monkeypatch.chdir(tmp_path)
+    for command in commands_of(page):
+        _, program, *rest = shlex.split(command)
+        if "--resume" not in rest and "..." not in rest and "--config=guess_config.py" not in rest:
+            parse([program, *rest], define_flags, sweep=program == "sweep")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -60,6 +60,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "residual_tokens": AXES,  # of the residual stream, between the blocks' matrix products
 }
 
+_GPU = "/dev/nvidia0"  # what the driver makes for the first GPU
+
 
 def make_mesh(data: int = 0, fsdp: int = 0, tensor: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of these sizes over `devices` (all by default).
@@ -126,7 +128,7 @@ def processes(mesh: Mesh) -> int:
 
 
 def devices_in_use() -> str:
-    """A line that describes the devices JAX has found.
+    """A line that describes the devices JAX has found, and a warning if there is a GPU that this JAX cannot use.
 
     Raises:
         UserError: there is no device of the platform that JAX_PLATFORMS names.
@@ -141,7 +143,12 @@ def devices_in_use() -> str:
             "'jax[tpu]'), or unset the variable."
         ) from None
     kind, platform = devices[0].device_kind, devices[0].platform
-    return f"device: {len(devices)} x {kind}" + (f" ({platform})" if platform not in kind.lower() else "")
+    line = f"device: {len(devices)} x {kind}"
+    if platform == "cpu":
+        line += f", {os.cpu_count()} cores"
+        if "JAX_PLATFORMS" not in os.environ and os.path.exists(_GPU):
+            line += "\nwarning: this machine has an NVIDIA GPU, which this JAX cannot use; pip install 'jax[cuda12]'"
+    return line + (f" ({platform})" if platform not in kind.lower() else "")
 
 
 def spec(*axes: str | None, without: str | None = None) -> P:
