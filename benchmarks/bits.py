@@ -17,7 +17,8 @@ import numpy as np
 from epo_jax.configs.alfworld import get_config
 from epo_jax.envs.base import environment
 from epo_jax.envs.workers.pool import EnvPool
-from epo_jax.rollout import prompts, scheduler
+from epo_jax.rollout import prompts
+from epo_jax.rollout.collect import Player, collect
 from epo_jax.runs.policies import load
 from epo_jax.training.batch import step_batch
 from epo_jax.training.from_config import objective_and_hyper
@@ -68,8 +69,8 @@ def main() -> None:
         for dtype, cache_dtype in CHOICES:
             settings = dataclasses.replace(prompts.rollout_config(config), dtype=dtype, cache_dtype=cache_dtype)
             episodes = step_episodes(tasks, config, 0, 0)
-            player = scheduler.Player(episodes, policy.tokenizer, jax.random.key(1))
-            (trajectories,), _ = scheduler.collect(
+            player = Player(episodes, policy.tokenizer, jax.random.key(1))
+            (trajectories,), _ = collect(
                 [player], policy.params, pool, policy.model, settings, prompts.SamplingConfig(temperature)
             )
             batch = step_batch(config, objective, 0, trajectories, 1)

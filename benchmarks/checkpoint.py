@@ -37,7 +37,7 @@ def trajectories(config, rows: int, vocabulary: int) -> list[Trajectory]:
     for i in range(episodes):
         t = Trajectory(task={"id": str(i), "type": "t"}, group=i // config.rollout.group_size)
         for turn in range(turns):
-            t.observations.append("")
+            t.append_observation("")
             t.append_prompt(rng.integers(0, vocabulary, 30).tolist())
             t.append_answer(rng.integers(0, vocabulary, 8).tolist(), [-3.0] * 8, [3.0] * 8)
             t.actions.append("")

@@ -23,8 +23,8 @@ from epo_jax.envs.alfworld import protocol as alfworld
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import decoder_config, init_params
 from epo_jax.models.tokenizer import train_tokenizer
-from epo_jax.rollout import lane, prompts, scheduler
-from epo_jax.rollout.episode import LiveEpisode
+from epo_jax.rollout import collect, lane, prompts, scheduler
+from epo_jax.rollout.episode import Episode, LiveEpisode
 
 
 def one_of(*widths: int):
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     base.ENVIRONMENTS["alfworld_random"] = "benchmarks.alfworld_random"
-    scheduler.LiveEpisode, scheduler.Lane = Scripted, Counting
+    collect.LiveEpisode, scheduler.Lane = Scripted, Counting
 
     config = preset.get_config("laptop")
     config.env.train_games = 60
@@ -84,8 +84,8 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     model = dataclasses.replace(decoder_config(config.model), vocab_size=tokenizer.vocab_size)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-    episodes = [scheduler.Episode(i, tasks[i // 8], i // 8) for i in range(128)]
-    player = scheduler.Player(episodes, Unstopped(tokenizer.backend, tokenizer.frame, tokenizer.roles), jax.random.key(1))
+    episodes = [Episode(i, tasks[i // 8], i // 8) for i in range(128)]
+    player = collect.Player(episodes, Unstopped(tokenizer.backend, tokenizer.frame, tokenizer.roles), jax.random.key(1))
     even = prompts.SamplingConfig(1e4)  # so hot that every token is as likely; else a new policy repeats one token
 
     seconds = {name: [] for name in CHOICES}
@@ -94,7 +94,7 @@ def main() -> None:
             for name, lane.pieces in CHOICES.items():
                 Counting.calls = Counting.computed = 0
                 started = time.process_time()
-                _, stats = scheduler.collect([player], params, pool, model, prompts.rollout_config(config), even)
+                _, stats = collect.collect([player], params, pool, model, prompts.rollout_config(config), even)
                 if measured:
                     seconds[name].append(time.process_time() - started)
                 else:

@@ -9,7 +9,7 @@ A model of SmolLM2-135M's shape with random weights, float32, plays the real eng
 (benchmarks/alfworld_random.py), and the length of each answer is drawn by seed, 8 to 40 tokens, so all sides read and
 write the same number of tokens in the same episodes. transformers needs torch, which this project does not install.
 
-ours        `scheduler.collect`: the cache lives across turns; lanes of slots work while others wait for their environments
+ours        `collect`: the cache lives across turns; lanes of slots work while others wait for their environments
 whole       one batch in lock-step; each turn reads the whole conversation again, as in the reference implementation
 continued   the same with a cache that lives across turns: only new tokens are read, in lock-step and padded to one length
 """
@@ -29,8 +29,8 @@ from epo_jax.envs.alfworld import protocol as alfworld
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import init_params
 from epo_jax.models.tokenizer import ChatTokenizer, train_tokenizer
-from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.episode import LiveEpisode
+from epo_jax.rollout import collect, prompts
+from epo_jax.rollout.episode import Episode, LiveEpisode
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.training.tasks import step_episodes
 
@@ -75,12 +75,12 @@ def ours(args, tokenizer, tasks):
         slots=args.slots, max_turns=args.turns, max_tokens=4096, max_policy_tokens=4096, response_tokens=LONGEST,
         style="tagged", lanes=args.lanes, block=args.block,
     )  # fmt: skip
-    scheduler.LiveEpisode = Scripted
-    episodes = [scheduler.Episode(i, tasks[i]) for i in range(args.episodes)]
-    player = scheduler.Player(episodes, Unstopped(tokenizer.backend, tokenizer.frame, tokenizer.roles), jax.random.key(1))
+    collect.LiveEpisode = Scripted
+    episodes = [Episode(i, tasks[i]) for i in range(args.episodes)]
+    player = collect.Player(episodes, Unstopped(tokenizer.backend, tokenizer.frame, tokenizer.roles), jax.random.key(1))
     for name in ("compiling", "ours"):
         with EnvPool("alfworld_random", OPTIONS, 2) as pool:
-            (trajectories,), stats = scheduler.collect([player], params, pool, args.model, config, prompts.SamplingConfig(1.0))
+            (trajectories,), stats = collect.collect([player], params, pool, args.model, config, prompts.SamplingConfig(1.0))
         report(name, stats.seconds, trajectories, {
             "prefill": stats.prefill_seconds, "decode": stats.decode_seconds, "waiting for environments": stats.env_wait_seconds,
         }, f"{stats.prompt_tokens} tokens read; prefill and decode are summed over lanes that overlap")  # fmt: skip
@@ -205,8 +205,8 @@ def of_run(args):
     with EnvPool(config.env.name, options, config.env.workers) as pool:
         for step in range(4):
             episodes = step_episodes(tasks, config, step, 0)
-            player = scheduler.Player(episodes, policy.tokenizer, jax.random.key(1))
-            (trajectories,), stats = scheduler.collect(
+            player = collect.Player(episodes, policy.tokenizer, jax.random.key(1))
+            (trajectories,), stats = collect.collect(
                 [player], policy.params, pool, policy.model, settings, prompts.SamplingConfig(1.0)
             )
             report(f"step {step}", stats.seconds, trajectories, {

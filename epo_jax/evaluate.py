@@ -31,8 +31,8 @@ from epo_jax.common.errors import UserError
 from epo_jax.envs.base import SPLITS, environment
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.parallel import hosts, mesh
+from epo_jax.rollout.collect import check_devices
 from epo_jax.rollout.prompts import rollout_config
-from epo_jax.rollout.scheduler import check_devices
 from epo_jax.runs.folder import read_config
 from epo_jax.runs.metrics import evaluation_table, plain
 from epo_jax.runs.policies import is_run, load

@@ -46,7 +46,7 @@ def episodes(seed: int, uniform: tuple[int, ...] = ()) -> list[Trajectory]:
         t = Trajectory(task={"id": str(i // SIZE), "type": "t"}, group=i // SIZE, episode=seed * EPISODES + i)
         turns = int(rng.integers(1, TURNS + 1))
         for turn in range(turns):
-            t.observations.append("start" if turn == 0 else f"room {rng.integers(2)}")
+            t.append_observation("start" if turn == 0 else f"room {rng.integers(2)}")
             t.append_prompt(rng.integers(0, 23, rng.integers(2, 5)).tolist())
             said = rng.integers(0, 23, rng.integers(1, 5)).tolist()
             t.append_answer(said, [0.0] * len(said), [0.0] * len(said))

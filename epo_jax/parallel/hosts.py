@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -145,21 +144,33 @@ def gather(value: Any) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
-    messages = _exchange({"value": value})
-    for process, message in enumerate(messages):
-        if "failed" in message:
-            _end(f"process {process} {message['failed']}")
-    return [message["value"] for message in messages]
+    return [json.loads(message) for message in gather_bytes(json.dumps(value).encode())]
 
 
-def _exchange(message: dict) -> list[dict]:
-    own = np.frombuffer(zlib.compress(json.dumps(message).encode(), level=1), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(own.size, np.int32))
-    # Padded to a power of two: each shape is a program of its own.
-    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
-    padded[: own.size] = own
+def gather_bytes(message: bytes) -> list[bytes]:
+    """`message` of every process, in the order of the processes.
+
+    All processes must call this together.
+    """
+    if jax.process_count() == 1:
+        return [message]
+    messages, failed = _exchange(message)
+    if any(failed):
+        process = failed.index(True)
+        _end(f"process {process} {messages[process].decode()}")
+    return messages
+
+
+def _exchange(message: bytes, failed: bool = False) -> tuple[list[bytes], list[bool]]:
+    """The message of every process, and whether it is about a failure."""
+    sizes, failures = multihost_utils.process_allgather(np.array([len(message), failed], np.int32)).T
+    # Padded to one of eight sizes below each power of two: each shape is a program of its own.
+    most = int(sizes.max())
+    step = 1 << max(0, most.bit_length() - 4)
+    padded = np.zeros((most // step + 1) * step, np.uint8)
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
     parts = multihost_utils.process_allgather(padded)
-    return [json.loads(zlib.decompress(part[:size].tobytes())) for part, size in zip(parts, sizes, strict=True)]
+    return [part[:size].tobytes() for part, size in zip(parts, sizes, strict=True)], failures.astype(bool).tolist()
 
 
 def agree(what: str, value: Any) -> None:
@@ -224,7 +235,7 @@ class _Watch:
         self._leaving.set()
         words = f"on {os.uname().nodename} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
         # The others get the message if they wait in `gather`. Everywhere else their threads notice that this process has left.
-        farewell = threading.Thread(target=_exchange, args=({"failed": words},), daemon=True)
+        farewell = threading.Thread(target=_exchange, args=(words.encode(), True), daemon=True)
         farewell.start()
         farewell.join(_FAREWELL)
         if not is_first():

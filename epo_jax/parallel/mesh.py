@@ -122,6 +122,12 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def own_rows(mesh: Mesh, rows: int) -> set[int]:
+    """Which rows of a batch of `rows` are on devices of this process."""
+    slices = NamedSharding(mesh, spec("rows")).addressable_devices_indices_map((rows,)).values()
+    return {row for (shard,) in slices for row in range(rows)[shard]}
+
+
 def processes(mesh: Mesh) -> int:
     """Number of processes whose devices are in the mesh."""
     return len({device.process_index for device in mesh.devices.flat})
@@ -220,7 +226,7 @@ def abstract(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree[jax.Shape
 def place(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:
     """Copies arrays from the host to the mesh.
 
-    They must be equal in all processes, each of which copies the shards of its own devices.
+    Each process copies the shards of its own devices; what several processes copy must be equal in them.
     """
 
     def of(x, sharding: NamedSharding) -> Array:

@@ -111,7 +111,7 @@ class LiveEpisode:
         """Records an observation, then ends the episode or prepares its next turn."""
         trajectory, config = self.trajectory, self.config
         history = list(zip(trajectory.observations, trajectory.actions, strict=True))
-        trajectory.observations.append(observation.text)
+        trajectory.append_observation(observation.text)
         trajectory.won, trajectory.score = observation.won, observation.score
         trajectory.won_reference = observation.won_reference
         if history:

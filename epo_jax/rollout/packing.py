@@ -1,6 +1,9 @@
 """Trajectories packed into the learner's rows: a `TokenBatch` of fixed shape."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,45 +39,71 @@ class BatchShape:
         return -(-contexts // (self.contexts_per_row * self.rows_multiple)) * self.rows_multiple
 
 
-def pack(trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray | None = None, seed: int = 0) -> TokenBatch:
+def pack(
+    trajectories: list[Trajectory],
+    shape: BatchShape,
+    orders: np.ndarray | None = None,
+    seed: int = 0,
+    own_rows: Collection[int] | None = None,
+) -> TokenBatch:
     """Packs trajectories into rows; all contexts of a trajectory are in one mini-batch.
 
     Args:
         orders: permutations of the trajectories, [N] or one for each epoch [E, N]. Each is cut into mini-batches, and the
             mini-batches of the epochs follow one another. None keeps the order of `trajectories`.
         seed: the run's, from which the learner draws.
+        own_rows: the rows of each mini-batch to fill, those on this process's devices; the others stay 0. None fills all.
     """
-    number = len(trajectories)
-    share = -(-number // shape.mini_batches)
-    orders = np.atleast_2d(np.arange(number) if orders is None else orders)
-    minis = [order[m * share : (m + 1) * share] for order in orders for m in range(shape.mini_batches)]
-    size = len(minis), shape.rows(number)
+    plan = _plan(trajectories, shape, orders)
+    size = len(plan), shape.rows(len(trajectories))
     wide, narrow = (*size, shape.row_tokens), (*size, shape.policy_tokens)
     arrays = {name: np.zeros(wide, np.int32) for name in ("tokens", "positions", "segment_ids")}
     arrays |= {name: np.zeros(narrow, np.int32) for name in ("index", "label", "trajectory", "turn")}
     arrays |= {name: np.zeros(narrow, np.float32) for name in ("policy_mask", "reward", "valid", *_RECORDED)}
-
-    columns = [_columns(trajectory) for trajectory in trajectories]
-    rows = np.zeros(len(minis), np.int32)
-    for m, mini in enumerate(minis):
-        contexts = [(int(i), start, end) for i in mini for start, end in trajectories[i].contexts]
-        policy_tokens = [int((columns[i]["turn"][start:end] >= 0).sum()) for i, start, end in contexts]
-        sizes = [(end - start, policy) for (_, start, end), policy in zip(contexts, policy_tokens, strict=True)]
-        bins = first_fit(sizes, (shape.row_tokens, shape.policy_tokens))
-        rows[m] = len(bins)
-        for r, content in enumerate(bins):
-            row = _row([contexts[c] for c in content], columns)
-            for name, values in row.items():
-                arrays[name][m, r, : len(values)] = values
+    columns = functools.cache(lambda i: _columns(trajectories[i]))
+    for m, rows in enumerate(plan):
+        for r, contexts in enumerate(rows):
+            if own_rows is None or r in own_rows:
+                for name, values in _row(contexts, columns).items():
+                    arrays[name][m, r, : len(values)] = values
     return TokenBatch(
         **arrays,
-        rows=rows,
+        rows=np.array([len(rows) for rows in plan], np.int32),
         returns=np.array([sum(t.rewards) for t in trajectories], np.float32),
         group=np.array([t.group for t in trajectories], np.int32),
         anchor=_anchors(trajectories, shape.max_turns),
         episode=np.array([t.episode for t in trajectories], np.int32),
         seed=np.array(seed, np.uint32),
     )
+
+
+class _Context(NamedTuple):
+    """Tokens `start` to `end` of the trajectory with index `owner`; `policy_tokens` of them are the policy's."""
+
+    owner: int
+    start: int
+    end: int
+    policy_tokens: int
+
+
+def _plan(trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray | None) -> list[list[list[_Context]]]:
+    """The contexts in each row of each mini-batch, the same plan in every process."""
+    number = len(trajectories)
+    share = -(-number // shape.mini_batches)
+    contexts = [_contexts(i, trajectory) for i, trajectory in enumerate(trajectories)]
+    plan = []
+    for order in np.atleast_2d(np.arange(number) if orders is None else orders):
+        for m in range(shape.mini_batches):
+            mini_batch = [context for i in order[m * share : (m + 1) * share] for context in contexts[i]]
+            sizes = [(context.end - context.start, context.policy_tokens) for context in mini_batch]
+            bins = first_fit(sizes, (shape.row_tokens, shape.policy_tokens))
+            plan.append([[mini_batch[c] for c in content] for content in bins])
+    return plan
+
+
+def _contexts(owner: int, trajectory: Trajectory) -> list[_Context]:
+    emitted = np.asarray(trajectory.turn) >= 0
+    return [_Context(owner, start, end, int(emitted[start:end].sum())) for start, end in trajectory.contexts]
 
 
 # The sampler's statistics: array of the batch -> field of a trajectory.
@@ -92,10 +121,11 @@ def _columns(trajectory: Trajectory) -> dict[str, np.ndarray]:
     return columns | {name: np.asarray(getattr(trajectory, field)) for name, field in _RECORDED.items()}
 
 
-def _row(contexts: list[tuple[int, int, int]], columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of one row, without padding; `contexts` are (trajectory, start, end), `columns` those of each trajectory."""
-    lengths = [end - start for _, start, end in contexts]
-    token = {name: np.concatenate([columns[i][name][start:end] for i, start, end in contexts]) for name in columns[0]}
+def _row(contexts: list[_Context], columns: Callable[[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of one row, without padding; `columns(i)` gives those of trajectory i."""
+    lengths = [context.end - context.start for context in contexts]
+    pieces = [{name: values[c.start : c.end] for name, values in columns(c.owner).items()} for c in contexts]
+    token = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     emitted = np.flatnonzero(token["turn"] >= 0)
     policy = {name: values[emitted] for name, values in token.items()}
     return {
@@ -104,7 +134,7 @@ def _row(contexts: list[tuple[int, int, int]], columns: list[dict[str, np.ndarra
         "segment_ids": np.repeat(np.arange(1, len(contexts) + 1), lengths),
         "index": emitted - 1,
         "label": policy.pop("tokens"),
-        "trajectory": np.repeat([i for i, _, _ in contexts], lengths)[emitted],
+        "trajectory": np.repeat([context.owner for context in contexts], lengths)[emitted],
         "policy_mask": np.ones(len(emitted)),
         **policy,
     }
@@ -114,7 +144,7 @@ def _anchors(trajectories: list[Trajectory], max_turns: int) -> np.ndarray:
     """An id of the observation before each turn, equal within a group if the observations are, [N, U]."""
     anchor, ids = np.zeros((len(trajectories), max_turns), np.int32), {}
     for i, trajectory in enumerate(trajectories):
-        for turn, observation in enumerate(trajectory.observations[: len(trajectory.actions)]):
+        for turn, observation in enumerate(trajectory.anchors[: len(trajectory.actions)]):
             anchor[i, turn] = ids.setdefault((trajectory.group, observation), len(ids))
     return anchor
 

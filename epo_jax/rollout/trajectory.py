@@ -1,7 +1,10 @@
 """Episodes as the policy saw them: exact token ids, and the statistics of the distributions sampled from."""
 
 import dataclasses
+import hashlib
 import itertools
+
+import numpy as np
 
 from epo_jax.envs.base import Task
 
@@ -9,6 +12,9 @@ from epo_jax.envs.base import Task
 @dataclasses.dataclass
 class Trajectory:
     """One episode as the policy saw it: the ids that it read and the ids that it emitted.
+
+    In a run on several hosts, `goal` and `observations` are only where the episode was played. Elsewhere they are empty, and the
+    lists with an element for each token are arrays.
 
     Attributes:
         task: the environment's task.
@@ -22,6 +28,7 @@ class Trajectory:
         entropy: entropy of the distribution each policy token was sampled from (0 elsewhere), nats, float32.
         rewards: reward of each turn.
         valid: for each turn, whether its text parsed into an action; in an expert episode, whether the action is imitated.
+        anchors: for each observation, 64 bits that are equal if and only if (but for chance) its text is.
         observations: text of the observation before each turn, and of the last one.
         actions: the action text of each turn.
         won: the task was completed.
@@ -41,6 +48,7 @@ class Trajectory:
     entropy: list[float] = dataclasses.field(default_factory=list)
     rewards: list[float] = dataclasses.field(default_factory=list)
     valid: list[bool] = dataclasses.field(default_factory=list)
+    anchors: list[int] = dataclasses.field(default_factory=list)
     observations: list[str] = dataclasses.field(default_factory=list)
     actions: list[str] = dataclasses.field(default_factory=list)
     won: bool = False
@@ -66,6 +74,11 @@ class Trajectory:
         self.log_prob += log_prob
         self.entropy += entropy
 
+    def append_observation(self, text: str) -> None:
+        """Appends the observation before the next turn, or after the last one."""
+        self.observations.append(text)
+        self.anchors.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True))
+
     @property
     def contexts(self) -> list[tuple[int, int]]:
         """(start, end) of each context in `tokens`."""
@@ -77,7 +90,7 @@ class Trajectory:
 
     @property
     def num_policy_tokens(self) -> int:
-        return sum(t >= 0 for t in self.turn)
+        return int((np.asarray(self.turn, np.int64) >= 0).sum())
 
 
 def choose_groups(rounds: list[list[Trajectory]], groups: int) -> tuple[list[Trajectory], int]:

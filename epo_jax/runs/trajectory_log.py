@@ -11,6 +11,7 @@ One row per episode:
     end       what was seen last
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from epo_jax.common.files import append, write_atomically
 from epo_jax.models.tokenizer import ChatTokenizer
+from epo_jax.parallel import hosts
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.metrics import Row, keep_rows, plain
 
@@ -27,6 +29,8 @@ _CHARACTER = 4
 
 class TrajectoryLog:
     """Writes the sample of the run in `workdir`, from RL step `step` on.
+
+    On several hosts, each makes the rows of the episodes that it played, and the first one writes all.
 
     Rows past the checkpoint that a killed run resumes from are dropped, as in `MetricWriter`. A file that
     outgrows its bound loses whole steps from its middle, so that what is left is spread over the run. (Of a run that was killed
@@ -42,14 +46,19 @@ class TrajectoryLog:
         self._tokenizer, self._episodes, self._bytes = tokenizer, episodes, int(1e6 * megabytes)
         # Episodes of step k are sampled before its update, evaluations of step k come after k updates.
         # A run that starts from step 0 evaluates that policy again.
-        keep_rows(self._path, lambda row: 0 < step and row["step"] < step + (row.get("split") != "train"))
+        if hosts.is_first():
+            keep_rows(self._path, lambda row: 0 < step and row["step"] < step + (row.get("split") != "train"))
 
     def write(self, step: int, split: str, trajectories: Sequence[Trajectory]) -> None:
-        """Adds a sample of `trajectories`, as many of each task type as of the others."""
-        chosen = spread([t.task["type"] for t in trajectories], self._episodes)
-        if not chosen:
+        """Adds a sample of `trajectories`, as many of each task type as of the others.
+
+        All processes must call this together.
+        """
+        chosen = [trajectories[i] for i in spread([t.task["type"] for t in trajectories], self._episodes)]
+        own = [episode_row(step, split, t, self._tokenizer) for t in chosen if t.observations]
+        rows = list(itertools.chain.from_iterable(hosts.gather(own)))  # in the order of `trajectories`, as shares are
+        if not rows or not hosts.is_first():
             return
-        rows = [episode_row(step, split, trajectories[i], self._tokenizer) for i in chosen]
         append(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         if self._path.stat().st_size > self._bytes:
             # To half the bound, so that the next sample does not need it again.

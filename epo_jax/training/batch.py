@@ -1,25 +1,32 @@
 """From the episodes of an RL step to the learner's batch."""
 
 import numpy as np
+from jax.sharding import Mesh
 
 from epo_jax.common import keys
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.objectives.spec import ObjectiveConfig
+from epo_jax.parallel import mesh
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.rollout.trajectory import Trajectory
 
 
-def step_batch(config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int) -> TokenBatch:
+def step_batch(
+    config, objective: ObjectiveConfig, step: int, trajectories: list[Trajectory], micro_rows: int, on: Mesh | None = None
+) -> TokenBatch:
     """The batch of RL step `step`, in micro-batches of `micro_rows`.
 
-    It has the mini-batches of every epoch; each epoch assigns the episodes to them in another order.
+    It has the mini-batches of every epoch; each epoch assigns the episodes to them in another order. Rows on devices of other
+    processes in the mesh `on` are 0.
     """
     by_episode = objective.mini_batches_by == "episode"  # else the train step cuts its own
     mini_batches, epochs = (config.algo.mini_batches, config.algo.epochs) if by_episode else (1, 1)
     orders = np.stack([
         keys.generator(config.seed, "mini-batches", step, epoch).permutation(len(trajectories)) for epoch in range(epochs)
     ])  # fmt: skip
-    return pack(trajectories, batch_shape(config, mini_batches, micro_rows), orders, config.seed)
+    shape = batch_shape(config, mini_batches, micro_rows)
+    own_rows = mesh.own_rows(on, shape.rows(len(trajectories))) if on else None
+    return pack(trajectories, shape, orders, config.seed, own_rows)
 
 
 def batch_shape(config, mini_batches: int, micro_rows: int) -> BatchShape:

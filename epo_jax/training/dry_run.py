@@ -25,7 +25,7 @@ from epo_jax.models.decoder import DecoderConfig, decoder_config, init_params, p
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.objectives.spec import Hyper
 from epo_jax.parallel import mesh
-from epo_jax.rollout.scheduler import check_devices
+from epo_jax.rollout.collect import check_devices
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.policies import source_run
 from epo_jax.training import flops

@@ -5,8 +5,9 @@ from typing import NamedTuple
 from epo_jax.common import keys
 from epo_jax.envs.base import Task
 from epo_jax.envs.workers.pool import EnvPool
+from epo_jax.rollout.collect import Player, collect, warn_full
+from epo_jax.rollout.episode import Episode
 from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig
-from epo_jax.rollout.scheduler import Episode, Player, collect, warn_full
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.metrics import Outcome, Row, evaluation_row
 from epo_jax.runs.policies import Policy

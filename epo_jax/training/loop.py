@@ -23,8 +23,10 @@ from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.tokenizer import ChatTokenizer
 from epo_jax.objectives.batch import TokenBatch
 from epo_jax.parallel import hosts
+from epo_jax.rollout.collect import Player, collect, warn_full
+from epo_jax.rollout.episode import Episode
 from epo_jax.rollout.prompts import RolloutConfig, SamplingConfig
-from epo_jax.rollout.scheduler import Episode, Player, RolloutStats, collect, warn_full
+from epo_jax.rollout.scheduler import RolloutStats
 from epo_jax.rollout.trajectory import Trajectory, choose_groups
 from epo_jax.runs import checkpoint, figures, metrics, profiling
 from epo_jax.runs.checkpoint import NOT_EVALUATED, Progress
@@ -44,13 +46,13 @@ from epo_jax.training.tasks import step_episodes
 class Files(NamedTuple):
     """What a member writes.
 
-    On several hosts, the first one alone has a writer and a log.
+    On several hosts, the first one alone has a writer.
     """
 
     folder: Path
     manager: ocp.CheckpointManager
     writer: metrics.MetricWriter | None
-    log: TrajectoryLog | None
+    log: TrajectoryLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +226,7 @@ def play(
 def pack(run: Run, played: list[Played | None], step: int) -> list[TokenBatch | None]:
     """The batch of every member that played."""
     return [
-        mine and step_batch(member.config, member.objective, step, mine.chosen, run.learner.micro_rows)
+        mine and step_batch(member.config, member.objective, step, mine.chosen, run.learner.micro_rows, run.placement.home)
         for member, mine in zip(run.members, played, strict=True)
     ]
 
@@ -246,6 +248,9 @@ def record(
         seconds: `rollout_seconds` and `update_seconds`, of all members together.
     """
     config, rows = run.config, []
+    if config.metrics.trajectories_every and step % config.metrics.trajectories_every == 0:
+        for i in host.living:
+            run.files[i].log.write(step, "train", played[i].rounds[0])
     restarts = sum(hosts.gather(run.pool.restarts))
     host.durations.append(sum(seconds.values()))
     if not hosts.is_first():
@@ -259,8 +264,6 @@ def record(
         row |= flops.rates(run.learner, sum(rounds, []), chosen, **seconds, devices=run.placement.mesh.size)
         row |= {"env_restarts": restarts, "rows": int(batches[i].rows.sum())}
         rows.append(run.files[i].writer.train(row))
-        if config.metrics.trajectories_every and step % config.metrics.trajectories_every == 0:
-            run.files[i].log.write(step, "train", rounds[0])
     left = metrics.seconds_left(host.durations, config.train.steps - step - 1)
     print(metrics.progress_line(rows[0], config.train.steps, left) if len(run.members) == 1 else
           metrics.members_line(rows, config.train.steps, left), flush=True)  # fmt: skip
@@ -306,10 +309,9 @@ def evaluate(run: Run, states: States, host: Host, step: int, due: list[Evaluati
             row = row_of(evaluation, step, trajectories, stats.seconds)
             if ranks:
                 success[i] = row["success"]
+                run.files[i].log.write(step, split, trajectories)
             if hosts.is_first():
                 rows.append(run.files[i].writer.evaluation(row))
-                if ranks:
-                    run.files[i].log.write(step, split, trajectories)
         if hosts.is_first():
             warn_full([t for i in playing for t in sampled[i]], run.settings)
             print(metrics.evaluation_table(rows[0]) if len(run.members) == 1 else

@@ -18,7 +18,8 @@ from epo_jax.models import attention
 from epo_jax.models.decoder import DecoderConfig, decoder_config, with_adapters
 from epo_jax.models.tokenizer import ChatTokenizer, load_tokenizer
 from epo_jax.parallel import hosts, mesh
-from epo_jax.rollout import prompts, scheduler
+from epo_jax.rollout import prompts
+from epo_jax.rollout.collect import check_devices
 from epo_jax.runs import checkpoint, figures, processes, profiling, wandb_log
 from epo_jax.runs.folder import Command, open_workdir, record_changes, train_longer
 from epo_jax.runs.ledger import Member
@@ -49,7 +50,7 @@ def train(command: Command, stop: StopRequest) -> None:
     member = Member("", config, {}, *objective_and_hyper(config))
     print(mesh.devices_in_use(), flush=True)
     devices = mesh.make_mesh(**config.mesh.to_dict())
-    scheduler.check_devices(config.rollout.devices)
+    check_devices(config.rollout.devices)
     attention.check_rows(config.train.rows_tokens)
     checkpoints = checkpoint.place(workdir, config.checkpoint.folder)
     resumed = is_resumed(command, checkpoints)
@@ -200,9 +201,7 @@ def open_files(
     stack: contextlib.ExitStack, config, folder: Path, manager, first_step: int, tokenizer: ChatTokenizer, wandb_run
 ) -> loop.Files:
     """What a run writes, from RL step `first_step` on; closed with `stack`."""
-    if not hosts.is_first():
-        return loop.Files(folder, manager, None, None)
     kept = config.metrics
-    writer = stack.enter_context(MetricWriter(folder, first_step, wandb_run))
+    writer = stack.enter_context(MetricWriter(folder, first_step, wandb_run)) if hosts.is_first() else None
     log = TrajectoryLog(folder, first_step, tokenizer, kept.trajectories, kept.trajectories_megabytes)
     return loop.Files(folder, manager, writer, log)

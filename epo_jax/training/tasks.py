@@ -5,10 +5,10 @@ They are a pure function of the seed and the number of RL steps done.
 
 from epo_jax.common import keys
 from epo_jax.envs.base import Task
-from epo_jax.rollout import scheduler
+from epo_jax.rollout.episode import Episode
 
 
-def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[scheduler.Episode]:
+def step_episodes(tasks: list[Task], config, step: int, attempt: int) -> list[Episode]:
     """The episodes of round `attempt` of RL step `step`.
 
     Round 0 goes through the training split pass by pass; rounds that replace uniform groups draw from all of it.
@@ -31,10 +31,10 @@ def step_tasks(tasks: list[Task], seed: int, step: int, groups: int) -> list[Tas
     return chosen
 
 
-def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[scheduler.Episode]:
+def grouped_episodes(tasks: list[Task], number: int, size: int) -> list[Episode]:
     """`size` episodes of each task, one group a task.
 
     If each round of a run has another `number`, all ids differ.
     """
     first = number * len(tasks) * size
-    return [scheduler.Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]
+    return [Episode(first + i, tasks[i // size], group=i // size) for i in range(len(tasks) * size)]

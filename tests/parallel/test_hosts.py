@@ -13,11 +13,13 @@ import pytest
 from epo_jax import main as program
 from epo_jax.common.errors import UserError
 from epo_jax.parallel import hosts
+from epo_jax.runs.metrics import read_rows
 from tests.processes import ROOT, Processes, apart, learnt
 
 SINGLE = "--config=tests/toy_sweep.py:single"
 
-# Processes of two devices each that gather weights, and then exchange numbers until one of them dies, fails or is busy.
+# Processes of two devices each that gather weights, place rows of which each has its own, exchange bytes and trajectories, and
+# then numbers until one of them dies, fails or is busy.
 EXCHANGE = """
 import sys
 import time
@@ -27,6 +29,9 @@ from absl import flags
 from epo_jax import command
 from epo_jax.parallel import hosts, mesh
 from epo_jax.common.errors import UserError
+from epo_jax.rollout.episode import Episode
+from epo_jax.rollout.exchange import of_all_processes
+from epo_jax.rollout.trajectory import Trajectory
 
 def main(argv):
     values = flags.FlagValues()
@@ -39,6 +44,25 @@ def main(argv):
         here = mesh.on_this_host(spread)["lm_head"]
         assert here.sharding.device_set == set(jax.local_devices()) and not here.is_fully_replicated
         np.testing.assert_array_equal(here, weights["lm_head"])
+
+        on = mesh.make_mesh(2, 2, 1)
+        rows, own = np.arange(1, 9), sorted(mesh.own_rows(on, 8))
+        assert sorted(sum(hosts.gather(own), [])) == list(range(8))
+        filled = np.zeros_like(rows)
+        filled[own] = rows[own]
+        for shard in mesh.place(filled, jax.NamedSharding(on, mesh.spec("rows"))).addressable_shards:
+            np.testing.assert_array_equal(shard.data, rows[shard.index])
+
+        for size in (0, 1, 7, 8, 255, 256, 10001):
+            sent = [bytes([p]) * (size if p else size // 3) for p in range(values.processes)]
+            assert hosts.gather_bytes(sent[values.process]) == sent
+        played = Trajectory({"id": "t"}, goal="g")
+        played.append_observation("a room")
+        played.append_prompt([3, values.process])
+        episodes = [Episode(i, {"id": "t"}) for i in range(values.processes)]
+        together = of_all_processes(episodes, [played])
+        assert [t.tokens[1] for t in together] == list(range(values.processes))
+        assert len({tuple(t.anchors) for t in together}) == 1 and sum(t.goal == "g" for t in together) == 1
         for i in range(10**6):
             if hosts.gather([i, values.process]) != [[i, p] for p in range(values.processes)]:
                 raise AssertionError
@@ -76,6 +100,14 @@ def test_two_processes_learn_what_one_does_and_one_continues_what_two_began(tmp_
             for key in a:
                 if isinstance(a[key], float) and "second" not in key:
                     np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    # The sample of episodes is the same, those that the second process played included.
+    again, once = (list(map(story, read_rows(folder / "trajectories.jsonl"))) for folder in (one, two))
+    assert again == once and len(once) > 6
+
+
+def story(row):
+    """An episode of trajectories.jsonl without numbers that rounding changes."""
+    return {**row, "turns": [{key: turn[key] for key in ("observation", "tokens", "action")} for turn in row["turns"]]}
 
 
 @pytest.mark.parametrize("victim", [0, 1])

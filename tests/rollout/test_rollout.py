@@ -16,7 +16,8 @@ from epo_jax.models.decoder import DecoderConfig, init_params, param_axes
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.parallel import mesh
 from epo_jax.rollout import lane, prompts, scheduler
-from epo_jax.rollout.episode import LiveEpisode
+from epo_jax.rollout.collect import Player, collect, warn_full
+from epo_jax.rollout.episode import Episode, LiveEpisode
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training.policy_tokens import policy_statistics
 from tests.envs import wander_env
@@ -27,7 +28,7 @@ TEXTS = [f"red blue green {i} {toy.GOAL} you see a door. the number is" for i in
 TOKENIZER = train_tokenizer([*TEXTS, wander_env.GOAL, " ".join(wander_env.WORDS)], 400)
 MODEL = DecoderConfig(TOKENIZER.vocab_size, 16, 1, 2, 1, 8, 16)
 SETTINGS = prompts.RolloutConfig(slots=8, max_turns=2, max_tokens=160, max_policy_tokens=64, response_tokens=5, style="bare")
-EPISODES = [scheduler.Episode(100 + i, TASKS[i // 2], i // 2) for i in range(14)]
+EPISODES = [Episode(100 + i, TASKS[i // 2], i // 2) for i in range(14)]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,12 @@ def stirred(params):
 
 def play(params, workers=1, settings=SETTINGS, episodes=EPISODES, key=0):
     with EnvPool("toy", OPTIONS, workers) as pool:
-        return collect(pool, settings, episodes, TOKENIZER, params, jax.random.key(key))
+        return played_in(pool, settings, episodes, TOKENIZER, params, jax.random.key(key))
 
 
-def collect(pool, settings, episodes, tokenizer, params, key, **sampling):
-    players, sampling = [scheduler.Player(episodes, tokenizer, key)], prompts.SamplingConfig(1.0, **sampling)
-    (trajectories,), stats = scheduler.collect(players, params, pool, MODEL, settings, sampling)
+def played_in(pool, settings, episodes, tokenizer, params, key, **sampling):
+    players, sampling = [Player(episodes, tokenizer, key)], prompts.SamplingConfig(1.0, **sampling)
+    (trajectories,), stats = collect(players, params, pool, MODEL, settings, sampling)
     return trajectories, stats
 
 
@@ -61,7 +62,7 @@ def ids(trajectories):
 # long ones.
 CHAT = dataclasses.replace(SETTINGS, max_turns=5, max_tokens=256, max_policy_tokens=64, block=3, ahead=1)
 WINDOW = dataclasses.replace(CHAT, window=agent.Window(2))
-WANDERERS = [scheduler.Episode(7 * i, {"id": f"w{i // 3}", "type": "t"}, i // 3) for i in range(18)]
+WANDERERS = [Episode(7 * i, {"id": f"w{i // 3}", "type": "t"}, i // 3) for i in range(18)]
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def wander(stirred, monkeypatch):
 
     def play(settings, workers=1, delay=0.0, episodes=WANDERERS, params=stirred, tokenizer=TOKENIZER, **sampling):
         with EnvPool("wander", {"delay": delay}, workers) as pool:
-            return collect(pool, settings, episodes, tokenizer, params, jax.random.key(3), **sampling)
+            return played_in(pool, settings, episodes, tokenizer, params, jax.random.key(3), **sampling)
 
     return play
 
@@ -246,7 +247,7 @@ def same_but_for_rounding(want, got):
 @pytest.mark.parametrize("lanes", range(1, 8))
 def test_episodes_are_assigned_to_lanes_whole_and_evenly(lanes):
     def assigned(groups, lanes):
-        episodes = [scheduler.Episode(i, {"id": "t"}, g) for i, g in enumerate(groups)]
+        episodes = [Episode(i, {"id": "t"}, g) for i, g in enumerate(groups)]
         return scheduler._assign([LiveEpisode(episode, TOKENIZER, SETTINGS) for episode in episodes], lanes)
 
     for sizes in ([8, 8, 8, 8], [1] * 13, [20], [3, 9, 1, 5]):
@@ -338,9 +339,9 @@ def test_turn_and_token_limits_end_an_episode(params, capsys):
     cut, _ = play(params, settings=tight)
     assert all(len(t.tokens) <= opening + 6 for t in cut) and any(t.truncated for t in cut)
     assert all(t.full == t.truncated for t in cut) and not any(t.full for t in one_turn)
-    scheduler.warn_full(cut, tight)
+    warn_full(cut, tight)
     assert f"warning: {sum(t.full for t in cut)} of {len(cut)} episodes ended" in capsys.readouterr().out
-    scheduler.warn_full(one_turn, tight)
+    warn_full(one_turn, tight)
     assert capsys.readouterr().out == ""
     silent, _ = play(params, settings=dataclasses.replace(SETTINGS, max_policy_tokens=8))
     assert all(t.num_policy_tokens <= 8 for t in silent) and any(t.truncated for t in silent)

@@ -14,7 +14,8 @@ from epo_jax.models import weights
 from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import load_tokenizer
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.episode import Answer
+from epo_jax.rollout.collect import Player, collect
+from epo_jax.rollout.episode import Answer, Episode
 from epo_jax.rollout.lane import Lane
 from epo_jax.runs import policies as folders
 from epo_jax.settings.config import base_config
@@ -23,7 +24,7 @@ from tests.models import templates
 from tests.models.templates import CASES
 
 TASKS = toy.list_tasks("train", {})[4:7]
-EPISODES = [scheduler.Episode(i, task, i) for i, task in enumerate(TASKS)]
+EPISODES = [Episode(i, task, i) for i, task in enumerate(TASKS)]
 MODEL = DecoderConfig(500, 16, 1, 2, 1, 8, 16)
 WINDOW = agent.Window(1)
 
@@ -73,8 +74,8 @@ def test_a_rollout_its_cloning_and_transformers_agree(name, context, pool, monke
     config = settings(WINDOW if context == "window" else None)
     taught(monkeypatch, tokenizer, "tagged")
     params = init_params(MODEL, jax.random.key(0))
-    player = scheduler.Player(EPISODES, tokenizer, jax.random.key(0))
-    (played,), _ = scheduler.collect([player], params, pool, MODEL, config, prompts.SamplingConfig(1.0))
+    player = Player(EPISODES, tokenizer, jax.random.key(0))
+    (played,), _ = collect([player], params, pool, MODEL, config, prompts.SamplingConfig(1.0))
     theirs, opened = transformers_of(case), tokenizer.frame.opened
     for t, demonstration in zip(played, toy.demonstrations(TASKS, {}), strict=True):
         assert t.won and t.valid == [True, True] and tuple(t.actions) == demonstration.actions

@@ -14,7 +14,7 @@ def make(rng, turns, group=0, window=False):
         trajectory.append_prompt(rng.integers(1, 50, rng.integers(1, 6)).tolist(), new_context=window)
         n = int(rng.integers(1, 4))
         trajectory.append_answer(rng.integers(1, 50, n).tolist(), (-rng.random(n)).tolist(), rng.random(n).tolist())
-        trajectory.observations.append(f"room {turn % 2}")
+        trajectory.append_observation(f"room {turn % 2}")
         trajectory.actions.append("go")
         trajectory.rewards.append(float(turn))
         trajectory.valid.append(turn % 2 == 0)
@@ -64,6 +64,23 @@ def test_shapes_do_not_depend_on_lengths():
     long = pack([make(rng, 5) for _ in range(6)], BatchShape(50, 20, 5, 2, 4))
     assert [x.shape for x in short] == [x.shape for x in long]
     assert short.tokens.shape == (2, 4, 50)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 999), st.booleans(), st.data())
+def test_processes_fill_their_own_rows_and_together_the_batch(turns, epochs, seed, window, data):
+    rng = np.random.default_rng(seed)
+    trajectories = [make(rng, n, window=window) for n in turns]
+    shape = BatchShape(18, 6, 5, 2, 2, 5, 2) if window else BatchShape(50, 20, 5, 2, 2)
+    orders = np.stack([rng.permutation(len(turns)) for _ in range(epochs)])
+    whole = pack(trajectories, shape, orders, seed)
+    owner = np.array(data.draw(st.lists(st.integers(0, 2), min_size=(rows := shape.rows(len(turns))), max_size=rows)))
+    parts = [pack(trajectories, shape, orders, seed, set(np.flatnonzero(owner == process))) for process in range(3)]
+    for name, expected in whole._asdict().items():
+        for process, part in enumerate(parts):
+            has_rows = expected.ndim == 3  # [M, R, T] or [M, R, P]
+            mine = np.where((owner == process)[:, None], expected, 0) if has_rows else expected
+            np.testing.assert_array_equal(getattr(part, name), mine, err_msg=name)
 
 
 def test_first_fit_respects_both_capacities_and_wastes_no_bin():

@@ -12,7 +12,9 @@ from epo_jax.envs import agent, toy
 from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig
 from epo_jax.models.tokenizer import train_tokenizer
-from epo_jax.rollout import prompts, scheduler
+from epo_jax.rollout import prompts
+from epo_jax.rollout.collect import Player, collect
+from epo_jax.rollout.episode import Episode
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
@@ -76,10 +78,10 @@ def test_the_first_update_has_a_ratio_of_one():
     model = DecoderConfig(tokenizer.vocab_size, 16, 1, 2, 1, 8, 32)
     params = tiny.init_params(model, jax.random.key(0))
     tasks = toy.list_tasks("train", {})
-    episodes = [scheduler.Episode(i, tasks[i // 4], i // 4) for i in range(12)]
+    episodes = [Episode(i, tasks[i // 4], i // 4) for i in range(12)]
     with EnvPool("toy", {}, 1) as pool:
-        player, sampling = scheduler.Player(episodes, tokenizer, jax.random.key(1)), prompts.SamplingConfig(tiny.TEMPERATURE)
-        (sampled,), _ = scheduler.collect([player], params, pool, model, SETTINGS, sampling)
+        player, sampling = Player(episodes, tokenizer, jax.random.key(1)), prompts.SamplingConfig(tiny.TEMPERATURE)
+        (sampled,), _ = collect([player], params, pool, model, SETTINGS, sampling)
     config, hyper = tiny.learner("grpo+epo", max_turns=2, turn_tokens=8)
     config = dataclasses.replace(config, model=model, optim=OptimConfig(1e-2, 8), episode_policy_tokens=16)
     batch = pack(sampled, BatchShape(96, 16, 2, 1, 2, 2, 1))

@@ -14,7 +14,9 @@ from epo_jax.models.decoder import DecoderConfig, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.objectives import registry
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
-from epo_jax.rollout import prompts, scheduler
+from epo_jax.rollout import prompts
+from epo_jax.rollout.collect import Player, collect
+from epo_jax.rollout.episode import Episode
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
@@ -50,10 +52,10 @@ def sampled(world):
 
 def play(world, params, step):
     tokenizer, model, _, tasks = world
-    episodes = [scheduler.Episode(step * 64 + j, tasks[j // SIZE], j // SIZE) for j in range(64)]
+    episodes = [Episode(step * 64 + j, tasks[j // SIZE], j // SIZE) for j in range(64)]
     with EnvPool("toy", OPTIONS, 1) as pool:
-        player = scheduler.Player(episodes, tokenizer, jax.random.key(1))
-        return scheduler.collect([player], params, pool, model, SETTINGS, prompts.SamplingConfig(1.0))[0][0]
+        player = Player(episodes, tokenizer, jax.random.key(1))
+        return collect([player], params, pool, model, SETTINGS, prompts.SamplingConfig(1.0))[0][0]
 
 
 def learner(world, arm="grpo+epo", micro_rows=4, **changes):

@@ -13,7 +13,8 @@ from epo_jax.envs.workers.pool import EnvPool
 from epo_jax.models.decoder import DecoderConfig, bind, init_params
 from epo_jax.models.tokenizer import train_tokenizer
 from epo_jax.rollout import prompts, scheduler
-from epo_jax.rollout.episode import Answer
+from epo_jax.rollout.collect import Player, collect
+from epo_jax.rollout.episode import Answer, Episode
 from epo_jax.rollout.packing import BatchShape, pack
 from epo_jax.training import sft
 from epo_jax.training.optim import OptimConfig
@@ -158,9 +159,9 @@ def recite(pool, tokenizer, settings, experts, monkeypatch):
         for turn, action in enumerate(expert.actions)
     }
     monkeypatch.setattr(scheduler, "Lane", lambda model, params, size, *_: Reciter(answers, size))
-    episodes = [scheduler.Episode(i, expert.task, i) for i, expert in enumerate(experts)]
-    player = scheduler.Player(episodes, tokenizer, jax.random.key(0))
-    return scheduler.collect([player], {}, pool, MODEL, settings, prompts.SamplingConfig(1.0))[0][0]
+    episodes = [Episode(i, expert.task, i) for i, expert in enumerate(experts)]
+    player = Player(episodes, tokenizer, jax.random.key(0))
+    return collect([player], {}, pool, MODEL, settings, prompts.SamplingConfig(1.0))[0][0]
 
 
 def check(shown, played, experts):
