@@ -26,7 +26,7 @@ from epo_jax.command import (
     run,
     write_output,
 )
-from epo_jax.common import compilation
+from epo_jax.common import compilation, progress
 from epo_jax.common.errors import UserError
 from epo_jax.envs.base import SPLITS, environment
 from epo_jax.envs.workers.pool import EnvPool
@@ -78,7 +78,8 @@ def _score(options: argparse.Namespace, rest: list[str]) -> None:
         check_devices(settings.devices)
     else:
         settings = dataclasses.replace(settings, devices=min(settings.devices, jax.local_device_count()))
-    policy = load(options.checkpoint, options.step, config, devices, options.base)
+    with progress.shown(f"reading the weights of {options.checkpoint}"):
+        policy = load(options.checkpoint, options.step, config, devices, options.base)
     mesh.check(devices, policy.model, config.train.rows_tokens)
     rows = []
     with EnvPool(config.env.name, env_options, config.env.workers) as pool:

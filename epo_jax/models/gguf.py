@@ -17,6 +17,7 @@ import tokenizers
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from epo_jax.common import progress
 from epo_jax.common.errors import UserError, explain
 from epo_jax.common.files import cache_folder
 from epo_jax.models.decoder import DecoderConfig
@@ -67,7 +68,7 @@ def converted(path: Path) -> Path:
     if not folder.is_dir():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as made:
+            with tempfile.TemporaryDirectory(dir=cache) as made, progress.shown(f"converting {parts[0].name}, once"):
                 _convert(parts, Path(made) / "model")
                 with contextlib.suppress(OSError):  # another process was faster
                     (Path(made) / "model").rename(folder)
