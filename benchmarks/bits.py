@@ -35,7 +35,7 @@ def config_for_a_model(path: str):
     config.env.update(max_turns=3, train_games=40, valid_seen_games=6, valid_unseen_games=6)
     config.agent.update(response_tokens=48, max_tokens=2048)
     config.rollout.update(groups=4, group_size=4, slots=16, lanes=2)
-    config.algo.update(mini_batches=1, micro_batch_rows=1)
+    config.algo.update(mini_batches_by="episode", mini_batches=1, micro_batch_rows=1)
     config.train.update(rows_tokens=2048, rows_policy_tokens=256)
     return config
 

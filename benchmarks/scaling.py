@@ -149,8 +149,8 @@ def batch(config, learner):
     from epo_jax.objectives.batch import TokenBatch
     from epo_jax.training.batch import batch_shape
 
-    n, minis = config.rollout.groups * config.rollout.group_size, config.algo.mini_batches
-    rows = batch_shape(config, minis, learner.micro_rows).rows(n)
+    n, shape = config.rollout.groups * config.rollout.group_size, batch_shape(config, learner.objective, learner.micro_rows)
+    minis, rows = shape.mini_batches, shape.rows(n)
     floating = ("policy_mask", "reward", "valid", "behaviour_log_prob", "behaviour_entropy", "returns")
     shapes = dict.fromkeys(TokenBatch._fields, (minis, rows, config.train.rows_policy_tokens))
     shapes |= dict.fromkeys(("tokens", "positions", "segment_ids"), (minis, rows, config.train.rows_tokens))

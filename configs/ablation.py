@@ -8,7 +8,8 @@
 Methods that differ only in coefficients (PPO, EPO-Base, EPO and Decay, for example) train in one compiled program.
 
 Presets, on ALFWorld or, with the suffix `-scienceworld`, on ScienceWorld
-    paper   (default) the paper's models and steps, five seeds; each run trains LoRA adapters over one shared base
+    paper   (default) the paper's models and steps, five seeds; each run trains LoRA adapters over one shared base. All methods
+            have GRPO's 16 tasks x 8 episodes, or with --config.algo.name=ppo and arms of ppo alone, PPO's 128 x 1
     laptop  the laptop preset of alfworld or scienceworld, five seeds; an estimated 16 hours on two cores
     smoke   two methods and two seeds of a tiny model, for tests
 """

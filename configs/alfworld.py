@@ -4,7 +4,8 @@
 
 Presets
     demo    `laptop` with the policy of policies/initial in place of behavior cloning, and 30 RL steps: three minutes on two cores
-    paper   (default) Qwen2.5-3B-Instruct with the paper's settings: 150 RL steps of 16 games x 8 episodes of up to 50 turns
+    paper   (default) Qwen2.5-3B-Instruct with the paper's settings: 150 RL steps of 16 games x 8 episodes of up to 50 turns in
+            mini-batches of 256 turns; with --config.algo.name=ppo+epo and other variants of ppo, 128 games x 1 episode
     laptop  a model of about a million parameters from scratch: behavior cloning of an expert, then 150 RL steps. Takes about a
             quarter of an hour on two cores; success on valid_unseen rises from about 25 % to about 90 % (docs/results.md)
     smoke   everything tiny, end to end, for tests
@@ -15,6 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from epo_jax.common.errors import UserError, nearest
+from epo_jax.settings.columns import follow_method
 from epo_jax.settings.config import base_config
 
 PRESETS = "paper", "laptop", "demo", "smoke"
@@ -33,10 +35,17 @@ def get_config(preset: str = "paper") -> ConfigDict:
     elif preset == "smoke":
         _laptop(config)
         _smoke(config)
-    elif preset != "paper":
+    elif preset == "paper":
+        _paper(config)
+    else:
         near = nearest(preset, PRESETS)
         raise UserError(f"alfworld has no preset {preset!r}{near}; choose one of {', '.join(map(repr, PRESETS))}.")
     return config
+
+
+def _paper(config: ConfigDict) -> None:
+    follow_method(config)
+    config.algo.update(mini_batches_by="turn", critic_lr=0.0, critic_schedule="constant")
 
 
 def _laptop(config: ConfigDict) -> None:

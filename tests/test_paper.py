@@ -16,7 +16,7 @@ from tests.settings.test_config import preset
 SIZES = {
     "env.train_games": 12, "env.valid_seen_games": 6, "env.valid_unseen_games": 6, "env.max_receptacles": 6, "env.max_turns": 3,
     "env.workers": 1, "agent.response_tokens": 8, "agent.max_tokens": 1024, "rollout.groups": 2, "rollout.group_size": 4,
-    "rollout.slots": 8, "rollout.lanes": 1, "rollout.block": 8, "algo.mini_batches": 2, "train.steps": 2,
+    "rollout.slots": 8, "rollout.lanes": 1, "rollout.block": 8, "algo.mini_batch_turns": 12, "train.steps": 2,
     "train.rows_tokens": 1024, "train.rows_policy_tokens": 64, "eval.every": 0, "eval.before": False, "checkpoint.every": 2,
     "eval.splits": ("valid_seen",),
 }  # fmt: skip

@@ -28,7 +28,7 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         "Method": _each(_text("{algo.name}"), runs),
         "Seeds": seeds(runs).partition(" ")[2],
         "RL": _each(_text("{train.steps} RL steps of {rollout.groups} tasks x {rollout.group_size} episodes"), runs),
-        "Optimizer": _each(_text("learning rate {optim.lr}, {algo.mini_batches} mini-batches"), runs),
+        "Optimizer": _each(_optimizer, runs),
         "Entropy": _each(_text("lam {epo.lam}, alpha {epo.alpha}, kappa {epo.kappa_l} to {epo.kappa_r}"), runs),
         "Prompts": _each(_text("{agent.context}, {agent.style}, {agent.max_tokens} tokens"), runs),
         "Initial policy": _each(_initial, runs),
@@ -62,6 +62,12 @@ def _text(template: str) -> Callable[[Run], str]:
         return text
 
     return fill
+
+
+def _optimizer(each: Run) -> str:
+    by_turn = each.config.get("algo.mini_batches_by") == "turn"
+    sizes = "mini-batches of {algo.mini_batch_turns} turns" if by_turn else "{algo.mini_batches} mini-batches"
+    return _text(f"learning rate {{optim.lr}}, {sizes}")(each)
 
 
 def _initial(each: Run) -> str:

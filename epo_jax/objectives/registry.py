@@ -90,7 +90,7 @@ VARIANTS: dict[str, dict | Callable[[str], dict]] = {
     "siren": {"entropy_term": "siren", "history": "initial", "entropy_aggregation": "seq-mean-token-mean"},
     "target": {"alpha": 0.0, "coefficient": "target"},
     "released": {
-        "step": "epo_jax.parity.step", "mini_batches_by": "turn", "penalty": "indicator", "penalty_scope": "token",
+        "step": "epo_jax.parity.step", "cuts_mini_batches": True, "penalty": "indicator", "penalty_scope": "token",
         "history": "cumulative", "history_index": "turn", "phase": "two_stage", "phase_steps": 150, "turn_gate": True,
     },
 }  # fmt: skip

@@ -42,13 +42,13 @@ class ObjectiveConfig(Choices):
     coefficient: Literal["fixed", "target"] = "fixed"
     phase_steps: int | None = None  # K of the phase schedule; None = the run's own length
     step: str = "epo_jax.training.step"  # the module that defines the train step
-    mini_batches_by: Literal["episode", "turn"] = "episode"  # "turn": the train step cuts mini-batches out of one packed batch
+    cuts_mini_batches: bool = False  # the train step cuts mini-batches out of one packed batch, in place of `pack`
     # shapes
     num_trajectories: int = 1  # N
     max_turns: int = 1  # U
     max_tokens: int = 1  # divisor of `seq-mean-token-sum-norm`
     turn_tokens: int = 1  # tokens of a turn at most
-    mini_turns: int = 1  # for mini-batches by turn: turns in a mini-batch, a multiple of `micro_turns`
+    mini_turns: int = 1  # for `cuts_mini_batches`: turns in a mini-batch, a multiple of `micro_turns`
     micro_turns: int = 1  # ... and in a micro-batch, each of which counts alike
 
     @property

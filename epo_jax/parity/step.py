@@ -26,7 +26,7 @@ def configure(config: LearnerConfig) -> LearnerConfig:
     """The learner with the released schedule: it counts RL steps, and the critic's rate is constant."""
 
     def constant(optim):
-        return optim and dataclasses.replace(optim, updates=config.total_steps, scheduled=False)
+        return optim and dataclasses.replace(optim, updates=config.total_steps, schedule="constant")
 
     return dataclasses.replace(config, optim=constant(config.optim), critic_optim=constant(config.critic_optim))
 

@@ -19,10 +19,11 @@ class BatchShape:
         row_tokens: T, tokens of a row; no context is longer.
         policy_tokens: P, policy tokens of a row; no context has more.
         max_turns: U, turns of a trajectory.
-        mini_batches: of one epoch.
+        mini_batches: of one epoch; by turn, the most that there can be.
         rows_multiple: R, rows of a mini-batch, is a multiple of this (the rows of a micro-batch).
         contexts: most contexts of a trajectory.
         contexts_per_row: contexts that fit in a row however long they are.
+        mini_turns: turns of a mini-batch, for mini-batches by turn; 0: each has as many trajectories.
     """
 
     row_tokens: int
@@ -32,10 +33,13 @@ class BatchShape:
     rows_multiple: int = 1
     contexts: int = 1
     contexts_per_row: int = 1
+    mini_turns: int = 0
 
     def rows(self, trajectories: int) -> int:
         """R for so many trajectories: first fit opens a row only if all others hold at least `contexts_per_row` contexts."""
         contexts = -(-trajectories // self.mini_batches) * self.contexts
+        if self.mini_turns:  # each context of a mini-batch has a turn
+            contexts = min(trajectories * self.contexts, self.mini_turns)
         return -(-contexts // (self.contexts_per_row * self.rows_multiple)) * self.rows_multiple
 
 
@@ -46,7 +50,7 @@ def pack(
     seed: int = 0,
     own_rows: Collection[int] | None = None,
 ) -> TokenBatch:
-    """Packs trajectories into rows; all contexts of a trajectory are in one mini-batch.
+    """Packs trajectories into rows; all contexts of a trajectory are in one mini-batch, unless mini-batches are by turn.
 
     Args:
         orders: permutations of the trajectories, [N] or one for each epoch [E, N]. Each is cut into mini-batches, and the
@@ -78,23 +82,22 @@ def pack(
 
 
 class _Context(NamedTuple):
-    """Tokens `start` to `end` of the trajectory with index `owner`; `policy_tokens` of them are the policy's."""
+    """Tokens `start` to `end` of the trajectory with index `owner`; `policy_tokens` of them are the policy's, of
+    `turns` turns."""
 
     owner: int
     start: int
     end: int
     policy_tokens: int
+    turns: int
 
 
 def _plan(trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray | None) -> list[list[list[_Context]]]:
     """The contexts in each row of each mini-batch, the same plan in every process."""
-    number = len(trajectories)
-    share = -(-number // shape.mini_batches)
     contexts = [_contexts(i, trajectory) for i, trajectory in enumerate(trajectories)]
     plan = []
-    for order in np.atleast_2d(np.arange(number) if orders is None else orders):
-        for m in range(shape.mini_batches):
-            mini_batch = [context for i in order[m * share : (m + 1) * share] for context in contexts[i]]
+    for order in np.atleast_2d(np.arange(len(trajectories)) if orders is None else orders):
+        for mini_batch in _mini_batches([contexts[i] for i in order], shape):
             sizes = [(context.end - context.start, context.policy_tokens) for context in mini_batch]
             bins = first_fit(sizes, (shape.row_tokens, shape.policy_tokens))
             plan.append([[mini_batch[c] for c in content] for content in bins])
@@ -102,8 +105,36 @@ def _plan(trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray 
 
 
 def _contexts(owner: int, trajectory: Trajectory) -> list[_Context]:
-    emitted = np.asarray(trajectory.turn) >= 0
-    return [_Context(owner, start, end, int(emitted[start:end].sum())) for start, end in trajectory.contexts]
+    found = []
+    for start, end in trajectory.contexts:
+        emitted = [turn for turn in trajectory.turn[start:end] if turn >= 0]
+        found.append(_Context(owner, start, end, len(emitted), len(set(emitted))))
+    return found
+
+
+def _mini_batches(trajectories: list[list[_Context]], shape: BatchShape) -> list[list[_Context]]:
+    """The contexts of each mini-batch, from those of each trajectory in the order in which they are cut."""
+    if shape.mini_turns:
+        contexts = sum(trajectories, [])
+        cut = cut_by_turn([context.turns for context in contexts], shape.mini_turns)
+        return [[contexts[c] for c in cut[m]] if m < len(cut) else [] for m in range(shape.mini_batches)]
+    share = -(-len(trajectories) // shape.mini_batches)
+    return [sum(trajectories[m * share : (m + 1) * share], []) for m in range(shape.mini_batches)]
+
+
+def cut_by_turn(turns: list[int], most: int) -> list[list[int]]:
+    """Cuts contexts with so many turns each into mini-batches of `most` turns or less, as few and as equal as possible.
+
+    The indices of each mini-batch's contexts, in order. A context of several turns, a whole conversation, is in the mini-batch
+    of its middle, so that sizes are exact for contexts of one turn and else differ from `most` by less than a conversation.
+    """
+    if not turns:
+        return []
+    counted = np.maximum(turns, 1)  # an episode that ended before its first answer
+    ends = np.cumsum(counted)
+    number = -(-int(ends[-1]) // most)
+    place = (2 * ends - counted) * number // (2 * ends[-1])
+    return [np.flatnonzero(place == m).tolist() for m in range(number)]
 
 
 # The sampler's statistics: array of the batch -> field of a trajectory.

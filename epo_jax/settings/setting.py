@@ -33,6 +33,7 @@ class Setting(NamedTuple):
         rule: what a value must be. None passes every rule.
         choices: the allowed values, if it names a variant; those of its items, if it is a tuple.
         by_env: the default for an environment where it is another one.
+        ppo: the paper's value for PPO in an environment where it is another one (`columns`).
         paper: the value in the paper, and where it is given.
         reference: the value in the authors' reference implementation, if the paper does not give it or has another one.
         traced: its field of `Hyper`, if it is a coefficient that a compiled program takes as data, so that a sweep may vary it.
@@ -49,6 +50,7 @@ class Setting(NamedTuple):
     choices: tuple[str, ...] = ()
     unit: str = ""
     by_env: Mapping[str, Any] = {}  # noqa: RUF012  never written to
+    ppo: Mapping[str, Any] = {}  # noqa: RUF012
     paper: str = ""
     reference: str = ""
     traced: str = ""

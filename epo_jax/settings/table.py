@@ -163,8 +163,10 @@ SECTIONS = (
                 "language of the game.", NOT_NEGATIVE),
     )),
     Section("rollout", "Sampling of episodes", (
-        Setting("rollout.groups", 16, "Tasks of an RL step.", COUNT, unit="tasks", paper="16; PPO 128 (table)"),
-        Setting("rollout.group_size", 8, "Episodes of each of these tasks.", COUNT, unit="episodes", paper="8; PPO 1 (table)"),
+        Setting("rollout.groups", 16, "Tasks of an RL step.", COUNT, unit="tasks", ppo={"alfworld": 128, "scienceworld": 128},
+                paper="16; PPO 128 (table)"),
+        Setting("rollout.group_size", 8, "Episodes of each of these tasks.", COUNT, unit="episodes",
+                ppo={"alfworld": 1, "scienceworld": 1}, paper="8; PPO 1 (table)"),
         Setting("rollout.slots", 128, "Episodes that are played at the same time, on all hosts together.", COUNT, unit="episodes",
                 resume="recorded"),
         Setting("rollout.lanes", 2, "Groups of slots that take turns: one decodes while another waits for its environments.",
@@ -188,8 +190,11 @@ SECTIONS = (
         Setting("algo.name", "grpo+epo", 'Base algorithm and variants, as objectives/registry.py names them: "ppo+epo", "grpo", '
                 '"grpo+epo_wo_dw", "dapo+epo". It sets what defines the method; the other keys set the rest.'),
         Setting("algo.epochs", 1, "Passes over the episodes of an RL step.", COUNT, reference="1"),
-        Setting("algo.mini_batches", 8, "Optimizer updates in a pass.", COUNT, unit="updates",
-                paper="mini-batches of 256 turns on ALFWorld, 128 on ScienceWorld (PPO: 64) (table)"),
+        Setting("algo.mini_batches_by", "episode", '"episode": algo.mini_batches, with as many episodes in each; "turn": as '
+                "many as needed for at most algo.mini_batch_turns turns in each, with schedules that count RL steps; "
+                "conversations are not cut, so their mini-batches are only about as large.", choices=("episode", "turn"),
+                paper="turn", static="mini_batches_by", added=(3, "episode")),
+        Setting("algo.mini_batches", 8, "Optimizer updates in a pass, for mini-batches by episode.", COUNT, unit="updates"),
         Setting("algo.micro_batch_rows", 1, "Packed rows of a forward and backward pass on each device along data and fsdp; "
                 "changes memory, not the result.", COUNT, unit="rows", resume="recorded"),
         Setting("algo.clip_low", 0.2, "The ratio is clipped from below at 1 - clip_low.",
@@ -237,15 +242,18 @@ SECTIONS = (
         Setting("algo.critic", "own", 'Decoder of the critic: "own" a copy of the policy, "lora" the policy\'s frozen base with '
                 'adapters of its own, "trunk" the policy itself, without gradient from the value.', choices=get_args(CriticKind),
                 reference="own", resume="recorded"),
-        Setting("algo.critic_lr", 1e-5, "Peak learning rate of the critic.", POSITIVE, reference="that of the policy, constant",
-                traced="critic_lr", resume="recorded"),
+        Setting("algo.critic_lr", 1e-5, "Peak learning rate of the critic; 0: optim.lr.", NOT_NEGATIVE,
+                reference="that of the policy", traced="critic_lr", resume="recorded"),
+        Setting("algo.critic_schedule", "policy", '"policy": the critic has the policy\'s schedule; "constant": its rate does '
+                "not change.", choices=("policy", "constant"), reference="constant", added=(3, "policy")),
         Setting("algo.aggregation", "token-mean", "How the policy loss is averaged.", choices=get_args(Aggregation),
                 paper="trajectory (section 3.2)", reference="token-mean", static="aggregation", resume="recorded"),
-        Setting("algo.mini_batch_turns", 128, 'Turns of a mini-batch if the method cuts mini-batches by turn, in place of '
-                "algo.mini_batches.", COUNT, unit="turns", by_env={"alfworld": 256},
+        Setting("algo.mini_batch_turns", 128, "Turns of a mini-batch at most, for mini-batches by turn and for +released.",
+                COUNT, unit="turns", by_env={"alfworld": 256}, ppo={"scienceworld": 64},
                 paper="256 on ALFWorld, 128 on ScienceWorld (PPO: 64) (table)"),
-        Setting("algo.micro_batch_turns", 16, 'Turns of a micro-batch if the method cuts mini-batches by turn.', COUNT,
-                unit="turns", by_env={"alfworld": 32}, paper="32 on ALFWorld, 16 on ScienceWorld (PPO: 8) (table)"),
+        Setting("algo.micro_batch_turns", 16, "+released: turns of a micro-batch, each of which counts alike.", COUNT,
+                unit="turns", by_env={"alfworld": 32}, ppo={"scienceworld": 8},
+                paper="32 on ALFWorld, 16 on ScienceWorld (PPO: 8) (table)"),
     )),
     Section("epo", "Entropy term of EPO", (
         Setting("epo.lam", 0.001, "Weight of the entropy term; 0: the base algorithm alone.", NOT_NEGATIVE,
@@ -317,8 +325,8 @@ SECTIONS = (
                 resume="recorded"),
     )),
     Section("optim", "Optimizer: AdamW, linear warm-up and cosine decay", (
-        Setting("optim.lr", 5e-6, "Peak learning rate of the policy.", POSITIVE, paper="5e-6; PPO on ScienceWorld 3e-6 (table)",
-                traced="lr", resume="recorded"),
+        Setting("optim.lr", 5e-6, "Peak learning rate of the policy.", POSITIVE, ppo={"scienceworld": 3e-6},
+                paper="5e-6; PPO on ScienceWorld 3e-6 (table)", traced="lr", resume="recorded"),
         Setting("optim.warmup_ratio", 0.1, "Fraction of all updates in which the rate rises.", SHARE, reference="0.1",
                 resume="recorded"),
         Setting("optim.floor_ratio", 0.2, "Where the cosine ends, as a fraction of lr.", SHARE, reference="0.2",

@@ -98,9 +98,9 @@ def _check_batches(config: ConfigDict) -> None:
             f"config.rollout.slots={rollout.slots} must not exceed the {episodes} episodes of a step "
             "(config.rollout.groups x config.rollout.group_size)."
         )
-    if algo.mini_batches > episodes:
+    if algo.mini_batches_by == "episode" and algo.mini_batches > episodes:
         raise UserError(f"config.algo.mini_batches={algo.mini_batches} must not exceed the {episodes} episodes of a step.")
-    if algo.mini_batch_turns % algo.micro_batch_turns:
+    if "released" in algo.name.split("+") and algo.mini_batch_turns % algo.micro_batch_turns:
         raise UserError(
             f"config.algo.mini_batch_turns={algo.mini_batch_turns} must be a multiple of "
             f"config.algo.micro_batch_turns={algo.micro_batch_turns}."

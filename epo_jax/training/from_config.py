@@ -1,5 +1,6 @@
 """From a config to what the train step takes: objective, coefficients, and its static config."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -31,6 +32,7 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
         mini_turns=config.algo.mini_batch_turns,
         micro_turns=config.algo.micro_batch_turns,
     )
+    hyper = hyper._replace(critic_lr=config.algo.critic_lr or config.optim.lr)
     objective, hyper = registry.method(config.algo.name, objective, hyper, config.env.name)
     return objective, jax.tree.map(np.float32, hyper)
 
@@ -48,11 +50,14 @@ def learner_config(config, model, objective: ObjectiveConfig, row_shards: int = 
     algo = config.algo
     # The rates themselves are in Hyper.
     optim = OptimConfig(**config.optim.to_dict() | {"lr": 1.0}, updates=config.train.steps * algo.epochs * algo.mini_batches)
+    if objective.mini_batches_by == "turn":  # whose number is not known beforehand
+        optim = dataclasses.replace(optim, updates=config.train.steps, schedule="step")
+    critic_optim = dataclasses.replace(optim, schedule="constant") if algo.critic_schedule == "constant" else optim
     learner = LearnerConfig(
         model=model,
         objective=objective,
         optim=optim,
-        critic_optim=optim if objective.estimator == "gae" else None,
+        critic_optim=critic_optim if objective.estimator == "gae" else None,
         reference=objective.kl != "none",
         epochs=algo.epochs,
         micro_rows=algo.micro_batch_rows * row_shards,

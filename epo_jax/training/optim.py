@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from epo_jax.models.decoder import Params
 from epo_jax.settings.table import DEFAULTS
@@ -15,11 +15,13 @@ from epo_jax.settings.table import DEFAULTS
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW under a linear warm-up and a cosine that ends at `floor_ratio * lr`; `updates` in the whole run.
+    """AdamW under a linear warm-up and a cosine that ends at `floor_ratio * lr`.
+
+    The schedule counts updates, `updates` in the whole run, or RL steps (`schedule="step"`, `updates` of them), in which case the
+    optimizer has the rate `lr` and the caller scales it by `step_rate`. With "constant" the rate is `lr` throughout.
 
     With `muon`, updates of the layers' matrices are orthogonalised (Muon, https://kellerjordan.github.io/posts/muon) and scaled
     to the size of Adam's; all else has Adam with Nesterov's momentum.
-    Without `scheduled` the rate is `lr` throughout, and the caller scales it.
     """
 
     lr: float
@@ -31,12 +33,12 @@ class OptimConfig:
     b1: float = DEFAULTS["optim.b1"]
     b2: float = DEFAULTS["optim.b2"]
     muon: bool = False
-    scheduled: bool = True
+    schedule: Literal["update", "step", "constant"] = "update"
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """The optimizer that a config describes."""
-    rate = warmup_cosine(config, config.lr, config.lr / (_warmup(config) + 1)) if config.scheduled else config.lr
+    rate = warmup_cosine(config, config.lr, _first(config)) if config.schedule == "update" else config.lr
     if config.muon:
         update = optax.contrib.muon(
             rate,
@@ -78,6 +80,16 @@ def _clip(limit: float) -> optax.GradientTransformation:
 
 def _warmup(config: OptimConfig) -> int:
     return int(config.warmup_ratio * config.updates)
+
+
+def _first(config: OptimConfig) -> float:
+    """The first rate of the warm-up, which its second is twice as high as."""
+    return config.lr / (_warmup(config) + 1)
+
+
+def step_rate(config: OptimConfig, step: Int[Array, ""]) -> Float[Array, ""] | float:
+    """What scales the rate at RL step `step`: 1, unless the schedule counts RL steps."""
+    return warmup_cosine(config, 1.0, _first(config) / config.lr)(step) if config.schedule == "step" else 1.0
 
 
 def warmup_cosine(config: OptimConfig, peak: float, start: float) -> optax.Schedule:

@@ -26,6 +26,7 @@ from epo_jax.runs.ledger import Member
 from epo_jax.runs.metrics import MetricWriter, gains, read_rows
 from epo_jax.runs.policies import decoder_of_run, keep_decoder
 from epo_jax.runs.trajectory_log import TrajectoryLog
+from epo_jax.settings.columns import column_line
 from epo_jax.training import initial_policy, loop, warm_start
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.initial_policy import InitialPolicy
@@ -49,6 +50,8 @@ def train(command: Command, stop: StopRequest) -> None:
     profile_steps = profiling.window(command.flags.profile_steps, config.train.steps)
     member = Member("", config, {}, *objective_and_hyper(config))
     print(mesh.devices_in_use(), flush=True)
+    if line := column_line(config):
+        print(line)
     devices = mesh.make_mesh(**config.mesh.to_dict())
     check_devices(config.rollout.devices)
     attention.check_rows(config.train.rows_tokens)

@@ -37,7 +37,7 @@ from epo_jax.objectives.spec import EntropyHistory, Hyper, Smoothing
 from epo_jax.objectives.value import value_loss
 from epo_jax.parallel import mesh
 from epo_jax.training.micro_batches import gradient_by_slopes, in_rows, summed_gradients
-from epo_jax.training.optim import guarded_update
+from epo_jax.training.optim import guarded_update, step_rate
 from epo_jax.training.policy_tokens import head_divergence, head_inputs, head_statistics, policy_statistics
 from epo_jax.training.state import LearnerConfig, TrainState, state_axes, state_shardings
 
@@ -91,7 +91,9 @@ def batch_shardings(on: Mesh) -> TokenBatch:
 def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
     """One RL step of EPO, as in the module's pseudo-code."""
     objective = config.objective
-    hyper = hyper._replace(kl_coef=hyper.kl_coef * state.kl_scale)
+    hyper = hyper._replace(kl_coef=hyper.kl_coef * state.kl_scale, lr=hyper.lr * step_rate(config.optim, state.step))
+    if config.critic_optim:
+        hyper = hyper._replace(critic_lr=hyper.critic_lr * step_rate(config.critic_optim, state.step))
     batch = on_mesh(batch)
     first = first_epoch(config, batch)
     old, gap = before_update(config, state, first)

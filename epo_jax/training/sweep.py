@@ -31,6 +31,7 @@ from epo_jax.runs import checkpoint, figures, lock, processes, profiling, wandb_
 from epo_jax.runs.folder import Command, open_workdir, record_changes
 from epo_jax.runs.ledger import Ledger, Member
 from epo_jax.runs.policies import decoder_of_run, fit_vocabulary, keep_decoder
+from epo_jax.settings.columns import column_line
 from epo_jax.training import initial_policy, loop, warm_start
 from epo_jax.training.from_config import learner_config
 from epo_jax.training.grid import programs, refuse_what_members_cannot_share
@@ -80,6 +81,8 @@ def train(command: Command, stop: StopRequest) -> None:
     # ---------------------------------------------------------------- refuse bad input before anything is written
     config, workdir = command.config, command.workdir
     profile_steps = profiling.window(command.flags.profile_steps, config.train.steps)
+    if line := column_line(config):
+        print(line)
     groups = programs(config)
     members = sum(groups, [])
     refuse_what_members_cannot_share(config)

@@ -41,6 +41,15 @@ def test_what_runs_share_and_where_they_differ():
     assert dict(subject.facts(runs[:1]))["Time"] == "2 minutes"
 
 
+def test_mini_batches_are_of_episodes_or_of_turns():
+    by_episode = {"optim__lr": 5e-6, "algo__mini_batches": 8, "algo__mini_batch_turns": 64}
+    for values, text in (
+        (by_episode, "8 mini-batches"),
+        (by_episode | {"algo__mini_batches_by": "turn"}, "mini-batches of 64 turns"),
+    ):
+        assert dict(subject.facts([run(0, **values)]))["Optimizer"] == f"learning rate 5e-06, {text}"
+
+
 def test_many_differences_are_counted():
     facts = dict(subject.facts([run(0, algo__name=f"m{i}") for i in range(6)]))
     assert facts["Method"] == "m0 or m1 or m2 or m3 or 2 others"

@@ -32,7 +32,7 @@ def trained(arm: str) -> np.ndarray:
     history = tiny.start(config).history
     width = history.values.shape[1]  # an earlier step of so low a mean, 1 to 3 nats by turn, that every arm's corridor is left
     state = tiny.start(config, history=entropy.append(history, jnp.linspace(1.0, 3.0, width), jnp.ones(width)))
-    mini_batches = 1 if config.objective.mini_batches_by == "turn" else 2
+    mini_batches = 1 if config.objective.cuts_mini_batches else 2
     for batch in batches(mini_batches):
         state, metrics = tiny.program(config, mini_batches)(state, batch, hyper)
         assert all(np.isfinite(value) for value in metrics.values()), metrics

@@ -164,7 +164,7 @@ def test_three_steps_are_the_releases(base):
     trajectories, batch = problem()
     settings = SETTINGS | {"value_clip": 0.1, "critic_lr": critic_rate}
     config, hyper = tiny.learner(f"{base}+released", **settings, mini_turns=mini_turns)
-    optim = OptimConfig(peak, steps, warmup_ratio=0.3, clip_norm=0.05, scheduled=False)
+    optim = OptimConfig(peak, steps, warmup_ratio=0.3, clip_norm=0.05, schedule="constant")
     critic = {}
     if base == "ppo":
         critic_optim = learner_config(base_config("toy"), tiny.MODEL, config.objective).critic_optim
@@ -220,7 +220,7 @@ def test_three_steps_are_the_releases(base):
 def test_an_update_without_a_finite_gradient_is_left_out():
     trajectories, batch = problem()
     config, hyper = tiny.learner("grpo+released", **SETTINGS)
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_ratio=0.0, scheduled=False))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_ratio=0.0, schedule="constant"))
     before = tiny.as_params()
     state, metrics = tiny.program(config)(tiny.start(config), batch, hyper._replace(lam=np.float32(np.nan)))
     assert metrics["updates"] == metrics["skipped_updates"] == 1 and stuck(metrics)

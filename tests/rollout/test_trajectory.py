@@ -1,10 +1,12 @@
 """Packing: every token arrives where the learner looks for it."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epo_jax.rollout.packing import BatchShape, first_fit, pack
+from epo_jax.rollout.packing import BatchShape, cut_by_turn, first_fit, pack
 from epo_jax.rollout.trajectory import Trajectory, choose_groups
 
 
@@ -22,15 +24,20 @@ def make(rng, turns, group=0, window=False):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 999), st.booleans())
-def test_every_policy_token_is_found_again(turns, mini_batches, seed, window):
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 999), st.booleans(), st.booleans())
+def test_every_policy_token_is_found_again(turns, mini_batches, seed, window, by_turn):
     rng = np.random.default_rng(seed)
     trajectories = [make(rng, n, window=window) for n in turns]
     order = rng.permutation(len(trajectories))
     # With a window, up to five contexts of at most 8 tokens and 3 of the policy each.
     shape = BatchShape(18, 6, 5, mini_batches, 2, 5, 2) if window else BatchShape(50, 20, 5, mini_batches, 2)
+    if by_turn:
+        mini_turns = 2 * mini_batches
+        mini_batches = -(-5 * len(turns) // mini_turns)
+        shape = dataclasses.replace(shape, mini_batches=mini_batches, mini_turns=mini_turns)
     batch = pack(trajectories, shape, order)
     seen = {i: [] for i in range(len(trajectories))}
+    assert len(batch.rows) == mini_batches
     for m in range(mini_batches):
         assert not batch.segment_ids[m, batch.rows[m] :].any()
         for r in range(batch.rows[m]):
@@ -56,6 +63,21 @@ def test_every_policy_token_is_found_again(turns, mini_batches, seed, window):
         assert [s[3] for s in seen[i]] == [float(t.valid[t.turn[p]]) for p in where]
         np.testing.assert_allclose([s[4] for s in seen[i]], [t.log_prob[p] for p in where], rtol=1e-6)
         np.testing.assert_allclose([s[5] for s in seen[i]], [t.entropy[p] for p in where], rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 12), st.booleans())
+def test_mini_batches_by_turn_are_few_and_alike(turns, most, single):
+    turns = [1] * len(turns) if single else turns
+    cut = cut_by_turn(turns, most)
+    assert [c for mini_batch in cut for c in mini_batch] == [*range(len(turns))]
+    counted = [max(n, 1) for n in turns]
+    sizes = [sum(counted[c] for c in mini_batch) for mini_batch in cut]
+    assert len(sizes) == -(-sum(counted) // most)
+    assert max(map(len, cut), default=0) <= most
+    assert max(sizes, default=0) < most + max([*counted, 0]) or single
+    if single and sizes:
+        assert max(sizes) <= most and max(sizes) - min(sizes) <= 1
 
 
 def test_shapes_do_not_depend_on_lengths():

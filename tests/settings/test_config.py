@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from epo_jax.command import parse_config
 from epo_jax.common.errors import UserError
+from epo_jax.models.decoder import decoder_config
 from epo_jax.objectives import entropy, policy
+from epo_jax.settings.columns import column_line
 from epo_jax.settings.config import ENVIRONMENTS, base_config, flatten, settings_of
 from epo_jax.settings.hyper import Choices, Hyper
 from epo_jax.settings.table import SETTINGS
 from epo_jax.settings.validate import validate
-from epo_jax.training.from_config import objective_and_hyper
+from epo_jax.training.from_config import learner_config, objective_and_hyper
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,8 +59,49 @@ def test_paper_is_the_default_and_holds_the_papers_table():
     assert scienceworld["model.path"].endswith("Qwen2.5-7B-Instruct")
 
 
+@pytest.mark.parametrize(
+    ("env", "method", "numbers"),
+    [
+        ("alfworld", "ppo+epo", (128, 1, 5e-6, 256, 32)),
+        ("alfworld", "grpo+epo", (16, 8, 5e-6, 256, 32)),
+        ("scienceworld", "ppo", (128, 1, 3e-6, 64, 8)),
+        ("scienceworld", "gigpo+epo", (16, 8, 5e-6, 128, 16)),
+    ],
+)
+def test_the_papers_preset_has_the_column_of_the_method(env, method, numbers):
+    """As a command has it, with the method after the file; a run's own folder then has numbers alone."""
+    config = parse_config([f"--config=configs/{env}.py:paper", f"--config.algo.name={method}"])
+    kept = ConfigDict(config.to_dict())
+    for each in (config, kept):
+        found = (
+            each.rollout.groups,
+            each.rollout.group_size,
+            each.optim.lr,
+            each.algo.mini_batch_turns,
+            each.algo.micro_batch_turns,
+        )
+        assert found == numbers
+    assert column_line(config).startswith(f"the paper's column for {'PPO' if 'ppo' in method else 'GRPO'} ")
+    assert column_line(kept) is None
+    objective, hyper = objective_and_hyper(config)
+    assert objective.mini_batches_by == "turn" and hyper.critic_lr == hyper.lr == np.float32(numbers[2])
+    assert (objective.num_trajectories, objective.mini_turns) == (128, numbers[3])
+    learner = learner_config(config, decoder_config(config.model), objective)
+    assert (learner.optim.schedule, learner.optim.updates) == ("step", config.train.steps)
+    assert learner.critic_optim is None or learner.critic_optim.schedule == "constant"
+
+
+def test_a_key_that_is_set_does_not_follow_the_method():
+    options = "--config.algo.name=ppo", "--config.rollout.group_size=2", "--config.rollout.groups=64"
+    config = parse_config(["--config=configs/scienceworld.py", *options])
+    assert (config.rollout.groups, config.rollout.group_size, config.algo.mini_batch_turns) == (64, 2, 64)
+    assert "rollout" not in column_line(config) and "optim.lr=3e-06" in column_line(config)
+    laptop = parse_config(["--config=configs/scienceworld.py:laptop", "--config.algo.name=ppo"])
+    assert laptop.rollout.groups == 16 and column_line(laptop) is None
+
+
 def test_unknown_preset_is_refused_with_the_choices():
-    with pytest.raises(UserError, match="no preset 'huge'; choose one of 'paper', 'laptop', 'smoke'"):
+    with pytest.raises(UserError, match="no preset 'huge'; choose one of 'paper', 'laptop', 'demo', 'smoke'"):
         preset("alfworld", "huge")
 
 

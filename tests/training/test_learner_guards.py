@@ -157,6 +157,56 @@ def test_every_epoch_has_every_token_in_other_mini_batches():
     assert batch.policy_mask.sum() == 3 * sum(t.num_policy_tokens for t in tiny.episodes(0))
 
 
+def by_turn(style: str, mini_turns: int, epochs: int = 1):
+    """A batch as a run with mini-batches by turn packs it."""
+    config = base_config("toy", max_turns=tiny.TURNS)
+    config.agent.update(context=style, response_tokens=4, max_tokens=tiny.ROW)
+    config.train.update(rows_tokens=tiny.ROW, rows_policy_tokens=tiny.POLICY)
+    config.algo.update(epochs=epochs, mini_batch_turns=mini_turns)
+    trajectories = [split(t) if style == "window" else t for t in tiny.episodes(0)]
+    objective = dataclasses.replace(tiny.OBJECTIVE, mini_batches_by="turn")
+    return step_batch(config, objective, 0, trajectories, 2), sum(len(t.actions) for t in trajectories)
+
+
+def test_mini_batches_by_turn_have_that_many_turns():
+    for style in ("chat", "window"):
+        batch, turns = by_turn(style, 5, epochs=2)
+        most, count = -(-tiny.EPISODES * tiny.TURNS // 5), -(-turns // 5)
+        assert batch.rows.shape == (2 * most,) and count < most
+        for epoch in (0, 1):
+            found = []
+            for m in range(epoch * most, (epoch + 1) * most):
+                live = batch.policy_mask[m] > 0
+                found.append({*zip(batch.trajectory[m][live].tolist(), batch.turn[m][live].tolist(), strict=True)})
+            assert all(found[:count]) and not any(found[count:])
+            assert len(set().union(*found)) == sum(map(len, found)) == turns
+            sizes = [*map(len, found[:count])]
+            if style == "window":
+                assert max(sizes) <= 5 and max(sizes) - min(sizes) <= 1
+            else:
+                assert max(sizes) < 5 + tiny.TURNS
+
+
+def test_mini_batches_without_turns_are_no_updates_and_the_rates_follow_the_rl_steps():
+    """A third of the rate in the first step, as two of four are warm-up; the critic's is constant."""
+    batch, turns = by_turn("window", 10)
+    used = -(-turns // 10)
+    assert 1 < used < batch.rows.size
+    plain = batch._replace(rows=batch.rows[:used], **{k: x[:used] for k, x in batch.by_row()._asdict().items() if x is not None})
+    config, hyper = tiny.learner("ppo+epo")
+    config = dataclasses.replace(config, episode_policy_tokens=4 * tiny.TURNS)
+    constant = dataclasses.replace(config.optim, schedule="constant")
+    by_step = dataclasses.replace(config.optim, updates=4, warmup_ratio=0.5, schedule="step")
+    results = []
+    for optim, lr, packed in ((by_step, 1.0, batch), (constant, 1 / 3, batch), (constant, 1 / 3, plain)):
+        learner = dataclasses.replace(config, optim=optim, critic_optim=constant)
+        state, metrics = make_train_step(learner)(tiny.start(learner), packed, hyper._replace(lr=np.float32(lr)))
+        assert metrics["updates"] == used and metrics["skipped_updates"] == 0
+        results.append((state.params, state.critic))
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), results[0], other)
+
+
 @pytest.mark.parametrize("style", ["chat", "window"])
 def test_a_second_epoch_trains_on_what_was_known_before_the_first(style):
     """Two epochs of one mini-batch each: with the rows of the second in another order as with the same rows."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from epo_jax.training.optim import OptimConfig, make_optimizer
+from epo_jax.training.optim import OptimConfig, make_optimizer, step_rate
 
 
 def test_muon_orthogonalises_the_matrices_of_each_layer_and_leaves_the_rest_to_adam():
@@ -41,3 +41,12 @@ def test_the_norm_is_clipped_as_optax_clips_it():
         (found, mine), (expected, other) = (o.update(gradient, s, params) for o, s in zip((ours, theirs), states, strict=True))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
         states = mine, other
+
+
+def test_a_schedule_of_rl_steps_rises_in_a_line_and_falls_along_a_cosine():
+    """Ten steps, two of warm-up, a floor of 0.2; the rate itself does not change it."""
+    config = OptimConfig(3e-4, 10, warmup_ratio=0.2, floor_ratio=0.2, schedule="step")
+    expected = [1 / 3, 2 / 3, *(0.2 + 0.8 * (1 + np.cos(np.pi * k / 8)) / 2 for k in range(9))]
+    np.testing.assert_allclose([step_rate(config, jnp.int32(k)) for k in range(11)], expected, rtol=1e-6)
+    for schedule in ("update", "constant"):
+        assert step_rate(OptimConfig(3e-4, 10, schedule=schedule), jnp.int32(0)) == 1.0
