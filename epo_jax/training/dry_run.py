@@ -28,6 +28,7 @@ from epo_jax.parallel import mesh
 from epo_jax.rollout.collect import check_devices
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.policies import source_run
+from epo_jax.settings.columns import column_line
 from epo_jax.training import flops
 from epo_jax.training.batch import step_batch
 from epo_jax.training.from_config import learner_config, objective_and_hyper
@@ -51,6 +52,8 @@ def describe(config) -> Iterator[str]:
     Raises:
         UserError: the config does not fit together or to these devices.
     """
+    if line := column_line(config):
+        yield line
     devices = mesh.make_mesh(**config.mesh.to_dict())
     check_devices(config.rollout.devices)
     attention.check_rows(config.train.rows_tokens)

@@ -64,6 +64,13 @@ def test_the_longest_episodes_fill_their_contexts():
     assert (len(contexts), set(contexts), sampled) == (128 * 50, {2560}, 128 * 50 * 512)
 
 
+def test_the_papers_column_comes_first():
+    config = alfworld.get_config("paper")
+    config.algo.name = "ppo+epo"
+    first = "the paper's column for PPO (config.algo.name='ppo+epo'): rollout.group_size=1, rollout.groups=128"
+    assert next(dry_run.describe(config)) == first
+
+
 def test_a_mesh_shares_the_memory():
     learner = learner_of(get_config("single"))
     whole, parts = (
