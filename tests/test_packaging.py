@@ -78,11 +78,14 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_has_the_package_its_configs_and_one_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         contained = set(archive.namelist())
-        [entry_points] = (archive.read(name).decode() for name in contained if name.endswith("entry_points.txt"))
+        [about] = {name.partition("/")[0] for name in contained if name.endswith("/METADATA")}
+        entry_points, metadata = (archive.read(f"{about}/{name}").decode() for name in ("entry_points.txt", "METADATA"))
     files = [Path(folder) / name for folder, _, names in os.walk(ROOT / "epo_jax", followlinks=True) for name in names]
     ours = {str(path.relative_to(ROOT)) for path in files if path.suffix != ".pyc"}
     assert ours <= contained and "epo_jax/configs/alfworld.py" in ours
     assert {name.partition("/")[0] for name in contained} == {"epo_jax", f"epo_jax-{PROJECT['project']['version']}.dist-info"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M)) == {"cuda", "docs", "test", "tpu"}
+    assert re.search(r"^Requires-Dist: jax\[cuda12\].*extra == .cuda.$", metadata, re.M)
     assert entry_points.split() == ["[console_scripts]", "epo-jax", "=", "epo_jax.__main__:main"]
 
 

@@ -65,7 +65,7 @@ def read(argv: Sequence[str], values: flags.FlagValues, own: ConfigDict | None =
     except flags.Error as error:
         raise UserError(_wrong_type(str(error), known) or _sentence(str(error))) from None
     if rest:
-        raise UserError(f"{rest[0]!r} is not understood; options begin with -- and are written --name=value.")
+        raise UserError(f"{rest[0]!r} is not understood; the run folder comes first, and options are written --name=value.")
     for key in emptied:
         if known[key] is not None and key not in _OPTIONAL:
             raise UserError(f"--config.{key}=None: the key needs a value; leave the option out for {known[key]!r}.")
