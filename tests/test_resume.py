@@ -191,7 +191,8 @@ def test_what_it_learns_with_may_change_and_is_recorded(alone, tmp_path, monkeyp
         run(folder, *ARGUMENTS, "--config.train.max_skipped=1")
     monkeypatch.setattr(loop, "stuck", stuck)
     for key, told in (
-        ("train.steps=4", "config.train.steps=4 differs from the run's 3, which it keeps, .* --config.init_from.run="),
+        ("train.steps=4", "config.train.steps=4 differs from the run's 3, .* to train longer, .* --config.init_from.run="),
+        ("train.steps=2", "config.train.steps=2 differs from the run's 3, which it keeps"),
         ("model.d_model=32", "config.model.d_model=32 differs"),
         ("algo.mini_batches=1", "config.algo.mini_batches=1 differs"),
         ("epo.history_index=turn", "config.epo.history_index='turn' in place of 'global' changes the arrays"),

@@ -183,7 +183,7 @@ def changes_of(config: ConfigDict, saved: ConfigDict, overridden: set[str], work
         if treatment == "free" or now.get(key) == then.get(key):
             continue
         differs = f"--resume: config.{key}={now.get(key)!r} differs from the run's {then.get(key)!r}"
-        if key == "train.steps":
+        if key == "train.steps" and now[key] > then[key]:
             raise UserError(f"{differs}, for which its schedules were made; {train_longer(workdir, now[key])}.")
         if treatment == "fixed":
             raise UserError(
