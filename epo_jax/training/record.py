@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from epo_jax.objectives import registry
 from epo_jax.rollout import scheduler
 from epo_jax.rollout.trajectory import Trajectory
 from epo_jax.runs.metrics import Row
@@ -28,6 +29,7 @@ def step_row(
     """
     # Averages are over the first round: tasks as they come, not chosen by their returns.
     sampled, center = rounds[0], metrics["corridor_center"]
+    kappa_l, kappa_r = corridor_edges(config)
     tokens = policy_tokens(sampled)
     played = [t for trajectories in rounds for t in trajectories]
     emitted = sum(t.num_policy_tokens for t in played)
@@ -44,8 +46,8 @@ def step_row(
         "full_context": np.mean([t.full for t in sampled]),
         "rollout_rounds": len(rounds),
         "uniform_groups": uniform,
-        "corridor_low": config.epo.kappa_l * center if step else None,
-        "corridor_high": config.epo.kappa_r * center if step else None,
+        "corridor_low": kappa_l * center if step else None,
+        "corridor_high": kappa_r * center if step else None,
         **action_information(sampled),
         **early_and_late_entropy(tokens),
         **entropy_spread(tokens),
@@ -61,3 +63,9 @@ def step_row(
         "learner_entropy": metrics["entropy"],
         "entropy": metrics["behaviour_entropy"],
     }
+
+
+def corridor_edges(config) -> tuple[float, float]:
+    """The edges of the corridor, as multiples of its center: those of the config, unless the method has its own."""
+    own = registry.settings_of(config.algo.name, config.env.name)
+    return own.get("kappa_l", config.epo.kappa_l), own.get("kappa_r", config.epo.kappa_r)
