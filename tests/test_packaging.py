@@ -108,6 +108,12 @@ def test_the_installed_command_works_from_any_folder(installed, tmp_path):
     assert "the module has no function 'make_env'" in run("play", "--env=own").stderr, "modules of the current folder are found"
 
 
+def test_every_program_is_a_command():
+    programs = {f"epo_jax.{path.stem}" for path in (ROOT / "epo_jax").glob("*.py")}
+    programs -= {"epo_jax.__init__", "epo_jax.__main__", "epo_jax.command"}
+    assert {module for module, _ in COMMANDS.values()} == programs | {"epo_jax.envs.play"}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_can_be_dispatched(name):
     module, about = COMMANDS[name]
