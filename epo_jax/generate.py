@@ -126,8 +126,9 @@ class Screen:
     def text(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style), soft_wrap=not self._console.is_terminal)
 
-    def line(self, name: str, text: str, style: str) -> None:
-        self._console.print(Text.assemble((f"{name}: ", "dim"), (text, style)), soft_wrap=not self._console.is_terminal)
+    def line(self, name: str, text: str, style: str, wrap: bool = True) -> None:
+        whole = not (wrap and self._console.is_terminal)
+        self._console.print(Text.assemble((f"{name}: ", "dim"), (text, style)), soft_wrap=whole)
 
 
 def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, interactive: bool) -> None:
@@ -146,7 +147,7 @@ def play(policy: Policy, sampler: Sampler, split: str, wanted: str | None, inter
     game = env.make_env(env_options)
     first = observation = game.reset(task)
     screen = Screen()
-    screen.line("task", task["id"], "dim")
+    screen.line("task", task["id"], "dim", wrap=False)
     screen.text(observation.goal, "bold")
     history: list[tuple[str, str]] = []
     lines = _lines("act (Enter: the agent): ") if interactive else None
