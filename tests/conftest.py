@@ -6,14 +6,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from tests import xla
+
 # Before the first import of jax, which reads them once. Processes that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a test's time is compilation, a quarter of which level 0 saves; whole commands (test_main) run as they do for users.
-os.environ["XLA_FLAGS"] = " ".join([
-    *os.environ.get("XLA_FLAGS", "").split(),
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-])  # fmt: skip
+os.environ["XLA_FLAGS"] = xla.of_tests()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import jax
@@ -22,6 +19,9 @@ import pytest
 
 from epo_jax.common import compilation
 
+# Tracing makes many objects and little garbage, for which Python would search again and again: a tenth of the time.
+gc.set_threshold(50_000)
+
 # Every annotated shape of these packages is checked at each call.
 jaxtyping.install_import_hook(["epo_jax.objectives", "epo_jax.parity", "epo_jax.models"], "beartype.beartype")
 
@@ -29,7 +29,7 @@ jaxtyping.install_import_hook(["epo_jax.objectives", "epo_jax.parity", "epo_jax.
 # `max_traces` counts stays the same. `pytest --cache-clear` deletes them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = Path(__file__).parents[1] / ".pytest_cache" / "d" / "programs" / compilation.cpu_kind()
-    for _name, _value in (("compilation_cache_dir", str(_programs)), ("persistent_cache_min_compile_time_secs", 0.1)):
+    for _name, _value in (("compilation_cache_dir", str(_programs)), ("persistent_cache_min_compile_time_secs", 0)):
         jax.config.update(f"jax_{_name}", _value)
         os.environ[f"JAX_{_name.upper()}"] = str(_value)
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -46,9 +46,13 @@ def _count_traces(event: str, _: float, **about) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count_traces)
 
 
+# Folders whose files take longest; the first has whole commands.
+_LONGEST = [Path(__file__).parent / room for room in (".", "parallel", "training", "rollout", "models")]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole commands first: their files take longest, and no process should begin one when the others have finished."""
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    """The longest files first: no process should begin one when the others have finished."""
+    items.sort(key=lambda item: [*_LONGEST, item.path.parent].index(item.path.parent))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,16 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests import xla
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-# What conftest.py sets for the tests' own process: a command of its own says what it needs of these.
-_OF_CONFTEST = "--xla_force_host_platform_device_count=", "--xla_backend_optimization_level="
-
-
-def xla_flags(*own: str) -> str:
-    """XLA_FLAGS for a command: those that the tests were called with, such as a CPU's instructions, and its own."""
-    return " ".join([*(x for x in os.environ.get("XLA_FLAGS", "").split() if not x.startswith(_OF_CONFTEST)), *own])
 
 
 class Processes:
@@ -34,8 +27,7 @@ class Processes:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        # What counts is the time to compile.
-        flags = xla_flags("--xla_backend_optimization_level=0", f"--xla_force_host_platform_device_count={devices}")
+        flags = xla.of_command(*xla.QUICK, f"{xla.DEVICES}{devices}")
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         self.files = [folder / f"said.{i}" for i in range(count)]
         self.each = []

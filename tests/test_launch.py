@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import xla_flags
+from tests import xla
 
 ROOT = Path(__file__).parents[1]
 PYTEST = "-m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder"
@@ -70,7 +70,7 @@ def test_numerics_runs_tests_that_are_there_with_the_instructions_of_an_old_cpu(
     """Flags that are set already come after, and so win."""
     assert launch(clone, "numerics", "-x", HOSTTYPE="x86_64", XLA_FLAGS="--xla_cpu_max_isa=AVX2").returncode == 0
     flags, command = (clone / "flags").read_text().strip(), calls(clone)[-1].split()
-    assert flags == "--xla_cpu_max_isa=SSE4_2 --xla_cpu_max_isa=AVX2"
+    assert flags == "--xla_cpu_max_isa=SSE4_2 --xla_cpu_use_fusion_emitters=true --xla_cpu_max_isa=AVX2"
     assert command[:6] == PYTEST.split() and command[-1] == "-x"
     assert len(command) > 10 and all((ROOT / path).exists() for path in command[6:-1])
 
@@ -81,11 +81,12 @@ def test_numerics_is_left_out_on_other_cpus(clone):
 
 
 def test_commands_that_tests_start_are_compiled_for_the_same_cpu(monkeypatch):
-    """conftest.py has added to what it was given; a command takes what was given, and its own."""
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_max_isa=SSE4_2 {os.environ['XLA_FLAGS']}")
-    given = xla_flags("--own")
-    assert given.startswith("--xla_cpu_max_isa=SSE4_2") and given.endswith(" --own")
-    assert "device_count" not in given and "optimization_level" not in given
+    """conftest.py has added to what it was given, which wins; a command takes what was given, and its own."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=SSE4_2 --xla_cpu_use_fusion_emitters=true")
+    monkeypatch.setenv("XLA_FLAGS", xla.of_tests())
+    assert os.environ["XLA_FLAGS"].split()[-2:] == ["--xla_cpu_max_isa=SSE4_2", "--xla_cpu_use_fusion_emitters=true"]
+    assert set(xla.QUICK) < set(os.environ["XLA_FLAGS"].split())
+    assert xla.of_command("--own") == "--xla_cpu_max_isa=SSE4_2 --xla_cpu_use_fusion_emitters=true --own"
 
 
 @pytest.mark.parametrize("failing", ["numerics", "test", ""])

@@ -18,11 +18,11 @@ from epo_jax.common.errors import UserError
 from epo_jax.parallel import mesh
 from epo_jax.settings.config import base_config
 from epo_jax.training.tasks import grouped_episodes, step_episodes, step_tasks
-from tests.processes import xla_flags
+from tests import xla
 
 ROOT = Path(__file__).resolve().parents[1]
 # A command of this test runs on one device, as on a laptop; eight fake ones only cost time here.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": xla_flags(), "JAX_NUMPY_RANK_PROMOTION": "raise"}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": xla.of_command(), "JAX_NUMPY_RANK_PROMOTION": "raise"}
 
 
 def command(*arguments, **environment):
@@ -111,7 +111,8 @@ def test_an_interrupted_run_resumes_to_the_same_end(alfworld_run, tmp_path):
 
 def test_scienceworld_end_to_end(tmp_path, data):
     workdir = tmp_path / "scienceworld"
-    done = command("--config=configs/scienceworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}")
+    done = command("--config=configs/scienceworld.py:smoke", f"--workdir={workdir}", f"--config.env.data_dir={data}",
+                   XLA_FLAGS=xla.of_command(*xla.QUICK))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     check_run_folder(workdir, 2, ("valid_seen", "valid_unseen"))
     assert all(row["won"] <= row["won_reference"] <= row["episodes"] for row in rows(workdir / "eval.jsonl"))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 
-import jax
 import numpy as np
 import pytest
 
@@ -37,14 +36,10 @@ ARGUMENTS = f"--config={kill.__file__}", "--config.warm_start.steps=10", "--conf
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """What counts here is the time to compile."""
-    before = jax.config.values["jax_disable_most_optimizations"]
+def no_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw", lambda folder: [])
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def run(folder, *arguments):
@@ -62,7 +57,7 @@ def test_killed_while_a_checkpoint_is_written(alone, tmp_path, request):
     folder = tmp_path / "killed"
     done = subprocess.run(
         [sys.executable, "-c", KILLED, "2", f"--workdir={folder}", *ARGUMENTS],
-        cwd=request.config.rootpath, env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}, capture_output=True, text=True,
+        cwd=request.config.rootpath, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert {f.name for f in (folder / "checkpoints").iterdir() if f.name.isdigit()} == {"0", "1"}

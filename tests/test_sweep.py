@@ -68,13 +68,10 @@ def names(folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def at_root(request):
-    """What counts here is the time to compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(request.config.rootpath)
         patch.setattr(figures, "draw", lambda folder: [])
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

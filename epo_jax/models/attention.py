@@ -9,8 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int
 
 from epo_jax.common.errors import UserError
@@ -64,10 +62,12 @@ def gpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Arra
 
 def tpu_attention(q, k, v, segment_ids, window: int | None = None) -> Float[Array, "B T H d"]:
     """Splash attention; T must be a multiple of TPU_ROWS."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # a tenth of a second, for TPUs only
+
     t, h = q.shape[1:3]
     shape = (t, t)
-    band = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
-    kernel = splash.make_splash_mha_single_device(splash_mask.MultiHeadMask([band] * h), residual_checkpoint_name=SAVED)
+    band = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([band] * h), residual_checkpoint_name=SAVED)
 
     def row(q, k, v, segments):
         return kernel(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), splash.SegmentIds(segments, segments))

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from epo_jax.common.errors import UserError
 from epo_jax.runs.metrics import Row, at_another_temperature, read_rows
 from epo_jax.runs.subject import subject
 from epo_jax.settings.config import flatten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which can be told apart with any color vision; each split also has its own marker.
 _GREY, _BLUE, _ORANGE, _GREEN = "#7f7f7f", "#0072B2", "#D55E00", "#009E73"
@@ -49,8 +48,11 @@ def _config(workdir: Path) -> dict[str, Any]:
         return {}
 
 
-def _save(path: Path, about: str, steps: int, plot: Callable[[Axes], None]) -> Path:
-    # Figure without pyplot: no global state, no display, nothing to close.
+def _save(path: Path, about: str, steps: int, plot: Callable[["Axes"], None]) -> Path:
+    # Imported here, as no command draws before its end. Figure without pyplot: no global state, no display, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -68,7 +70,7 @@ def _save(path: Path, about: str, steps: int, plot: Callable[[Axes], None]) -> P
     return path
 
 
-def _success(axes: Axes, metrics: Sequence[Row], evaluations: Sequence[Row]) -> None:
+def _success(axes: "Axes", metrics: Sequence[Row], evaluations: Sequence[Row]) -> None:
     axes.set_title("Success", loc="left")
     axes.set_ylabel("share of episodes won")
     axes.set_ylim(-0.02, 1.02)
@@ -102,7 +104,7 @@ def _success(axes: Axes, metrics: Sequence[Row], evaluations: Sequence[Row]) -> 
         )
 
 
-def _entropy(axes: Axes, metrics: Sequence[Row]) -> None:
+def _entropy(axes: "Axes", metrics: Sequence[Row]) -> None:
     axes.set_title("Entropy of the sampled tokens and its corridor", loc="left")
     axes.set_ylabel("nats per token")
     points = [(row["step"], row["entropy"]) for row in metrics if row.get("entropy") is not None]

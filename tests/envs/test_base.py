@@ -12,7 +12,7 @@ import pytest
 from epo_jax.common.errors import UserError
 from epo_jax.envs import base
 from epo_jax.runs.folder import read_config
-from tests.processes import xla_flags
+from tests import xla
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "environments.md").read_text()
@@ -32,7 +32,7 @@ def guide(tmp_path_factory):
 def run(folder, *arguments, said=""):
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}, input=said,
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla.of_command(*xla.QUICK)}, input=said,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

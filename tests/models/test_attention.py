@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from epo_jax.common.errors import UserError
 from epo_jax.models import attention
@@ -68,8 +69,8 @@ def test_gpu_attention_means_the_same(window):
 @WINDOWS
 def test_tpu_attention_means_the_same(monkeypatch, window):
     """The splash kernel, interpreted."""
-    interpreted = functools.partial(attention.splash.make_splash_mha_single_device, interpret=True)
-    monkeypatch.setattr(attention.splash, "make_splash_mha_single_device", interpreted)
+    interpreted = functools.partial(splash_attention.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreted)
     inputs, segments, _ = problem(128, d=64)
     found = attention.tpu_attention(*inputs, segments, window)
     np.testing.assert_allclose(found, dense(*inputs, segments, window), rtol=1e-3, atol=1e-4)

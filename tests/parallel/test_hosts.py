@@ -1,5 +1,7 @@
 """Runs of several processes on this machine: what they learn is what one learns, and none outlives another."""
 
+import concurrent.futures
+import contextlib
 import json
 import re
 import shutil
@@ -76,6 +78,22 @@ sys.exit(command.run(main))
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def killed(tmp_path_factory):
+    """Two pairs of processes, of which process i of pair i is killed. The other one takes half a minute to find out, in which
+    other tests run; it may take a minute. Gives its exit code, as a future, and its pair."""
+    with contextlib.ExitStack() as stack:
+        pairs = [
+            stack.enter_context(Processes(2, tmp_path_factory.mktemp("killed"), "-c", EXCHANGE, devices=2)) for _ in range(2)
+        ]
+        executor, ends = stack.enter_context(concurrent.futures.ThreadPoolExecutor()), []
+        for victim, pair in enumerate(pairs):
+            wait_for(pair, "together 3")
+            pair.each[victim].send_signal(signal.SIGKILL)
+            ends.append(executor.submit(pair.each[1 - victim].wait, 60))
+        yield list(zip(ends, pairs, strict=True))
+
+
 def test_two_processes_learn_what_one_does_and_one_continues_what_two_began(tmp_path):
     """Two processes take two RL steps; one takes them again from the checkpoint before the first."""
     two, one = tmp_path / "two", tmp_path / "one"
@@ -110,19 +128,6 @@ def story(row):
     return {**row, "turns": [{key: turn[key] for key in ("observation", "tokens", "action")} for turn in row["turns"]]}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_others_with_a_message(tmp_path, victim):
-    with Processes(2, tmp_path, "-c", EXCHANGE, devices=2) as running:
-        wait_for(running, "together 3")
-        running.each[victim].send_signal(signal.SIGKILL)
-        assert running.each[1 - victim].wait(60) != 0
-        told = running.said(1 - victim)
-    if victim:
-        assert "error: process 1 on " in told and "no sign of life" in told and "--resume" in told
-    else:
-        assert "another task died" in told or "error: process 0" in told
-
-
 def test_a_notice_to_one_process_stops_all_after_the_same_step(tmp_path):
     """SIGTERM is what a machine that is about to be taken away sends."""
     options = ("--config.train.steps=900", "--config.warm_start.steps=3", "--config.eval.before=False", "--config.eval.every=0",
@@ -149,6 +154,17 @@ def test_a_process_that_fails_while_the_others_are_busy_is_named(tmp_path):
         assert running.codes(60) == [1, 2]
         assert "error: the game is damaged.\n" in running.said(1)
         assert "error: process 1 on " in running.said(0) and "has failed" in running.said(0)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_message(killed, victim):
+    end, running = killed[victim]
+    assert end.result() != 0
+    told = running.said(1 - victim)
+    if victim:
+        assert "error: process 1 on " in told and "no sign of life" in told and "--resume" in told
+    else:
+        assert "another task died" in told or "error: process 0" in told
 
 
 def test_hosts_use_public_jax_alone():
