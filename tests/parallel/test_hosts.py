@@ -172,7 +172,7 @@ def test_hosts_use_public_jax_alone():
     assert not [file for file in (ROOT / "epo_jax").rglob("*.py") if private.search(file.read_text())]
 
 
-def wait_for(running: Processes, text: str, seconds: float = 120.0) -> None:
+def wait_for(running: Processes, text: str, seconds: float = 300.0) -> None:
     until = time.monotonic() + seconds
     while text not in running.said(0):
         assert time.monotonic() < until and all(p.poll() is None for p in running.each), running.said(0) + running.said(1)
