@@ -69,7 +69,8 @@ def help_text(sections: Iterable[Section], values: Mapping[str, Any], heading: s
                     *(f" On {env}: {_text(value)}." for env, value in others.items()),
                     f" [{setting.unit}]" * bool(setting.unit),
                 ])  # fmt: skip
-                lines.append(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+                wrapped = textwrap.wrap(text, width - 6, break_on_hyphens=False)
+                lines.append(textwrap.indent("\n".join(wrapped), " " * 6))
     return "\n".join(lines)
 
 

@@ -191,7 +191,8 @@ def test_a_prompt_is_copied_in_place(params, dtype):
     cache = extend(CONFIG, params, cache, random_prompts(9, slots, 9), counts, jnp.ones(slots, bool))
     want = take_slots(cache, jnp.array([1, 1, 2, 1], jnp.int32), capacity)
     given = jnp.array([1, 1, 0], jnp.int32), jnp.array([0, 3, slots], jnp.int32)  # the last row is padding
-    memory = copy_slots.lower(cache, *given, columns).compile().memory_analysis()
+    as_for_users = {"xla_cpu_use_fusion_emitters": True}
+    memory = copy_slots.lower(cache, *given, columns).compile(compiler_options=as_for_users).memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes == size and memory.temp_size_in_bytes < size / slots
     found = copy_slots(cache, *given, columns)
