@@ -5,8 +5,8 @@
 
 Run `record` before a change and `compare` after it, on the same machine: other CPUs round differently, so the file is not part
 of the repository. A case is a command, as a user would type it. What is compared is every row of metrics.jsonl and eval.jsonl,
-times aside, and a digest of every array of the last checkpoint. JAX's compilation cache, in FILE.json's folder, makes a second
-run of an unchanged program quick.
+times aside, and a digest of every array of the last checkpoint. Numbers that were not recorded are counted, but are no change.
+JAX's compilation cache, in FILE.json's folder, makes a second run of an unchanged program quick.
 """
 
 import argparse
@@ -31,6 +31,9 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "tests/toy_sweep.py"
+
+# The end of a line about a number that only one of two results has.
+REMOVED, ADDED = ": only before", ": only now"
 
 
 class Case(NamedTuple):
@@ -154,7 +157,7 @@ def numbers(run: Path) -> dict:
 def moved(before, now, where: str = "") -> list[str]:
     """A line for each difference of two results."""
     if isinstance(before, dict) and isinstance(now, dict):
-        lines = [f"{where} {key}: only {'before' if key in before else 'now'}" for key in sorted(before.keys() ^ now.keys())]
+        lines = [f"{where} {key}{REMOVED if key in before else ADDED}" for key in sorted(before.keys() ^ now.keys())]
         for key in sorted(before.keys() & now.keys()):
             lines += moved(before[key], now[key], f"{where} {key}")
         return lines
@@ -189,10 +192,12 @@ def main() -> int:
                 file.write_text(json.dumps(stored))
             elif name not in stored:
                 message, status = "was not recorded", 1
-            elif lines := moved(stored[name], json.loads(json.dumps(result))):
-                message, status = f"moved in {len(lines)} places:\n" + "\n".join(lines[:8]), 1
             else:
-                message = "same"
+                lines = moved(stored[name], json.loads(json.dumps(result)))
+                changes = [line for line in lines if not line.endswith(ADDED)]
+                message = f"same, and {len(lines)} numbers that were not recorded" if lines else "same"
+                if changes:
+                    message, status = f"moved in {len(changes)} places:\n" + "\n".join(changes[:8]), 1
             print(f"{name}: {message}  ({time.perf_counter() - started:.0f} s)", flush=True)
     shutil.rmtree(folder)
     return status
