@@ -248,10 +248,11 @@ SECTIONS = (
                 "not change.", choices=("policy", "constant"), reference="constant", added=(3, "policy")),
         Setting("algo.aggregation", "token-mean", "How the policy loss is averaged.", choices=get_args(Aggregation),
                 paper="trajectory (section 3.2)", reference="token-mean", static="aggregation", resume="recorded"),
-        Setting("algo.mini_batch_turns", 128, "Turns of a mini-batch at most, for mini-batches by turn and for +released.",
+        Setting("algo.mini_batch_turns", 128, "Turns of a mini-batch at most, if they are cut by turn.",
                 COUNT, unit="turns", by_env={"alfworld": 256}, ppo={"scienceworld": 64},
                 paper="256 on ALFWorld, 128 on ScienceWorld (PPO: 64) (table)"),
-        Setting("algo.micro_batch_turns", 16, "+released: turns of a micro-batch, each of which counts alike.", COUNT,
+        Setting("algo.micro_batch_turns", 16, "Turns of a micro-batch in the reference implementation's arithmetic, in which "
+                "each micro-batch counts alike.", COUNT,
                 unit="turns", by_env={"alfworld": 32}, ppo={"scienceworld": 8},
                 paper="32 on ALFWorld, 16 on ScienceWorld (PPO: 8) (table)"),
     )),

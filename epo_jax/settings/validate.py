@@ -100,11 +100,6 @@ def _check_batches(config: ConfigDict) -> None:
         )
     if algo.mini_batches_by == "episode" and algo.mini_batches > episodes:
         raise UserError(f"config.algo.mini_batches={algo.mini_batches} must not exceed the {episodes} episodes of a step.")
-    if "released" in algo.name.split("+") and algo.mini_batch_turns % algo.micro_batch_turns:
-        raise UserError(
-            f"config.algo.mini_batch_turns={algo.mini_batch_turns} must be a multiple of "
-            f"config.algo.micro_batch_turns={algo.micro_batch_turns}."
-        )
     if agent.response_tokens >= agent.max_tokens:
         raise UserError(
             f"config.agent.response_tokens={agent.response_tokens} must be below config.agent.max_tokens={agent.max_tokens}."

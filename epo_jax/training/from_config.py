@@ -6,6 +6,7 @@ import importlib
 import jax
 import numpy as np
 
+from epo_jax.common.errors import UserError
 from epo_jax.objectives import registry
 from epo_jax.objectives.spec import Hyper, ObjectiveConfig
 from epo_jax.settings.config import flatten
@@ -15,7 +16,11 @@ from epo_jax.training.state import LearnerConfig
 
 
 def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
-    """The objective of the method that `algo.name` names, with the config's choices and coefficients."""
+    """The objective of the method that `algo.name` names, with the config's choices and coefficients.
+
+    Raises:
+        UserError: an unknown method, or turns of a mini-batch that the method cannot cut into micro-batches.
+    """
     values = flatten(config)
     hyper = Hyper(**{setting.traced: values[setting.key] for setting in SETTINGS if setting.traced})
     choices = {setting.static: values[setting.key] for setting in SETTINGS if setting.static}
@@ -34,6 +39,11 @@ def objective_and_hyper(config) -> tuple[ObjectiveConfig, Hyper]:
     )
     hyper = hyper._replace(critic_lr=config.algo.critic_lr or config.optim.lr)
     objective, hyper = registry.method(config.algo.name, objective, hyper, config.env.name)
+    if objective.cuts_mini_batches and objective.mini_turns % objective.micro_turns:
+        raise UserError(
+            f"config.algo.mini_batch_turns={objective.mini_turns} must be a multiple of "
+            f"config.algo.micro_batch_turns={objective.micro_turns}."
+        )
     return objective, jax.tree.map(np.float32, hyper)
 
 

@@ -91,6 +91,16 @@ def test_the_papers_preset_has_the_column_of_the_method(env, method, numbers):
     assert learner.critic_optim is None or learner.critic_optim.schedule == "constant"
 
 
+def test_turns_that_a_method_cannot_cut_are_refused():
+    """By the one method that cuts micro-batches by turn."""
+    config = preset("alfworld", "laptop")
+    config.algo.update(mini_batch_turns=24, micro_batch_turns=10)
+    objective_and_hyper(config)
+    config.algo.name = "grpo+released"
+    with pytest.raises(UserError, match="mini_batch_turns=24 must be a multiple of config.algo.micro_batch_turns=10"):
+        objective_and_hyper(config)
+
+
 def test_a_key_that_is_set_does_not_follow_the_method():
     options = "--config.algo.name=ppo", "--config.rollout.group_size=2", "--config.rollout.groups=64"
     config = parse_config(["--config=configs/scienceworld.py", *options])

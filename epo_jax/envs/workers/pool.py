@@ -227,7 +227,7 @@ class EnvPool:
     def _handle(self, request: Request, answer: dict[str, Any]) -> None:
         episode, replay = request.about
         worker = episode.worker
-        if worker.episodes.get(episode.seat) is not episode:  # released during its replay
+        if worker.episodes.get(episode.seat) is not episode:  # given up during its replay
             return
         try:
             if "user_error" in answer:
