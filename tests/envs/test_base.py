@@ -43,7 +43,7 @@ def test_the_guides_environment_trains_as_it_says(guide):
     (command,) = re.findall(r"epo-jax (train .*)", GUIDE)
     said = run(guide, "epo_jax", *command.split(), "--config.train.steps=1", "--config.warm_start.steps=2")
     assert "step 1/1" in said and "valid_unseen after 1 RL steps" in said and "high" in said
-    assert "10 training tasks" in said
+    assert "15 training tasks" in said
     kept = read_config(guide / "runs" / "guess")  # as --resume reads it
     assert (kept.env.name, kept.env.max_turns, kept.train.steps) == ("guess", 8, 1)
 
