@@ -105,10 +105,10 @@ def _plan(trajectories: list[Trajectory], shape: BatchShape, orders: np.ndarray 
 
 
 def _contexts(owner: int, trajectory: Trajectory) -> list[_Context]:
-    found = []
+    found, turn = [], np.asarray(trajectory.turn, np.int64)
     for start, end in trajectory.contexts:
-        emitted = [turn for turn in trajectory.turn[start:end] if turn >= 0]
-        found.append(_Context(owner, start, end, len(emitted), len(set(emitted))))
+        emitted = turn[start:end][turn[start:end] >= 0]
+        found.append(_Context(owner, start, end, emitted.size, np.unique(emitted).size))
     return found
 
 

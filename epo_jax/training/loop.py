@@ -151,7 +151,8 @@ def train(run: Run, states: States, host: Host) -> None:
         if last or (config.eval.every and done % config.eval.every == 0):
             success = evaluate(run, states, host, done, evaluations(config.eval))
             improved = raise_best(host, success)
-            draw(run)
+            if not last:  # at the end, the run draws them itself
+                draw(run)
         if last or done % config.checkpoint.every == 0 or (improved and config.checkpoint.keep_best):
             save(run, states, host, success)
         if not last and asked_to_stop(run, done):

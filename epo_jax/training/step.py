@@ -105,11 +105,11 @@ def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hype
     drawn_from = episode_keys(batch)
 
     def update(trained, mini_batch):
-        live, batch_rows, old_rows, first = mini_batch
+        live, batch_rows, old_rows, leads = mini_batch
         rows = weigh(batch_rows, old_rows, hyper, objective, drawn_from)
         smoothing = smoothing_terms(state.history, state.step, config.total_steps, rows, hyper, objective)
         now = state._replace(**trained)
-        return update_once(config, now, rows, smoothing, hyper, live, first)
+        return update_once(config, now, rows, smoothing, hyper, live, leads)
 
     old_rows = in_every_epoch(config, batch, old)
     mini_batches = batch.rows, batch.by_row(), old_rows, first_update(config, old_rows)
