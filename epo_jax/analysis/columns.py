@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from epo_jax.analysis.measures import MEASURES
+from epo_jax.analysis.measures import BY_KEY
 from epo_jax.analysis.read import IID, OOD, Run
 from epo_jax.runs.metrics import Row
 
@@ -67,7 +67,7 @@ def column_of(key: str) -> Column | None:
     Raises:
         ValueError: the temperature is no number.
     """
-    if any(measure.key == key for measure in MEASURES):
+    if key in BY_KEY:
         return None
     rest = key.removeprefix("best ")
     split, _, temperature = rest.removesuffix("+reference").partition("@")

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from epo_jax.analysis.arms import Arm
 from epo_jax.analysis.columns import column_of
-from epo_jax.analysis.measures import MEASURES
+from epo_jax.analysis.measures import BY_KEY
 from epo_jax.analysis.read import Run
 from epo_jax.common.errors import UserError
 
@@ -71,15 +71,14 @@ def write_name(axes: Axes, name: str, end: float, color: str) -> None:
 
 
 def title_of(compared: Comparison, key: str) -> str:
-    for measure in MEASURES:
-        if measure.key == key:
-            return measure.title
+    if key in BY_KEY:
+        return BY_KEY[key].title
     best = "Best success" if key.startswith("best ") else "Success"
     return f"{best}, {column_of(key).title(compared.runs)}"
 
 
 def is_share(key: str) -> bool:
-    return all(measure.key != key or measure.unit == "share" for measure in MEASURES)
+    return key not in BY_KEY or BY_KEY[key].unit == "share"
 
 
 def require(holds: bool, name: str) -> None:

@@ -151,6 +151,8 @@ MEASURES = (
     Measure("corridor_deviation", "outside of the corridor, summed", "nats", corridor_deviation),
 )  # fmt: skip
 
+BY_KEY = {measure.key: measure for measure in MEASURES}
+
 
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from epo_jax.common.errors import UserError
 from epo_jax.runs import versions
-from epo_jax.runs.metrics import Row, plain, read_rows
+from epo_jax.runs.metrics import Row, plain, read_rows, steps_taken
 from epo_jax.settings.config import flatten
 
 IID, OOD = "valid_seen", "valid_unseen"
@@ -36,8 +36,8 @@ class Run(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """RL steps taken: a row of metrics.jsonl is numbered by the steps before it, one of eval.jsonl by all steps."""
-        return max((*(row["step"] + 1 for row in self.metrics), *(row["step"] for row in self.evaluations)), default=0)
+        """RL steps taken."""
+        return steps_taken(self.metrics, self.evaluations)
 
     def evaluated(self, split: str, temperature: float | None = None) -> list[Row]:
         """The evaluations of a split, by step; at another temperature than that of config.eval if one is given."""

@@ -7,7 +7,7 @@ from typing import Any
 from epo_jax.analysis import intervals
 from epo_jax.analysis.arms import Arm
 from epo_jax.analysis.columns import Column, column_of
-from epo_jax.analysis.measures import COLLAPSES, MEASURES, SUCCESS_WINDOW, Measure, best_success, evaluations_from, series
+from epo_jax.analysis.measures import BY_KEY, COLLAPSES, MEASURES, SUCCESS_WINDOW, Measure, best_success, evaluations_from, series
 from epo_jax.analysis.read import OOD, Run
 from epo_jax.runs.metrics import Row
 
@@ -120,9 +120,8 @@ def by_seed(arm: Arm, key: str, from_step: int | None) -> dict[int, float]:
 
 def value_of(each: Run, key: str, from_step: int | None) -> float | None:
     """The number of a run that a key of `difference_keys` names."""
-    for measure in MEASURES:
-        if measure.key == key:
-            return measure.of(each.metrics)
+    if key in BY_KEY:
+        return BY_KEY[key].of(each.metrics)
     rows = column_of(key).evaluations(each)
     chosen = [best_success(rows)] if key.startswith("best ") else evaluations_from(rows, from_step)
     return final_rate(chosen) if chosen and chosen[0] else None

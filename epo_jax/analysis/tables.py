@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from epo_jax.analysis.measures import MEASURES, Measure
+from epo_jax.analysis.measures import BY_KEY, MEASURES, Measure
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -37,7 +37,6 @@ def _entropy(summary: dict[str, Any]) -> str:
 
 def _differences(summary: dict[str, Any]) -> str:
     """Succ in points, the highest ratio, roughness and std(dH) by seed, and the p values of collapses."""
-    titles = {measure.key: measure.title for measure in MEASURES}
     shares = {column["key"]: f"{column['title']}, points" for column in summary["columns"]}
     kept = [*shares, "highest_ratio", "roughness", "change_std"]
     rows = []
@@ -45,7 +44,7 @@ def _differences(summary: dict[str, Any]) -> str:
         if arm["versus"]:
             cells = [_difference(arm["versus"]["differences"].get(key), 100 if key in shares else 1) for key in kept]
             rows.append([arm["name"], *cells, *(f"{arm['versus']['p'][name]:.3g}" for name in ("entropy", "success"))])
-    heads = [shares.get(key) or titles[key] for key in kept]
+    heads = [shares.get(key) or BY_KEY[key].title for key in kept]
     title = f"Difference from {summary['reference']} of the same seed; p of Fisher's exact test of collapses"
     return _table(title, ["arm", *heads, "p, collapses of entropy", "p, of success"], rows)
 

@@ -148,13 +148,17 @@ def devices_in_use() -> str:
             f"JAX_PLATFORMS={platforms!r}: JAX finds no such device ({reason}); install JAX for it (pip install 'jax[cuda12]' or "
             "'jax[tpu]'), or unset the variable."
         ) from None
+    line = f"device: {describe(devices)}"
+    if devices[0].platform == "cpu" and "JAX_PLATFORMS" not in os.environ and os.path.exists(_GPU):
+        line += "\nwarning: this machine has an NVIDIA GPU, which this JAX cannot use; pip install 'jax[cuda12]'"
+    return line
+
+
+def describe(devices: Sequence[jax.Device]) -> str:
+    """For example "1 x cpu, 2 cores" or "8 x TPU v5 lite"."""
     kind, platform = devices[0].device_kind, devices[0].platform
-    line = f"device: {len(devices)} x {kind}"
-    if platform == "cpu":
-        line += f", {os.cpu_count()} cores"
-        if "JAX_PLATFORMS" not in os.environ and os.path.exists(_GPU):
-            line += "\nwarning: this machine has an NVIDIA GPU, which this JAX cannot use; pip install 'jax[cuda12]'"
-    return line + (f" ({platform})" if platform not in kind.lower() else "")
+    cores = f", {os.cpu_count()} cores" if platform == "cpu" else ""
+    return f"{len(devices)} x {kind}{cores}" + (f" ({platform})" if platform not in kind.lower() else "")
 
 
 def spec(*axes: str | None, without: str | None = None) -> P:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epo_jax.common.errors import UserError
-from epo_jax.runs.metrics import Row, at_another_temperature, read_rows
+from epo_jax.runs.metrics import Row, at_another_temperature, read_rows, steps_taken
 from epo_jax.runs.subject import subject
 from epo_jax.settings.config import flatten
 
@@ -32,8 +32,7 @@ def draw(workdir: Path) -> list[Path]:
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     about = subject(_config(workdir), read_rows(workdir / "processes.jsonl"))
-    # RL steps taken: a metrics row of step k was sampled before update k, an evaluation of step k after k updates.
-    steps = max((*(row["step"] + 1 for row in metrics), *(row["step"] for row in evaluations)))
+    steps = steps_taken(metrics, evaluations)
     return [
         _save(folder / "success.png", about, steps, lambda axes: _success(axes, metrics, evaluations)),
         _save(folder / "entropy.png", about, steps, lambda axes: _entropy(axes, metrics)),

@@ -115,6 +115,11 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def steps_taken(metrics: Iterable[Row], evaluations: Iterable[Row]) -> int:
+    """RL steps of a run: a row of metrics.jsonl is numbered by the steps before it, one of eval.jsonl by all steps."""
+    return max((*(row["step"] + 1 for row in metrics), *(row["step"] for row in evaluations)), default=0)
+
+
 def _no_later_than(last: int) -> Callable[[Row], bool]:
     return lambda row: row["step"] <= last
 

@@ -141,6 +141,11 @@ def source_run(config) -> Path:
     return Path(config.init_from.run.replace("{seed}", str(config.seed)))
 
 
+def source_step(config) -> int | None:
+    """RL steps of the checkpoint that `config.init_from` names; None for the newest."""
+    return None if config.init_from.step < 0 else config.init_from.step
+
+
 def load_source(config, devices: Mesh | None = None) -> Policy:
     """The policy of the run that `config.init_from` names, as the run with `config` begins with it.
 
@@ -159,7 +164,7 @@ def load_source(config, devices: Mesh | None = None) -> Policy:
             )
     with read.unlocked():
         read.model.update(dtype=config.model.dtype, remat=config.model.remat)
-    policy = load_run(folder, read, None if config.init_from.step < 0 else config.init_from.step, devices)
+    policy = load_run(folder, read, source_step(config), devices)
     if config.init_from.state == "everything" and policy.step >= config.train.steps:
         raise UserError(
             f"config.train.steps={config.train.steps}: the checkpoint that config.init_from names has {policy.step} RL steps "

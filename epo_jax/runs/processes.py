@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from epo_jax.common.files import append
 from epo_jax.parallel import mesh
 
@@ -17,6 +19,5 @@ def record(workdir: Path, step: int, parameters: int, arguments: Sequence[str]) 
         parameters: numbers that RL trains.
         arguments: the options on its command line.
     """
-    device = mesh.devices_in_use().removeprefix("device: ")
-    row = {"step": step, "device": device, "parameters": parameters, "arguments": shlex.join(arguments)}
+    row = {"step": step, "device": mesh.describe(jax.devices()), "parameters": parameters, "arguments": shlex.join(arguments)}
     append(workdir / "processes.jsonl", json.dumps(row) + "\n")

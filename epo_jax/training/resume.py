@@ -18,7 +18,7 @@ from epo_jax.parallel import hosts
 from epo_jax.runs import checkpoint, frozen_base
 from epo_jax.runs.folder import Changes, read_config
 from epo_jax.runs.metrics import read_rows
-from epo_jax.runs.policies import source_run
+from epo_jax.runs.policies import source_run, source_step
 from epo_jax.training.evaluation import Evaluation, evaluations
 from epo_jax.training.from_config import learner_config, objective_and_hyper
 from epo_jax.training.state import LearnerConfig, TrainState, abstract_state, abstract_state_on
@@ -76,7 +76,7 @@ def begins_at(config) -> int:
     """RL steps done before a new run begins: those of the checkpoint whose whole state it takes, if `config.init_from` names its
     step; else 0."""
     source = config.init_from
-    return max(source.step, 0) if source.run and source.state == "everything" else 0
+    return (source_step(config) or 0) if source.run and source.state == "everything" else 0
 
 
 def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) -> Restored:
@@ -84,7 +84,7 @@ def source_state(config, learner: LearnerConfig, devices: Mesh, params: Params) 
 
     Its entropy history gets the length that this run needs.
     """
-    step, source = (None if config.init_from.step < 0 else config.init_from.step), source_run(config)
+    step, source = source_step(config), source_run(config)
     with checkpoint.open_reader(checkpoint.place(source, read_config(source).checkpoint.folder)) as reader:
         steps = checkpoint.history_steps(reader, step)
         like = abstract_state_on(dataclasses.replace(learner, total_steps=steps), devices)

@@ -95,13 +95,14 @@ def train(command: Command, stop: StopRequest) -> None:
         learner, restored = begin_run(config, workdir, planned, devices, stop)
         del planned, named  # their weights were donated
     [state], [progress] = restored.own, restored.progress
-    print(f"{sum(p.size for p in jax.tree.leaves(state.params)):,} parameters are trained")
+    trained = sum(p.size for p in jax.tree.leaves(state.params))
+    print(f"{trained:,} parameters are trained")
     first_step = int(state.step)
     profiling.refuse_past(profile_steps, first_step)
     if hosts.is_first():
         keep_decoder(workdir, config, model)
         record_changes(command.changes, workdir, first_step)
-        processes.record(workdir, first_step, sum(p.size for p in jax.tree.leaves(state.params)), command.arguments)
+        processes.record(workdir, first_step, trained, command.arguments)
 
     # ---------------------------------------------------------------- the loop
     placement = in_turns(learner, devices)
