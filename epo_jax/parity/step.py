@@ -20,6 +20,7 @@ from epo_jax.parity import released_rows
 from epo_jax.training import step
 from epo_jax.training.optim import warmup_cosine
 from epo_jax.training.state import LearnerConfig, TrainState
+from epo_jax.training.step_metrics import Metrics, step_metrics
 
 
 def configure(config: LearnerConfig) -> LearnerConfig:
@@ -32,7 +33,7 @@ def configure(config: LearnerConfig) -> LearnerConfig:
 
 
 @jax.named_scope("train_step")
-def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, step.Metrics]:
+def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
     """One RL step as the released code takes it.
 
     Raises:
@@ -62,7 +63,7 @@ def train_step(config: LearnerConfig, state: TrainState, batch: TokenBatch, hype
 
     count = config.epochs * turn_weights.shape[0]
     trained, updates = jax.lax.scan(update, step.trained_part(state), jnp.arange(count))
-    metrics = gap | step.step_metrics(config, updates, history, batch, old, hyper)
+    metrics = gap | step_metrics(config, updates, history, batch, old, hyper)
     kl_scale, kl_metrics = step.next_kl_scale(config, state, updates, batch, old, hyper)
     return state._replace(step=state.step + 1, history=history, kl_scale=kl_scale, **trained), metrics | kl_metrics
 

@@ -24,7 +24,8 @@ from epo_jax.objectives.batch import TokenBatch
 from epo_jax.objectives.spec import Hyper
 from epo_jax.parallel import mesh
 from epo_jax.training.state import LearnerConfig, TrainState, state_shardings
-from epo_jax.training.step import Metrics, batch_shardings, step_function
+from epo_jax.training.step import batch_shardings, step_function
+from epo_jax.training.step_metrics import Metrics
 
 
 class States(NamedTuple):

@@ -29,26 +29,22 @@ from epo_jax.common import keys
 from epo_jax.models import lora
 from epo_jax.models.decoder import DecoderConfig, Params
 from epo_jax.models.value import values
-from epo_jax.objectives import entropy
 from epo_jax.objectives.batch import BATCH_AXES, Current, Old, Rows, TokenBatch
 from epo_jax.objectives.loss import epo_loss, estimate, ratio_spread, record, smoothing_terms, weigh
 from epo_jax.objectives.policy import adaptive_kl_coef, kl_estimate
-from epo_jax.objectives.spec import EntropyHistory, Hyper, Smoothing
+from epo_jax.objectives.spec import Hyper, Smoothing
 from epo_jax.objectives.value import value_loss
 from epo_jax.parallel import mesh
 from epo_jax.training.micro_batches import gradient_by_slopes, in_rows, summed_gradients
 from epo_jax.training.optim import guarded_update, step_rate
 from epo_jax.training.policy_tokens import head_divergence, head_inputs, head_statistics, policy_statistics
 from epo_jax.training.state import LearnerConfig, TrainState, state_axes, state_shardings
+from epo_jax.training.step_metrics import GRADIENT_PARTS, Metrics, step_metrics
 
-Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[[TrainState, TokenBatch, Hyper], tuple[TrainState, Metrics]]
 
 # The fields of `TrainState` that updates change.
 TRAINED = ("params", "opt_state", "critic", "critic_opt_state")
-
-# What `gradient_parts` measures.
-GRADIENT_PARTS = ("policy_grad_norm", "entropy_grad_norm", "grad_cosine")
 
 
 def make_train_step(config: LearnerConfig, on: Mesh | None = None) -> TrainStep:
@@ -394,51 +390,7 @@ def current_policy(config: LearnerConfig, state: TrainState, params: Params, row
     return Current(log_prob, token_entropy, divergence.reshape(rows.label.shape))
 
 
-# Metrics and the KL controller
-
-
-def step_metrics(
-    config: LearnerConfig,
-    updates: tuple[Metrics, Metrics, Array],
-    corridor: EntropyHistory,
-    batch: TokenBatch,
-    old: Old,
-    hyper: Hyper,
-) -> Metrics:
-    """The metrics of an RL step: means and extremes over its updates, and what is measured of its data.
-
-    `corridor` is the history that the updates saw.
-    """
-    of_updates, maxima, made = updates
-    count, last = made.sum(), jnp.where(made, jnp.arange(made.size), 0).max()
-    center = entropy.center(corridor, config.objective.history, hyper.window, hyper.ema_decay)
-    policy_tokens = jnp.maximum(batch.policy_mask.sum(), 1.0)
-    means = jax.tree.map(lambda x: jnp.where(made, x, 0.0).sum() / jnp.maximum(count, 1), of_updates)
-    return means | {
-        "updates": count.astype(jnp.float32),
-        "skipped_updates": of_updates["skipped_updates"].sum(),
-        "behaviour_entropy": (batch.behaviour_entropy * batch.policy_mask).sum() / policy_tokens,
-        "entropy_change": of_updates["entropy_change"][last],
-        "corridor_center": (center.value * center.known).sum() / jnp.maximum(center.known.sum(), 1.0),
-        "ratio_max": jnp.exp(maxima["ratio_max"].max()),
-        "ratio_min": jnp.exp(-maxima["ratio_min"].max()),
-        **{name: maxima[name].max() for name in GRADIENT_PARTS if name in maxima},
-        **advantage_statistics(old),
-    }
-
-
-def advantage_statistics(old: Old) -> Metrics:
-    """Over the policy tokens that are trained on; without any, extremes are not finite and the rest is 0."""
-    advantage, mask = old.advantage, old.mask
-    tokens = jnp.maximum(mask.sum(), 1.0)
-    mean = (advantage * mask).sum() / tokens
-    return {
-        "advantage_mean": mean,
-        "advantage_std": jnp.sqrt((jnp.square(advantage - mean) * mask).sum() / tokens),
-        "advantage_rms": jnp.sqrt((jnp.square(advantage) * mask).sum() / tokens),
-        "advantage_min": jnp.where(mask > 0, advantage, jnp.inf).min(),
-        "advantage_max": jnp.where(mask > 0, advantage, -jnp.inf).max(),
-    }
+# The KL controller
 
 
 def next_kl_scale(

@@ -14,7 +14,8 @@ from epo_jax.models import lora
 from epo_jax.models.decoder import Lora, param_axes
 from epo_jax.parallel import mesh
 from epo_jax.training.state import init_state, init_state_on
-from epo_jax.training.step import GRADIENT_PARTS, batch_shardings, make_train_step, step_function
+from epo_jax.training.step import batch_shardings, make_train_step, step_function
+from epo_jax.training.step_metrics import GRADIENT_PARTS
 from tests import tiny
 from tests.training.test_invariance import config_of, packed, trajectories
 

@@ -9,7 +9,7 @@ from epo_jax.objectives.batch import Old
 from epo_jax.objectives.loss import ratio_spread
 from epo_jax.settings.config import base_config
 from epo_jax.training.from_config import objective_and_hyper
-from epo_jax.training.step import advantage_statistics
+from epo_jax.training.step_metrics import advantage_statistics
 from tests import rounding, tiny
 
 ALL_EQUAL = tuple(range(tiny.GROUPS))  # every group wins throughout: GRPO's advantages vanish, only the KL is left
